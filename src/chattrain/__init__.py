@@ -1,0 +1,17 @@
+"""chattrain: turn a language model into a chat model."""
+
+__version__ = "0.1.0"
+
+
+def run(overrides: list[str] | None = None) -> dict:
+    """Compose the configuration with these overrides, as typed on the command line, and run its command.
+
+    Returns the summary (for command=train, what summary.json holds). Raises UserError for a user's mistake and
+    RunFailed where the run went wrong.
+
+    >>> run(["stage=sft", "train.max_steps=20"])  # doctest: +SKIP
+    """
+    from chattrain.compose import compose
+    from chattrain.commands import execute
+
+    return execute(compose(list(overrides or [])))

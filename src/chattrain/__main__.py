@@ -1,0 +1,77 @@
+"""The one entrypoint: `python -m chattrain [group=choice] [key=value] [-m]`. Hydra composes, a command runs.
+
+Imports stay light up here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from chattrain import compose, names
+from chattrain.errors import RunFailed, UserError
+from chattrain.sweep import ChainBroken, Sweep
+
+
+def main() -> None:
+    """Exit status 0 only when the work was done; 2 for a user's mistake, 1 for a failed run, 130 when interrupted."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors reach us as they are; we say them in one message
+    compose.register_schemas()
+    names.set_launch_time()
+    sys.argv[1:] = compose.settle_alternatives(sys.argv[1:])
+    sweep = Sweep(sys.argv[1:])
+
+    @hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
+    def job(composed: DictConfig) -> None:
+        sweep.run(lambda: run_job(composed, sweep))
+
+    try:
+        sweep.check()
+        job()
+    except ChainBroken:
+        pass
+    except KeyboardInterrupt:
+        print("chattrain: interrupted", file=sys.stderr)
+        sweep.status = 130
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        sweep.status = say(error)
+    sweep.show_table()
+    sys.exit(sweep.status)
+
+
+def run_job(composed: DictConfig, sweep: Sweep) -> dict:
+    """One job of a launch: the command of one composed configuration."""
+    from chattrain.commands import execute
+    from chattrain.config import from_hydra
+
+    cfg = from_hydra(composed)
+    if sweep.swept:
+        suffix = names.sweep_suffix(list(HydraConfig.get().overrides.task), sweep.swept)
+        cfg.run.name = (cfg.run.name or names.launch_time()) + suffix
+    result = execute(cfg)
+    if result.get("status") == "interrupted":
+        raise KeyboardInterrupt
+    return result
+
+
+def say(error: BaseException) -> int:
+    """Put the error on stderr: one message for what a user can mend, a traceback for what only we can. The exit status."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        error = compose.explain(error)
+    if isinstance(error, UserError | RunFailed):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"chattrain: {error}", file=sys.stderr)
+        return error.exit_status
+    traceback.print_exception(error)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

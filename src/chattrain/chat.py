@@ -1,0 +1,151 @@
+"""A conversation becomes token ids and a loss mask. The only place that decides what is supervised.
+
+    <|bos|> <|user_start|> ... <|user_end|> <|assistant_start|> ... <|assistant_end|> <|user_start|> ...
+
+Supervised are the assistant's text, its Python calls (with their start and end tokens) and `<|assistant_end|>`: all that
+the model must produce itself. BOS, user turns, role tokens and tool output are given to it, so they carry no loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from chattrain.tokenizer import (
+    ASSISTANT_END,
+    ASSISTANT_START,
+    BOS,
+    OUTPUT_END,
+    OUTPUT_START,
+    PYTHON_END,
+    PYTHON_START,
+    USER_END,
+    USER_START,
+    Tokenizer,
+)
+
+RENDER_VERSION = 1  # part of the token cache's key; raised when rendering changes
+
+
+class Malformed(ValueError):
+    """A conversation that cannot be rendered; the message says which message and why."""
+
+
+class Rendered(NamedTuple):
+    """`ids` and `loss_mask` have the same length; loss_mask[i] is 1 where token i is supervised (not yet shifted)."""
+
+    ids: list[int]
+    loss_mask: list[int]
+
+
+class Piece(NamedTuple):
+    """A stretch of a rendered conversation: ordinary text, or one special token by its name."""
+
+    text: str
+    special: bool
+    supervised: bool
+
+
+def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int | None = 2048) -> Rendered:
+    """Token ids and loss mask of `{"messages": [{"role", "content"}, ...]}`, cut after `max_tokens` (None: never).
+
+    A system message is merged into the first user turn. Content is a string or, for the assistant, a list of parts
+    `{"type": "text" | "python" | "python_output", "text": ...}`. Raises Malformed where roles do not alternate
+    from user, a turn is missing, or content has another shape. A conversation may end with a user turn.
+    """
+    return render_batch([conversation], tokenizer, max_tokens)[0]
+
+
+def render_batch(conversations: list[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int | None) -> list[Rendered]:
+    """As `render`, with all texts encoded in one call."""
+    return encode_pieces([pieces(c) for c in conversations], tokenizer, max_tokens)
+
+
+def render_prompt(conversation: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """Ids up to and with `<|assistant_start|>` of the reply to come; a last assistant turn is left out."""
+    messages = conversation["messages"]
+    if messages and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    ids, _ = render({"messages": messages}, tokenizer, max_tokens=None)
+    return [*ids, tokenizer.special(ASSISTANT_START)]
+
+
+def render_document(text: str) -> list[Piece]:
+    """Pieces of a plain text document: BOS, then the text, all of it supervised."""
+    return [Piece(BOS, special=True, supervised=False), Piece(text, special=False, supervised=True)]
+
+
+def pieces(conversation: dict[str, Any]) -> list[Piece]:
+    """The conversation as pieces in order; raises Malformed."""
+    out = [Piece(BOS, special=True, supervised=False)]
+    for i, message in enumerate(_merge_system(_messages(conversation))):
+        role, content = message["role"], message["content"]
+        expected = "user" if i % 2 == 0 else "assistant"
+        if role != expected:
+            raise Malformed(f"message {i} is from {role!r} where {expected!r} must speak")
+        if role == "user":
+            if not isinstance(content, str):
+                raise Malformed(f"message {i}: a user's content must be a string, not {type(content).__name__}")
+            out += [Piece(USER_START, True, False), Piece(content, False, False), Piece(USER_END, True, False)]
+        else:
+            out.append(Piece(ASSISTANT_START, True, False))
+            out += _assistant_pieces(content, i)
+            out.append(Piece(ASSISTANT_END, True, True))
+    return out
+
+
+def _assistant_pieces(content: Any, i: int) -> list[Piece]:
+    if isinstance(content, str):
+        return [Piece(content, False, True)]
+    if not isinstance(content, list) or not content:
+        raise Malformed(f"message {i}: an assistant's content must be a string or a list of parts")
+    out = []
+    for part in content:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if not isinstance(text, str):
+            raise Malformed(f"message {i}: a part must be {{'type': ..., 'text': str}}, not {part!r:.80}")
+        if kind == "text":
+            out.append(Piece(text, False, True))
+        elif kind == "python":
+            out += [Piece(PYTHON_START, True, True), Piece(text, False, True), Piece(PYTHON_END, True, True)]
+        elif kind == "python_output":
+            out += [Piece(OUTPUT_START, True, False), Piece(text, False, False), Piece(OUTPUT_END, True, False)]
+        else:
+            raise Malformed(f"message {i}: unknown part type {kind!r}; known are text, python, python_output")
+    return out
+
+
+def _messages(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise Malformed("a conversation needs a non-empty list `messages`")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or message.get("content") is None:
+            raise Malformed(f"message {i} needs `role` and `content`")
+    return messages
+
+
+def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave the given messages as they are; return them with a leading system message inside the first user turn."""
+    if messages[0]["role"] != "system":
+        return messages
+    if len(messages) < 2 or messages[1]["role"] != "user":
+        raise Malformed("a system message must be followed by a user message")
+    texts = [messages[0]["content"], messages[1]["content"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise Malformed("system and first user message must be strings")
+    return [{"role": "user", "content": "\n\n".join(texts)}, *messages[2:]]
+
+
+def encode_pieces(documents: list[list[Piece]], tokenizer: Tokenizer, max_tokens: int | None) -> list[Rendered]:
+    """Ids and mask of each document; the texts of all of them go through the tokenizer in one batch."""
+    encoded = iter(tokenizer.encode_batch([p.text for document in documents for p in document if not p.special]))
+    rendered = []
+    for document in documents:
+        ids: list[int] = []
+        mask: list[int] = []
+        for piece in document:
+            new = [tokenizer.special(piece.text)] if piece.special else next(encoded)
+            ids += new
+            mask += [int(piece.supervised)] * len(new)
+        rendered.append(Rendered(ids[:max_tokens], mask[:max_tokens]))
+    return rendered

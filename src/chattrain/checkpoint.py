@@ -1,0 +1,167 @@
+"""Checkpoints: whole or absent, checksummed, self-contained, without pickle.
+
+    checkpoints/step_000200/
+        model.safetensors  optimizer.safetensors  state.json  config.yaml  tokenizer/  manifest.json
+
+Written into a hidden folder beside its place, synced, then renamed. `manifest.json` holds the SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from chattrain.errors import UserError
+from chattrain.tokenizer import Tokenizer
+
+log = logging.getLogger("chattrain")
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class CheckpointState:
+    """state.json: what is not a tensor."""
+
+    step: int
+    tokens_seen: int
+    supervised_tokens: int
+    stage: str
+    model: dict[str, Any]  # the shape of the model, vocab_size included
+    data_fingerprint: str
+    num_steps: int
+    mlflow_run_id: str | None = None
+    format_version: int = FORMAT_VERSION
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def save(run_dir: Path, state: CheckpointState, model: torch.nn.Module, optimizer_state: dict[str, torch.Tensor],
+         tokenizer: Tokenizer, config_yaml: str, keep: int) -> Path:
+    """Write the checkpoint of this step, then remove all but the newest `keep`. Returns its folder."""
+    folder = run_dir / "checkpoints" / f"step_{state.step:06d}"
+    scratch = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, scratch / "model.safetensors")
+    save_file({k: v.detach().contiguous().cpu() for k, v in optimizer_state.items()},
+              scratch / "optimizer.safetensors")
+    tokenizer.save(scratch / "tokenizer")
+    (scratch / "config.yaml").write_text(config_yaml)
+    (scratch / "state.json").write_text(json.dumps(state.__dict__, indent=1))
+    files = sorted(f for f in scratch.rglob("*") if f.is_file())
+    manifest = {str(f.relative_to(scratch)): _sha256(f) for f in files}
+    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for f in [*files, scratch / "manifest.json"]:
+        _sync(f)
+    if folder.exists():
+        shutil.rmtree(folder)
+    scratch.rename(folder)
+    _sync(folder.parent)
+    for old in all_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def all_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step_*"), key=lambda f: int(f.name.removeprefix("step_")))
+
+
+def newest_valid(run_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
+    for folder in reversed(all_checkpoints(run_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        log.warning("checkpoint %s is damaged (%s) and passed over", folder, damage)
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: every file of the manifest is there with its checksum."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "no readable manifest.json"
+    for name, expected in manifest.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != expected:
+            return f"{name} has another checksum"
+    return None
+
+
+def load_state(folder: Path) -> CheckpointState:
+    """Raises UserError for a checkpoint of a newer format."""
+    state = json.loads((folder / "state.json").read_text())
+    if state.get("format_version", 0) > FORMAT_VERSION:
+        raise UserError(f"{folder} has format_version {state['format_version']}, this chattrain reads up to "
+                        f"{FORMAT_VERSION}; install a newer one")
+    return CheckpointState(**state)
+
+
+def load_model(folder: Path, model: torch.nn.Module) -> None:
+    """Fill the model. Raises UserError naming tensors that are missing, unknown or of another shape."""
+    model.load_state_dict(_read(folder / "model.safetensors", _shapes(model)), strict=True)
+
+
+def load_optimizer(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "optimizer.safetensors")
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest valid one of a run. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"no folder {path}; the path is looked up from {Path.cwd()}")
+    if (path / "manifest.json").is_file():
+        damage = find_damage(path)
+        if damage:
+            raise UserError(f"checkpoint {path} is damaged: {damage}; take another one")
+        return path
+    found = newest_valid(path)
+    if found is None:
+        raise UserError(f"{path} is neither a checkpoint nor a run with a valid one: it holds no manifest.json "
+                        "and no valid checkpoints/step_*")
+    return found
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _read(file: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    wrong = [f"{n} is missing" for n in sorted(shapes.keys() - tensors.keys())]
+    wrong += [f"{n} is unknown" for n in sorted(tensors.keys() - shapes.keys())]
+    wrong += [f"{n} is {tuple(tensors[n].shape)}, the model has {tuple(shapes[n])}"
+              for n in sorted(shapes.keys() & tensors.keys()) if tensors[n].shape != shapes[n]]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{file} does not fit the model: {'; '.join(wrong[:3])}{more}")
+    return tensors
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,55 @@
+"""command=chat: talk to a trained model, or let it answer chat.prompt."""
+
+from __future__ import annotations
+
+import sys
+
+from chattrain import device, runner
+from chattrain.chat import render_prompt
+from chattrain.commands.evaluate import find_checkpoint
+from chattrain.config import Config
+from chattrain.model.generate import generate
+from chattrain.tokenizer import ASSISTANT_END, BOS, Tokenizer
+from chattrain.tracking import setup_logging
+
+
+def main(cfg: Config) -> dict:
+    """Replies go to stdout. With chat.prompt (a text, or a list of texts: one conversation each) it ends after them."""
+    close_log = setup_logging(None, console=True, resume=False)
+    folder = find_checkpoint(cfg)
+    tokenizer = Tokenizer.load(folder)
+    where = device.pick_device(cfg.train.device)
+    model = runner.build_model(cfg, tokenizer.vocab_size, folder).to(where).eval()
+    print(f"model {folder}", file=sys.stderr)
+    prompts = [cfg.chat.prompt] if isinstance(cfg.chat.prompt, str) else list(cfg.chat.prompt or [])
+    replies = [_answer(cfg, model, tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    for text, reply in zip(prompts, replies, strict=True):
+        print(f"> {text}\n{reply}\n")
+    if not prompts:
+        _converse(cfg, model, tokenizer)
+    close_log()
+    return {"checkpoint": str(folder), "replies": replies}
+
+
+def _converse(cfg: Config, model, tokenizer: Tokenizer) -> None:
+    print("An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
+    messages: list[dict] = []
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if not text.strip():
+            messages = []
+            continue
+        messages.append({"role": "user", "content": text})
+        reply = _answer(cfg, model, tokenizer, messages)
+        print(f"{reply}\n")
+        messages.append({"role": "assistant", "content": reply})
+
+
+def _answer(cfg: Config, model, tokenizer: Tokenizer, messages: list[dict]) -> str:
+    prompt = render_prompt({"messages": messages}, tokenizer)
+    stop = {tokenizer.special(ASSISTANT_END), tokenizer.special(BOS)}
+    ids = generate(model, prompt, cfg.chat.max_tokens, stop, cfg.chat.temperature, cfg.chat.top_k, cfg.run.seed)
+    return tokenizer.decode(ids)

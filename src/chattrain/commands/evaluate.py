@@ -1,0 +1,77 @@
+"""command=evaluate: the evals of the configuration on any checkpoint (init.from)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from chattrain import checkpoint, device, distributed, init, runner
+from chattrain.config import Config
+from chattrain.distributed import Ranks
+from chattrain.errors import UserError
+from chattrain.prepare import open_data
+from chattrain.tracking import setup_logging
+
+log = logging.getLogger("chattrain")
+
+
+def main(cfg: Config) -> dict:
+    """Evaluate the checkpoint that init.from names; auto: the newest finished run of this stage. Returns the metrics."""
+    nproc = distributed.world_size(cfg.distributed.nproc)
+    close_log = setup_logging(None, console=True, resume=False)
+    try:
+        if distributed.started_by_launcher():
+            return _evaluate_as_rank(cfg)
+        find_checkpoint(cfg)
+        return evaluate(cfg, Ranks()) if nproc == 1 else distributed.launch(nproc, _evaluate_as_rank, cfg)
+    finally:
+        close_log()
+
+
+def find_checkpoint(cfg: Config) -> Path:
+    """Raises UserError where there is none, or where it holds another model than the configuration."""
+    if cfg.init.source == "scratch":
+        raise UserError(f"command={cfg.command.name} needs a trained model; name a run or checkpoint with init.from")
+    if cfg.init.source != "auto":
+        return init.resolve(cfg.init, Path(cfg.run.root), cfg.model).checkpoint
+    found = init.newest_finished(Path(cfg.run.root), cfg.stage, cfg.model)
+    if found is None:
+        raise UserError(f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
+                        "a run or checkpoint with init.from")
+    return found
+
+
+def evaluate(cfg: Config, ranks: Ranks) -> dict:
+    folder = ranks.first(lambda: find_checkpoint(cfg))
+    data = _open_on_all(cfg, folder, ranks)
+    where = device.pick_device(cfg.train.device, ranks.local_rank)
+    model = runner.build_model(cfg, data.tokenizer.vocab_size, folder).to(where)
+    autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
+    losses_of = runner.forward_in(autocast, model)  # a single pass is over before a compilation would pay
+    metrics = runner.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks)()
+    if not metrics:
+        raise UserError("there is nothing to evaluate: eval=none, or no question set and no validation; "
+                        "use eval=bpb, eval=mmlu_arc or eval=full")
+    state = checkpoint.load_state(folder)
+    if ranks.is_main:
+        print(f"{folder} (stage {state.stage}, step {state.step})")
+        for name, value in metrics.items():
+            print(f"  {name:28s} {value:.4f}")
+        print(json.dumps({"checkpoint": str(folder), "metrics": metrics}))
+    return {"checkpoint": str(folder), "metrics": metrics}
+
+
+def _open_on_all(cfg: Config, folder: Path, ranks: Ranks):
+    """Rank 0 makes the caches (or says what is wrong, on all ranks); the others then find them."""
+    opened = []
+    ranks.first(lambda: opened.append(open_data(cfg, folder / "tokenizer", ranks.world_size, train=False)))
+    return opened[0] if opened else open_data(cfg, folder / "tokenizer", ranks.world_size, train=False)
+
+
+def _evaluate_as_rank(cfg: Config) -> dict:
+    ranks = distributed.join(cfg.distributed.timeout_s)
+    try:
+        return evaluate(cfg, ranks)
+    finally:
+        ranks.close()

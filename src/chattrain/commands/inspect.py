@@ -1,0 +1,49 @@
+"""command=inspect: what the model will see: rows of the first step, token by token, with what is supervised."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from chattrain import distributed
+from chattrain.config import Config
+from chattrain.data.packing import IGNORE_INDEX
+from chattrain.prepare import choose_tokenizer, init, open_data
+from chattrain.tracking import setup_logging
+
+
+def main(cfg: Config) -> dict:
+    """Print inspect.rows rows, supervised targets in green, and the counts of the mixture. Starts no training."""
+    from pathlib import Path
+
+    close_log = setup_logging(None, console=True, resume=False)
+    start = init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
+    world_size = distributed.world_size(cfg.distributed.nproc)
+    data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
+    shown = min(cfg.inspect.rows, data.rows_per_step)
+    batch = data.train.batch(np.arange(shown))
+    for row in range(shown):
+        print(f"row {row}: {data.train.describe(row)}")
+        print(_colour(data, batch.inputs[row].tolist(), batch.targets[row].tolist()) + "\n")
+    facts = {"documents_an_epoch": data.train.counts.documents, "rows_per_step": data.rows_per_step,
+             "num_steps": data.num_steps, "truncated": data.train.counts.truncated,
+             "left_out": data.train.counts.left_out, "tokens_shown": batch.num_tokens,
+             "supervised_shown": batch.num_targets}
+    for name, value in facts.items():
+        print(f"{name:20s} {value:,}")
+    close_log()
+    return facts
+
+
+def _colour(data, inputs: list[int], targets: list[int]) -> str:
+    """The row as text; each token that is a target stands in green on a terminal, in [brackets] elsewhere."""
+    out, tty = [data.tokenizer.decode(inputs[:1])], sys.stdout.isatty()
+    following = inputs[1:] + targets[-1:]
+    for token, target in zip(following, targets, strict=True):
+        if target == IGNORE_INDEX:
+            out.append(data.tokenizer.decode([token]) if token != IGNORE_INDEX else "")
+        else:
+            text = data.tokenizer.decode([target])
+            out.append(f"\033[32m{text}\033[0m" if tty else f"[{text}]")
+    return "".join(out)

@@ -1,0 +1,27 @@
+"""command=report: write report.html of a run anew (run.dir, or run.name; else the newest finished run of the stage)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chattrain import init
+from chattrain.config import Config
+from chattrain.errors import UserError
+from chattrain.prepare import choose_run_dir
+from chattrain.report import write_report
+
+
+def main(cfg: Config) -> dict:
+    """Returns and prints the path of the report. Raises UserError where there is no such run."""
+    if cfg.run.dir or cfg.run.name:
+        run_dir = choose_run_dir(cfg)
+    else:
+        newest = init.newest_finished(Path(cfg.run.root), cfg.stage, model=None)
+        if newest is None:
+            raise UserError(f"no finished {cfg.stage} run in {Path(cfg.run.root).resolve()}; name a run with run.dir")
+        run_dir = newest.parents[1]
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
+    path = write_report(run_dir)
+    print(path)
+    return {"report": str(path)}

@@ -1,0 +1,406 @@
+"""The typed configuration. Dataclasses declare (and are the Hydra schema), YAML in conf/ chooses, the command line tweaks.
+
+Without these dataclasses a misspelt key or a wrong type would compose silently; with them Hydra refuses it. Checks that
+compare several fields run in `Config.check`, which `from_hydra` calls first thing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING, OmegaConf
+
+from chattrain.errors import UserError
+
+Command = Enum("Command", ["train", "evaluate", "chat", "inspect", "report"])
+Resume = Enum("Resume", ["auto", "never", "must"])
+DType = Enum("DType", ["auto", "bf16", "fp32"])
+Device = Enum("Device", ["auto", "cuda", "mps", "cpu"])
+Schema = Enum("Schema", ["messages", "multiple_choice", "gsm8k", "text"])
+OnMalformed = Enum("OnMalformed", ["refuse", "skip"])
+
+
+@dataclass
+class RunConfig:
+    root: str = "runs"  # folder of all runs, relative to where the command is typed
+    name: Optional[str] = None  # null: the time of the launch, chosen once
+    dir: Optional[str] = None  # null: <root>/<stage>/<name>
+    seed: int = 1337  # order of the samples and initial weights
+    resume: Resume = Resume.auto
+
+
+def _dataclass_with(name: str, default: str):
+    """`@dataclass` with one more field whose name is a Python keyword: legal as a key, not in a signature."""
+    def decorate(cls: type) -> type:
+        cls.__annotations__[name] = str
+        setattr(cls, name, field(default=default, init=False, repr=False, compare=False))
+        return dataclass(cls)
+    return decorate
+
+
+@_dataclass_with("from", default="auto")
+class InitConfig:
+    strict: bool = False  # true: auto may not fall back
+    after: list[str] = field(default_factory=list)  # stages whose newest finished run auto takes, best first
+
+    @property
+    def source(self) -> str:
+        """`init.from`: auto, scratch, or a run or checkpoint folder."""
+        return getattr(self, "from")
+
+
+@dataclass
+class TrainConfig:
+    max_steps: Optional[int] = None  # optimizer steps; one of max_steps and num_epochs
+    num_epochs: Optional[float] = None  # times over the training mixture
+    seq_len: int = 256  # tokens a row
+    device_batch_size: int = 16  # rows a process a forward pass
+    total_batch_size: Optional[int] = None  # tokens an optimizer step, all ranks (rows x seq_len)
+    rows_per_step: Optional[int] = None  # the same in rows; one of the two
+    max_grad_norm: Optional[float] = None  # null: gradients are not clipped
+    dtype: DType = DType.auto  # of the matmuls; weights and optimizer state stay fp32
+    compile: bool = True
+    device: Device = Device.auto
+
+    def check(self) -> None:
+        for name in ("max_steps", "num_epochs", "seq_len", "device_batch_size", "total_batch_size", "rows_per_step"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"train.{name}={value} must be above 0")
+        for one, other in ALTERNATIVES.items():
+            names = [key.removeprefix("train.") for key in (one, other)]
+            given = [n for n in names if getattr(self, n) is not None]
+            if len(given) == 2:
+                raise UserError(f"{one}={getattr(self, names[0])} and {other}={getattr(self, names[1])} set the same "
+                                f"thing; keep one and write {one}=null or {other}=null")
+            if not given:
+                raise UserError(f"neither {one} nor {other} is set; give one of them")
+
+    def rows_a_step(self, world_size: int) -> int:
+        """Rows an optimizer step over all ranks. Raises UserError where the batch does not divide.
+
+        >>> TrainConfig(num_epochs=1, seq_len=1024, device_batch_size=1, total_batch_size=8192).rows_a_step(4)
+        8
+        """
+        B, T = self.device_batch_size, self.seq_len
+        unit = f"{world_size} rank{'s' * (world_size > 1)} x {B} row{'s' * (B > 1)}"
+        if self.rows_per_step is not None:
+            if self.rows_per_step % (B * world_size):
+                near = _nearest_multiple(self.rows_per_step, B * world_size)
+                raise UserError(f"train.rows_per_step={self.rows_per_step} rows is not a multiple of {B * world_size} "
+                                f"({unit}); try {near}, or a smaller train.device_batch_size")
+            return self.rows_per_step
+        tokens = B * T * world_size
+        if self.total_batch_size % tokens:
+            near = _nearest_multiple(self.total_batch_size, tokens)
+            raise UserError(f"train.total_batch_size={self.total_batch_size} tokens is not a multiple of {tokens} "
+                            f"({unit} x {T} tokens); try {near}")
+        return self.total_batch_size // T
+
+
+# Pairs of which a value for one replaces the other: the command line that sets one clears its partner.
+ALTERNATIVES = {"train.max_steps": "train.num_epochs", "train.total_batch_size": "train.rows_per_step"}
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(1, value // unit) * unit
+
+
+@dataclass
+class ModelConfig:
+    _target_: str = "chattrain.model.gpt.GPT"
+    n_layer: int = MISSING
+    n_embd: int = MISSING
+    n_head: int = MISSING  # query heads
+    n_kv_head: Optional[int] = None  # key and value heads; null: as many as query heads
+
+    def check(self) -> None:
+        kv = self.n_kv_head if self.n_kv_head is not None else self.n_head
+        if self.n_layer < 1 or self.n_head < 1 or kv < 1:
+            raise UserError(f"model.n_layer={self.n_layer}, n_head={self.n_head}, n_kv_head={kv} must be 1 or more")
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise UserError(f"model.n_embd={self.n_embd} does not give {self.n_head} heads of an even size; "
+                            "make n_embd a multiple of 2 x n_head")
+        if self.n_head % kv:
+            raise UserError(f"model.n_head={self.n_head} is not a multiple of model.n_kv_head={kv}")
+
+
+@dataclass
+class TokenizerConfig:
+    path: Optional[str] = None  # folder of a saved tokenizer; null: the checkpoint's, or trained on the data
+    vocab_size: int = 2048  # tokens when one is trained, special tokens included
+    train_chars: int = 4_000_000  # characters of the training data it is trained on, at most
+
+
+@dataclass
+class SourceConfig:
+    """One source of rows. Its key in the mixture is the name that reports use."""
+
+    path: str = MISSING  # hub name, file, folder, or generate:<task>
+    schema: Schema = Schema.messages
+    subset: Optional[str] = None  # the hub's configuration name
+    split: str = "train"
+    limit: Optional[int] = None  # rows at most, drawn by the seed of the source
+    epochs: float = 1.0  # times its documents appear in one epoch of the mixture
+    weight: Optional[float] = None  # share of documents, relative to the other weights; larger sources are thinned out
+    words: Optional[str] = None  # word list of a generated task, one word a line
+    part: Optional[str] = None  # `train` or `val` of a source that has no split of its own: every 20th document is val
+
+
+@dataclass
+class MixtureConfig:
+    train: dict[str, SourceConfig] = field(default_factory=dict)
+    val: dict[str, SourceConfig] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    cache_dir: Optional[str] = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
+    on_malformed: OnMalformed = OnMalformed.refuse
+    workers: Optional[int] = None  # processes that tokenise; null: one a core
+    stages: dict[str, MixtureConfig] = field(default_factory=dict)
+    multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data for eval
+
+    def mixture(self, stage: str) -> MixtureConfig:
+        if stage not in self.stages:
+            raise UserError(f"this data has no mixture for stage={stage}, only for {', '.join(self.stages)}; "
+                            f"add data.stages.{stage} in its YAML file")
+        return self.stages[stage]
+
+    def check(self) -> None:
+        for stage, mixture in self.stages.items():
+            _check_sources(f"data.stages.{stage}.train", mixture.train)
+            _check_sources(f"data.stages.{stage}.val", mixture.val)
+
+
+@dataclass
+class NanochatDataConfig(DataConfig):
+    identity_path: str = MISSING  # JSON Lines file, one conversation a line
+    words_path: str = MISSING  # word list for the spelling tasks, one word a line
+
+
+@dataclass
+class LocalDataConfig(DataConfig):
+    train_path: Any = MISSING  # file, folder or hub name; or a list of them
+    val_path: Any = None  # null: every 20th document of train_path is kept for validation
+    schema: Any = "messages"  # one for all paths, or a list, one a path
+
+    def mixture(self, stage: str) -> MixtureConfig:
+        if stage in self.stages:
+            return self.stages[stage]
+        if self.train_path is MISSING or self.train_path is None:
+            raise UserError("data=local needs data.train_path=<file, folder or hub name>")
+        train = self._sources(self.train_path, "train", part=None if self.val_path else "train")
+        val = self._sources(self.val_path or self.train_path, "test" if self.val_path else "train",
+                            part=None if self.val_path else "val")
+        return MixtureConfig(train=train, val=val)
+
+    def _sources(self, paths: Any, split: str, part: str | None) -> dict[str, SourceConfig]:
+        paths = [paths] if isinstance(paths, str) else list(paths)
+        schemas = [self.schema] if isinstance(self.schema, str) else list(self.schema)
+        if len(schemas) == 1:
+            schemas *= len(paths)
+        if len(schemas) != len(paths):
+            raise UserError(f"data.schema has {len(schemas)} entries for {len(paths)} paths; give one, or one a path")
+        unknown = [s for s in schemas if s not in Schema.__members__]
+        if unknown:
+            raise UserError(f"data.schema={unknown[0]} is not known; choose from {', '.join(Schema.__members__)}")
+        names = [Path(p).name for p in paths]
+        names = [n if names.count(n) == 1 else p for n, p in zip(names, paths, strict=True)]
+        return {n: SourceConfig(path=p, schema=Schema[s], split=split, part=part)
+                for n, p, s in zip(names, paths, schemas, strict=True)}
+
+
+def _check_sources(key: str, sources: dict[str, SourceConfig]) -> None:
+    for name, source in sources.items():
+        if source.limit is not None and source.limit <= 0:
+            raise UserError(f"{key}.{name}.limit={source.limit} must be above 0")
+        if source.epochs <= 0:
+            raise UserError(f"{key}.{name}.epochs={source.epochs} must be above 0")
+    weighted = [name for name, source in sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        rest = sorted(set(sources) - set(weighted))
+        raise UserError(f"{key}: {', '.join(weighted)} have a weight and {', '.join(rest)} have none; "
+                        "give one to every source or to none")
+    if any(sources[name].weight <= 0 for name in weighted):
+        raise UserError(f"{key}: every weight must be above 0")
+
+
+@dataclass
+class CollatorConfig:
+    _target_: str = MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    _target_: str = MISSING
+    lr_scale: float = 1.0  # multiplies every group's learning rate: the key for sweeps
+
+
+@dataclass
+class MuonAdamWConfig(OptimizerConfig):
+    matrix_lr: float = 0.02  # Muon, matrices of the blocks
+    embed_lr: float = 0.2  # AdamW, at n_embd 768; scaled by (n_embd / 768)^-0.5
+    lm_head_lr: float = 0.004  # AdamW, likewise
+    momentum: float = 0.95  # Muon, after the warm-up
+    momentum_start: float = 0.85
+    momentum_warmup_steps: int = 300
+    ns_steps: int = 5  # Newton-Schulz iterations
+    betas: list[float] = field(default_factory=lambda: [0.8, 0.95])
+    eps: float = 1e-10
+    weight_decay: float = 0.0  # AdamW groups
+
+
+@dataclass
+class AdamWConfig(OptimizerConfig):
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # matrices only
+
+
+@dataclass
+class ScheduleConfig:
+    _target_: str = MISSING
+    _partial_: bool = True
+    init_lr_frac: float = 1.0  # scales the whole schedule
+    min_lr_factor: float = 0.0  # where the decay ends, as a share of its start
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
+
+    def check(self) -> None:
+        if self.warmup_steps < 0 or self.init_lr_frac <= 0 or not 0 <= self.min_lr_factor <= 1:
+            raise UserError(f"schedule.warmup_steps={self.warmup_steps} must be >= 0, init_lr_frac={self.init_lr_frac} "
+                            f"> 0 and min_lr_factor={self.min_lr_factor} between 0 and 1")
+
+
+@dataclass
+class DecayScheduleConfig(ScheduleConfig):
+    decay_ratio: float = 0.2  # share of the steps that decays
+
+    def check(self) -> None:
+        super().check()
+        if not 0 < self.decay_ratio <= 1:
+            raise UserError(f"schedule.decay_ratio={self.decay_ratio} must be above 0 and at most 1")
+
+
+@dataclass
+class EvalConfig:
+    every: Optional[int] = 100  # optimizer steps; also before the first and after the last; null: only those two
+    validation: bool = True  # val/loss and val/bpb of the validation mixture
+    multiple_choice: bool = False  # accuracy on the question sets of the data, MMLU and ARC
+    max_tokens: Optional[int] = None  # of the validation mixture, at most; null: all
+    max_problems: Optional[int] = None  # of each question set, at most; null: all
+    batch_size: int = 32  # questions a forward pass
+    mmlu_path: Optional[str] = None  # hub name, or a folder in the hub's file layout
+    arc_path: Optional[str] = None  # likewise; holds ARC-Easy and ARC-Challenge
+    split: str = "test"  # of MMLU and ARC
+
+
+@dataclass
+class TrackingConfig:
+    mlflow: bool = MISSING
+    uri: Optional[str] = None  # null: SQLite file mlflow.db in run.root
+    experiment: str = "chattrain"
+
+
+@dataclass
+class CheckpointConfig:
+    every: Optional[int] = None  # optimizer steps; null: only at the end
+    keep: int = 2  # newest ones kept
+
+    def check(self) -> None:
+        if self.keep < 1 or (self.every is not None and self.every < 1):
+            raise UserError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be 1 or more")
+
+
+@dataclass
+class LogConfig:
+    every: int = 10  # optimizer steps
+
+    def check(self) -> None:
+        if self.every < 1:
+            raise UserError(f"log.every={self.every} must be 1 or more")
+
+
+@dataclass
+class DistributedConfig:
+    nproc: str = "auto"  # processes on this host: auto (visible GPUs, else 1) or a number
+    timeout_s: int = 1800  # seconds a collective may wait before the run is declared hung
+
+    def check(self) -> None:
+        if self.nproc != "auto" and (not self.nproc.isdigit() or int(self.nproc) < 1):
+            raise UserError(f"distributed.nproc={self.nproc} is neither auto nor a number of processes")
+
+
+@dataclass
+class ChatConfig:
+    prompt: Any = None  # text or list of texts; null: read from the terminal, turn by turn
+    max_tokens: int = 256  # of a reply
+    temperature: float = 0.0  # 0: greedy
+    top_k: Optional[int] = 50
+
+
+@dataclass
+class InspectConfig:
+    rows: int = 3  # rows of the first step shown
+
+
+@dataclass
+class Config:
+    command: Command = Command.train
+    stage: str = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = MISSING
+    collator: CollatorConfig = field(default_factory=CollatorConfig)
+    optimizer: OptimizerConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+
+    def check(self) -> None:
+        """Raises UserError for values that are wrong alone or together."""
+        for part in (self.train, self.model, self.data, self.schedule, self.checkpoint, self.log, self.distributed):
+            part.check()
+        if self.eval.every is not None and self.eval.every < 1:
+            raise UserError(f"eval.every={self.eval.every} must be 1 or more, or null")
+        if not math.isfinite(self.optimizer.lr_scale) or self.optimizer.lr_scale <= 0:
+            raise UserError(f"optimizer.lr_scale={self.optimizer.lr_scale} must be above 0")
+
+
+def register_schemas() -> None:
+    """Put the dataclasses where conf/ finds them: the whole as `schema`, variants under schema/<group>."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, name, node in [
+        ("optimizer", "muon_adamw", MuonAdamWConfig), ("optimizer", "adamw", AdamWConfig),
+        ("schedule", "plain", ScheduleConfig), ("schedule", "decay", DecayScheduleConfig),
+        ("data", "mixtures", DataConfig), ("data", "local", LocalDataConfig), ("data", "nanochat", NanochatDataConfig),
+    ]:
+        store.store(group=f"schema/{group}", name=name, node=node)
+
+
+def from_hydra(composed: Any) -> Config:
+    """The composed DictConfig as checked dataclasses; interpolations are resolved here, once."""
+    cfg = OmegaConf.to_object(composed)
+    cfg.check()
+    return cfg
+
+
+def to_yaml(cfg: Config) -> str:
+    """The resolved configuration as it goes into config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)

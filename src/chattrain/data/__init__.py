@@ -1,0 +1,1 @@
+"""text -> conversation -> tokens and mask -> cached arrays -> rows -> Batch; each arrow is one module, and none goes back."""

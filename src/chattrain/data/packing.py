@@ -1,0 +1,69 @@
+"""Rows out of documents, as pure functions on arrays.
+
+T tokens a row. Targets are shifted: targets[t] is the token after inputs[t], or IGNORE_INDEX where it carries no loss.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+IGNORE_INDEX = -1
+SHORTEST_BUCKET = 32  # tokens; padded rows are never shorter
+
+
+def shift(ids: np.ndarray, loss_mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of one stretch of tokens; with a loss mask, unsupervised targets are ignored.
+
+    >>> shift(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1]))
+    (array([5, 6, 7]), array([-1,  7,  8]))
+    """
+    ids = ids.astype(np.int64)
+    targets = ids[1:].copy()
+    if loss_mask is not None:
+        targets[loss_mask[1:] == 0] = IGNORE_INDEX
+    return ids[:-1], targets
+
+
+def stretch(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """Which documents tokens start to stop of a stream come from, as (document, from, to) within each.
+
+    `ends` (documents,) are the cumulative lengths of the documents in the order of the stream.
+
+    >>> stretch(np.array([3, 5, 9]), 2, 7)
+    [(0, 2, 3), (1, 0, 2), (2, 0, 2)]
+    """
+    out = []
+    i = int(np.searchsorted(ends, start, side="right"))
+    while start < stop and i < len(ends):
+        begin = int(ends[i - 1]) if i else 0
+        upto = min(stop, int(ends[i]))
+        out.append((i, start - begin, upto - begin))
+        start, i = upto, i + 1
+    return out
+
+
+def bucket(length: int, seq_len: int) -> int:
+    """The width that rows of up to `length` tokens are padded to: a power of two, or seq_len. Few widths, few compilations.
+
+    >>> [bucket(n, 200) for n in (1, 33, 64, 129, 200)]
+    [32, 64, 64, 200, 200]
+    """
+    width = SHORTEST_BUCKET
+    while width < length:
+        width *= 2
+    return min(width, seq_len)
+
+
+def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(B, width) inputs filled up with pad_id and targets filled up with IGNORE_INDEX.
+
+    >>> inputs, targets = pad_rows([(np.array([1, 2]), np.array([2, 3])), (np.array([4]), np.array([5]))], 3, pad_id=9)
+    >>> inputs.tolist(), targets.tolist()
+    ([[1, 2, 9], [4, 9, 9]], [[2, 3, -1], [5, -1, -1]])
+    """
+    inputs = np.full((len(rows), width), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    for b, (x, y) in enumerate(rows):
+        inputs[b, : len(x)] = x
+        targets[b, : len(y)] = y
+    return inputs, targets

@@ -1,0 +1,171 @@
+"""Where rows come from: hub names, local files and folders (through `datasets`), and the generated tasks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from chattrain.config import SourceConfig
+from chattrain.errors import UserError
+
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl", ".json": "jsonl"}
+GENERATE = "generate:"
+HOLD_OUT_EVERY = 20  # documents, where one source serves training and validation
+LIMIT_SEED = 42  # a limit takes the first rows of this shuffle, as nanochat does
+
+
+class Rows:
+    """Rows of one source that were asked for: `len`, and `read(i, j)` gives rows i to j as (row number, dict)."""
+
+    def __init__(self, table: Sequence, indices: np.ndarray | None, identity: list):
+        self.table, self.identity = table, identity
+        self.indices = np.arange(len(table)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[int, dict]]:
+        for i in self.indices[start:stop]:
+            yield int(i), self.table[int(i)]
+
+
+def open_rows(name: str, source: SourceConfig, cache_dir: Path) -> Rows:
+    """Open a source. Raises UserError where it is missing, empty, of an unknown kind, or cannot be loaded."""
+    table, identity = _open_table(name, source, cache_dir)
+    if not len(table):
+        raise UserError(f"data source {name} ({source.path}) is empty")
+    indices = None
+    if source.limit is not None and source.limit < len(table) and not source.path.startswith(GENERATE):
+        indices = np.random.default_rng(LIMIT_SEED).permutation(len(table))[: source.limit]
+    if source.part is not None:
+        indices = np.arange(len(table)) if indices is None else indices
+        held_out = np.arange(len(indices)) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
+        indices = indices[held_out if source.part == "val" else ~held_out]
+        if not len(indices):
+            raise UserError(f"data source {name} ({source.path}) has {len(table)} rows, too few to keep every "
+                            f"{HOLD_OUT_EVERY}th for validation; give data.val_path")
+    return Rows(table, indices, identity)
+
+
+def _open_table(name: str, source: SourceConfig, cache_dir: Path) -> tuple[Sequence, list]:
+    if source.path.startswith(GENERATE):
+        return _generated(source)
+    path = Path(source.path).expanduser()
+    if path.exists():
+        files = [path] if path.is_file() else find_split(path, source.subset, source.split)
+        return _local(name, files, cache_dir), [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    if path.suffix in BUILDERS or source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1:
+        raise UserError(f"data source {name}: no file or folder {source.path}; the path is looked up from {Path.cwd()}")
+    return _hub(name, source, cache_dir)
+
+
+def _generated(source: SourceConfig) -> tuple[Sequence, list]:
+    from chattrain.tasks import generated
+
+    words = Path(source.words).expanduser() if source.words else None
+    if words is not None and not words.is_file():
+        raise UserError(f"no word list {source.words}; give a text file with one word a line")
+    task = source.path.removeprefix(GENERATE)
+    try:
+        rows = generated.rows(task, source.split, source.limit, str(words) if words else None)
+    except ValueError as error:
+        raise UserError(f"{source.path}: {error}") from error
+    stamp = [words.stat().st_size, words.stat().st_mtime_ns] if words else None
+    return rows, [source.path, source.split, generated.GENERATOR_VERSION, stamp, list(sys.version_info[:3])]
+
+
+def _local(name: str, files: list[Path], cache_dir: Path) -> Sequence:
+    kinds = {BUILDERS.get(f.suffix) for f in files}
+    if None in kinds or len(kinds) > 1:
+        raise UserError(f"data source {name}: {files[0]} is of no kind that can be read; "
+                        f"known are {', '.join(BUILDERS)} (one kind a source)")
+    if kinds == {"jsonl"}:
+        return JsonLines(files)
+    return _load_dataset(name, kinds.pop(), cache_dir, data_files=[str(f) for f in files], split="train")
+
+
+def _hub(name: str, source: SourceConfig, cache_dir: Path) -> tuple[Sequence, list]:
+    dataset = _load_dataset(name, source.path, cache_dir, name=source.subset, split=source.split)
+    files = [Path(f["filename"]) for f in dataset.cache_files]
+    return dataset, [source.path, source.subset, source.split, [[str(f), f.stat().st_mtime_ns] for f in files]]
+
+
+def _load_dataset(name: str, path: str, cache_dir: Path, **arguments):
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, cache_dir=str(cache_dir / "datasets"), **arguments)
+    except Exception as error:  # the library raises a dozen kinds; each means that the data cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = arguments.get("data_files", [path])[0]
+        raise UserError(f"data source {name}: cannot load {where}: {reason}; check the name and the network, "
+                        "or give a local file or folder") from error
+
+
+def find_split(folder: Path, subset: str | None, split: str) -> list[Path]:
+    """Data files of one split in a folder that is laid out as on the hub, or that just holds files.
+
+    Looked for in <folder>/<subset> and <folder>: `<split>.parquet`, `<split>-00000-of-00001.parquet`, the same in
+    `data/`, any file in `<split>/`; and where no file is named after a split, all files (for `train`).
+    """
+    roots = [folder / subset, folder] if subset and (folder / subset).is_dir() else [folder]
+    if subset and len(roots) == 1 and subset not in ("all", "main", "default"):
+        raise UserError(f"{folder} has no folder {subset}; it holds {_listing(folder)}")
+    roots += [r for r in sorted(folder.iterdir()) if r.is_dir() and not subset]
+    for root in roots:
+        for pattern in (f"{split}.*", f"{split}-*", f"data/{split}[.-]*", f"{split}/*"):
+            found = sorted(f for f in root.glob(pattern) if f.suffix in BUILDERS)
+            if found:
+                return found
+    loose = sorted(f for f in folder.iterdir() if f.suffix in BUILDERS)
+    named = [f for f in loose if f.name.startswith(("train", "test", "val", "dev"))]
+    if split == "train" and loose and not named:
+        return loose
+    raise UserError(f"{folder} has no {split} split; it holds {_listing(folder)}. Name the file itself")
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(f.name for f in folder.iterdir())[:12]) or "nothing"
+
+
+class JsonLines:
+    """Rows of JSON Lines files, read where they lie.
+
+    Not through Arrow: a column there has one type, and a conversation's content may be a string in one row and a list
+    of parts in the next. A line that is a bare list is taken as a conversation's messages.
+    """
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self.lines: list[tuple[int, int, int]] = []  # (file, byte offset, line number)
+        for f, file in enumerate(files):
+            offset = 0
+            with file.open("rb") as stream:
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        self.lines.append((f, offset, number))
+                    offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, i: int) -> dict:
+        f, offset, number = self.lines[i]
+        with self.files[f].open("rb") as stream:
+            stream.seek(offset)
+            line = stream.readline()
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{self.files[f]} line {number} is not JSON: {error}") from error
+        if isinstance(row, list):
+            return {"messages": row}
+        if not isinstance(row, dict):
+            raise UserError(f"{self.files[f]} line {number} holds {type(row).__name__}, not an object")
+        return row

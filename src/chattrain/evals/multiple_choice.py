@@ -1,0 +1,82 @@
+"""Accuracy on lettered questions: which letter does the model find likeliest at the answer's place?
+
+Only the letters of the question compete, and only at the answer position, so the head is computed there alone. Rows are
+batched by length. The prompt is `chat.py`'s, up to and with `<|assistant_start|>`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from chattrain.chat import Malformed, render_prompt
+from chattrain.data.packing import bucket, pad_rows
+from chattrain.data.sources import Rows
+from chattrain.distributed import Ranks
+from chattrain.errors import UserError
+from chattrain.model.gpt import GPT, soft_cap
+from chattrain.tasks import multiple_choice
+from chattrain.tokenizer import Tokenizer
+
+
+class Question(NamedTuple):
+    ids: list[int]  # the prompt
+    letter_ids: list[int]  # token of each choice's letter
+    answer: int  # index of the right choice
+
+
+def questions(name: str, rows: Rows, tokenizer: Tokenizer, limit: int | None = None) -> list[Question]:
+    """The first `limit` rows as questions. Raises UserError with the row where one does not fit."""
+    out = []
+    for number, row in rows.read(0, min(len(rows), limit) if limit else len(rows)):
+        try:
+            _, _, letters, answer = multiple_choice.question(row)
+            ids = render_prompt(multiple_choice.conversation(row), tokenizer)
+        except (KeyError, ValueError, TypeError, Malformed) as error:
+            raise UserError(f"question set {name}, row {number}: {error!r}; a row needs question, choices and "
+                            "answer (or answerKey)") from error
+        tokens = [tokenizer.encode(letter) for letter in letters]
+        if any(len(t) != 1 for t in tokens):
+            raise UserError(f"question set {name}, row {number}: each of the letters {letters} must be one token of "
+                            "the tokenizer")
+        out.append(Question(ids, [t[0] for t in tokens], answer))
+    return out
+
+
+class MultipleChoice:
+    """eval/<name>_acc: share of questions of one set whose right letter has the highest logit (ties: the first)."""
+
+    def __init__(self, name: str, asked: list[Question], batch_size: int, pad_id: int, seq_len: int,
+                 device: torch.device, ranks: Ranks):
+        self.name, self.batch_size, self.pad_id, self.device, self.ranks = name, batch_size, pad_id, device, ranks
+        self.questions = sorted(asked, key=lambda q: len(q.ids))
+        self.seq_len = max(seq_len, max(len(q.ids) for q in asked))
+
+    @torch.no_grad()
+    def __call__(self, model: GPT, autocast: AbstractContextManager) -> dict[str, float]:
+        right = 0
+        starts = range(0, len(self.questions), self.batch_size)
+        for start in starts[self.ranks.rank :: self.ranks.world_size]:
+            right += self._right(model, self.questions[start : start + self.batch_size], autocast)
+        (right,) = self.ranks.sum([right])
+        return {f"eval/{self.name}_acc": right / len(self.questions)}
+
+    def _right(self, model: GPT, batch: list[Question], autocast: AbstractContextManager) -> int:
+        """Right answers in a batch of B questions, of at most L choices."""
+        width = bucket(max(len(q.ids) for q in batch), self.seq_len)
+        empty = np.empty(0, np.int64)
+        inputs, _ = pad_rows([(np.array(q.ids), empty) for q in batch], width, self.pad_id)
+        last = torch.tensor([len(q.ids) - 1 for q in batch], device=self.device)
+        L = max(len(q.letter_ids) for q in batch)
+        letters = torch.tensor([q.letter_ids + [0] * (L - len(q.letter_ids)) for q in batch], device=self.device)
+        there = torch.tensor([[i < len(q.letter_ids) for i in range(L)] for q in batch], device=self.device)
+        with autocast:
+            features = model.features(torch.from_numpy(inputs).to(self.device))
+            features = features[torch.arange(len(batch), device=self.device), last]  # (B, C)
+            logits = torch.einsum("bc,blc->bl", features.float(), model.lm_head.weight[letters].float())
+        logits = soft_cap(logits).masked_fill(~there, float("-inf"))
+        answers = torch.tensor([q.answer for q in batch], device=self.device)
+        return int((logits.argmax(dim=1) == answers).sum())

@@ -1,0 +1,45 @@
+"""Loss by tokens and bits per byte of the validation rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from chattrain.data.collators import Collator
+from chattrain.data.loader import evaluation_batches
+from chattrain.distributed import Ranks
+
+
+class Validation:
+    """val/loss: nats a supervised token. val/bpb: bits a byte of the tokens predicted.
+
+    Both are sums over sums, so they do not depend on batch size or number of ranks. Bytes are those of each target
+    token; special tokens stand for no bytes, and their loss is left out of bpb too, so bpb compares across tokenizers.
+    """
+
+    def __init__(self, collator: Collator, num_rows: int, device_batch_size: int, token_bytes: np.ndarray,
+                 device: torch.device, ranks: Ranks):
+        self.collator, self.num_rows, self.device_batch_size = collator, num_rows, device_batch_size
+        self.token_bytes = torch.from_numpy(token_bytes).to(device)
+        self.device, self.ranks = device, ranks
+
+    @torch.no_grad()
+    def __call__(self, losses_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """`losses_of(inputs, targets)` gives the loss in nats of each target, fp32 (B, T)."""
+        nats = counted_nats = torch.zeros((), dtype=torch.float64)
+        targets = bytes_ = 0
+        batches = evaluation_batches(self.collator, self.num_rows, self.device_batch_size, self.ranks.rank,
+                                     self.ranks.world_size)
+        for batch in batches:
+            batch = batch.to(self.device)
+            losses = losses_of(batch.inputs, batch.targets)
+            sizes = self.token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
+            nats = nats + losses.sum().double().cpu()
+            counted_nats = counted_nats + (losses * (sizes > 0)).sum().double().cpu()
+            targets += batch.num_targets
+            bytes_ += int(sizes.sum())
+        nats, counted_nats, targets, bytes_ = self.ranks.sum([float(nats), float(counted_nats), targets, bytes_])
+        return {"val/loss": nats / max(1, targets), "val/bpb": counted_nats / math.log(2) / max(1, bytes_)}

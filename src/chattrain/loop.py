@@ -1,0 +1,174 @@
+"""THE LOOP: one optimizer step after another, whatever the data. Runner builds the parts; nothing here chooses any."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from chattrain.data.collators import Batch
+from chattrain.data.loader import Loader
+from chattrain.distributed import Ranks
+from chattrain.errors import RunFailed
+from chattrain.optim.named import NamedOptimizer
+
+
+@dataclass
+class State:
+    """How far a run is. step counts optimizer steps only; tokens are counted over all ranks, padding left out."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    supervised_tokens: int = 0
+    interrupted: bool = False
+    tokens_per_second: float | None = None  # of this process, from its second step on
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """After how many steps something is done; None: only at the end."""
+
+    log: int
+    evaluate: int | None
+    save: int | None
+    num_steps: int
+
+    def due(self, every: int | None, step: int) -> bool:
+        return step == self.num_steps or (every is not None and step % every == 0)
+
+
+@dataclass
+class Parts:
+    """What the loop runs on."""
+
+    model: nn.Module
+    losses_of: Callable[[Tensor, Tensor], Tensor]  # (inputs, targets), both (B, T) -> nats (B, T); compiled, autocast
+    optimizer: NamedOptimizer
+    lr_factor: Callable[[int], float]  # step -> factor on every learning rate
+    loader: Loader
+    evaluate: Callable[[], dict[str, float]]
+    save: Callable[[State], None]
+    track: Callable[[int, dict[str, float]], None]
+    show: Callable[[int], None]  # moves the progress display
+    stop_asked: Callable[[], bool]  # has this process been asked to stop?
+    ranks: Ranks
+    max_grad_norm: float | None
+    flops_per_token: int
+    peak_flops: float | None  # of one device; None: unknown
+
+
+@dataclass
+class StepResult:
+    loss: float  # nats a supervised token, over all ranks and micro-batches
+    grad_norm: float
+    tokens: int
+    supervised: int
+    stop: bool
+
+
+def fit(parts: Parts, state: State, cadence: Cadence) -> State:
+    """Train from state.step until cadence.num_steps, or until a rank is asked to stop; the state is saved either way."""
+    if state.step == 0:
+        parts.track(0, parts.evaluate())
+    speed = Speed(parts, state)
+    while state.step < cadence.num_steps and not state.interrupted:
+        batches = parts.loader.step(state.step)
+        factor = parts.lr_factor(state.step)
+        parts.optimizer.set_lr_factor(factor)
+        result = train_step(parts, batches, state.step)
+
+        state.step += 1
+        state.tokens_seen += result.tokens
+        state.supervised_tokens += result.supervised
+        state.interrupted = result.stop
+        speed.tick()
+        parts.show(state.step)
+        if cadence.due(cadence.log, state.step):
+            parts.track(state.step, {
+                "train/loss": result.loss, "train/grad_norm": result.grad_norm, "lr_factor": factor,
+                **parts.optimizer.learning_rates(), **speed.since_last(),
+                "train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens})
+        state.tokens_per_second = speed.overall()
+        if cadence.due(cadence.evaluate, state.step):
+            with speed.paused():
+                parts.track(state.step, parts.evaluate())
+        if cadence.due(cadence.save, state.step) or state.interrupted:
+            with speed.paused():
+                parts.save(state)
+    return state
+
+
+def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
+    """One optimizer step on this rank's micro-batches.
+
+    Its loss is the sum over all supervised tokens divided by their number, over micro-batches and ranks alike: a mean
+    of means would weigh tokens by the company they are in. Raises RunFailed before the weights change if the step has
+    no supervised token, or loss or gradient are not finite.
+    """
+    ranks = parts.ranks
+    supervised, tokens, stop = ranks.sum([sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches),
+                                          float(parts.stop_asked())])
+    if not supervised:
+        raise RunFailed(f"step {step} has no supervised token in its rows: {parts.loader.describe(step)}")
+    total = torch.zeros((), device=batches[0].inputs.device)
+    for batch in batches:
+        loss = parts.losses_of(batch.inputs, batch.targets).sum() / supervised
+        loss.backward()
+        total += loss.detach()
+    parameters = list(parts.model.parameters())
+    ranks.sum_gradients(parameters)
+    (loss,) = ranks.sum([float(total)])
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if not math.isfinite(loss) or not math.isfinite(float(norm)):
+        raise RunFailed(f"step {step}: loss {loss:.4g}, gradient norm {float(norm):.4g}: not finite, stopped before the "
+                        f"weights change. Lower optimizer.lr_scale or set train.max_grad_norm. Rows: "
+                        f"{parts.loader.describe(step)}")
+    if parts.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, parts.max_grad_norm, norm)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad()
+    return StepResult(loss, float(norm), int(tokens), int(supervised), stop > 0)
+
+
+class Speed:
+    """Tokens a second and model FLOPs utilisation over all ranks; time in `paused` is left out.
+
+    The first step of a process compiles and warms up, so `overall` counts from the second.
+    """
+
+    def __init__(self, parts: Parts, state: State):
+        self.parts, self.state = parts, state
+        self.last = (time.perf_counter(), state.tokens_seen)
+        self.first: tuple[float, int] | None = None
+
+    def tick(self) -> None:
+        """A step is over."""
+        if self.first is None:
+            self.first = (time.perf_counter(), self.state.tokens_seen)
+
+    def since_last(self) -> dict[str, float]:
+        rate = self._rate(self.last)
+        self.last = (time.perf_counter(), self.state.tokens_seen)
+        peak, ranks = self.parts.peak_flops, self.parts.ranks.world_size
+        utilisation = {} if peak is None else {"train/mfu": rate * self.parts.flops_per_token / (peak * ranks)}
+        return {"train/tokens_per_second": rate, **utilisation}
+
+    def overall(self) -> float:
+        return self._rate(self.first or self.last)
+
+    def _rate(self, since: tuple[float, int]) -> float:
+        return (self.state.tokens_seen - since[1]) / max(time.perf_counter() - since[0], 1e-9)
+
+    @contextmanager
+    def paused(self):
+        begun = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begun
+        self.last = (self.last[0] + spent, self.last[1])
+        if self.first is not None:
+            self.first = (self.first[0] + spent, self.first[1])

@@ -1,0 +1,1 @@
+"""The model and text generation with it."""

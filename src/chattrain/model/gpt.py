@@ -1,0 +1,167 @@
+"""The model: nanochat's GPT of December 2025.
+
+Rotary embeddings (https://arxiv.org/abs/2104.09864), RMSNorm without parameters, on queries and keys too and after the
+embedding, squared ReLU (https://arxiv.org/abs/2109.08668), no biases, untied head, logits capped softly at 15,
+grouped-query attention (https://arxiv.org/abs/2305.13245) as an option. Parameter names are nanochat's.
+
+B rows, T tokens, V vocabulary, C = n_embd channels, H heads of D channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chattrain.data.packing import IGNORE_INDEX
+
+ROPE_BASE = 10_000.0
+LOGIT_CAP = 15.0
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + D/2) of x (B, T, H, D) by the angles of their positions; cos and sin are (T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, (layers, B, H, max_tokens, D); `length` tokens of it are filled."""
+
+    def __init__(self, model: GPT, batch_size: int, max_tokens: int):
+        shape = (model.n_layer, batch_size, model.n_kv_head, max_tokens, model.head_dim)
+        device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, T, D) behind what is there; returns all so far. `length` moves when the pass is over."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end].to(k.dtype), self.values[layer, :, :, :end].to(v.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, n_embd: int, n_head: int, n_kv_head: int):
+        super().__init__()
+        self.head_dim = n_embd // n_head
+        self.grouped = n_kv_head != n_head
+        self.c_q = nn.Linear(n_embd, n_head * self.head_dim, bias=False)
+        self.c_k = nn.Linear(n_embd, n_kv_head * self.head_dim, bias=False)
+        self.c_v = nn.Linear(n_embd, n_kv_head * self.head_dim, bias=False)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
+        q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+            mask = _causal_mask(q.size(2), k.size(2), q.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+
+def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool: the last query sees all keys."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+class MLP(nn.Module):
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, n_embd: int, n_head: int, n_kv_head: int):
+        super().__init__()
+        self.attn = Attention(n_embd, n_head, n_kv_head)
+        self.mlp = MLP(n_embd)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin, cache, layer)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """`model(inputs, targets)` gives the loss of every target, `model(inputs)` the logits.
+
+    Sizes: n_embd is split over n_head heads; n_kv_head (null: n_head) key and value heads serve them in groups.
+    """
+
+    def __init__(self, vocab_size: int, n_layer: int, n_embd: int, n_head: int, n_kv_head: int | None = None):
+        super().__init__()
+        self.n_layer, self.n_head, self.n_kv_head = n_layer, n_head, n_kv_head or n_head
+        self.head_dim = n_embd // n_head
+        self.n_embd, self.vocab_size = n_embd, vocab_size
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(vocab_size, n_embd),
+            "h": nn.ModuleList(Block(n_embd, n_head, self.n_kv_head) for _ in range(n_layer)),
+        })
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Scaled normal matrices (https://arxiv.org/abs/2310.17813), zero output projections and head, normal embedding."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight") or name == "lm_head.weight":
+                p.zero_()
+            elif name == "transformer.wte.weight":
+                p.normal_(generator=generator)
+            else:
+                fan_out, fan_in = p.shape
+                p.normal_(std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
+
+    def features(self, inputs: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) token ids to (B, T, C): what the head reads."""
+        first = cache.length if cache is not None else 0
+        cos, sin = self._rotary(first, inputs.size(1), inputs.device)
+        x = norm(self.transformer.wte(inputs))
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cos, sin, cache, layer)
+        if cache is not None:
+            cache.length += inputs.size(1)
+        return norm(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(..., C) to fp32 (..., V), capped softly: 15 tanh(x / 15)."""
+        return soft_cap(self.lm_head(features))
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """With targets (B, T): their losses in nats, fp32 (B, T), 0 where ignored. Without: logits (B, T, V)."""
+        logits = self.logits(self.features(inputs))
+        if targets is None:
+            return logits
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+        return losses.view(targets.shape)
+
+    def _rotary(self, first: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, 1, D/2) of positions first, first + 1, ...; rounded to bf16 as in the reference."""
+        channels = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, 1.0 / ROPE_BASE ** (channels / self.head_dim))[:, None, :]
+        return angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
+        matmul_weights = sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight.numel()
+        return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * seq_len
+
+
+def soft_cap(logits: Tensor) -> Tensor:
+    return LOGIT_CAP * torch.tanh(logits.float() / LOGIT_CAP)

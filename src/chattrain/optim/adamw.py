@@ -1,0 +1,21 @@
+"""AdamW on every parameter (https://arxiv.org/abs/1711.05101): torch's, with groups by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from chattrain.optim.groups import parameter_groups
+from chattrain.optim.named import NamedOptimizer
+
+
+def build(model: nn.Module, lr: float, lr_scale: float, betas: list[float], eps: float,
+          weight_decay: float) -> NamedOptimizer:
+    """One learning rate for all groups; weight decay on matrices only."""
+    groups = parameter_groups(model)
+    members = [{"name": name, "params": [p for _, p in members], "lr": lr * lr_scale,
+                "weight_decay": weight_decay if name == "matrix" else 0.0}
+               for name, members in groups.items() if members]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(members, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
+    return NamedOptimizer([optimizer], groups)

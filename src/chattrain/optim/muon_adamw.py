@@ -1,0 +1,94 @@
+"""Muon on the matrices of the blocks, AdamW on embeddings and head: nanochat's optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from chattrain.optim.groups import parameter_groups
+from chattrain.optim.named import NamedOptimizer
+
+# Quintic of the Newton-Schulz iteration, chosen for the steepest slope at 0: singular values end near 1, not at it.
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+WIDTH_OF_TUNING = 768  # n_embd at which embed_lr and lm_head_lr were tuned
+
+
+def orthogonalize(update: Tensor, steps: int) -> Tensor:
+    """Nearest semi-orthogonal matrix to `update` (rows, columns), roughly, in bf16 by Newton-Schulz iterations.
+
+    Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon/.
+    """
+    a, b, c = NS_COEFFICIENTS
+    wide = update.size(0) <= update.size(1)
+    x = (update if wide else update.mT).bfloat16()
+    x = x / x.norm().clamp(min=1e-7)  # spectral norm at most 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def momentum_at(step: int, start: float, end: float, warmup_steps: int) -> float:
+    """Linear from start to end over the first steps.
+
+    >>> [round(momentum_at(s, 0.85, 0.95, 300), 3) for s in (0, 150, 300, 1000)]
+    [0.85, 0.9, 0.95, 0.95]
+    """
+    share = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
+    return (1 - share) * start + share * end
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum whose update is orthogonalized, for 2-D parameters.
+
+    A matrix of r rows and c columns moves by lr x sqrt(max(1, r / c)) along the orthogonalized update. The momentum
+    warms up with the optimizer's own steps.
+    """
+
+    STATE = ("step", "momentum_buffer")
+
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, momentum_start: float = 0.85,
+                 momentum_warmup_steps: int = 300, ns_steps: int = 5):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "momentum_start": momentum_start,
+                                  "momentum_warmup_steps": momentum_warmup_steps, "ns_steps": ns_steps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+
+    def _update(self, p: Tensor, grad: Tensor, group: dict) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"],
+                               group["momentum_warmup_steps"])
+        state["step"] += 1
+        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        update = orthogonalize(grad.lerp(buffer, momentum), group["ns_steps"])
+        p.add_(update, alpha=-group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+
+
+def build(model: nn.Module, lr_scale: float, matrix_lr: float, embed_lr: float, lm_head_lr: float, momentum: float,
+          momentum_start: float, momentum_warmup_steps: int, ns_steps: int, betas: list[float], eps: float,
+          weight_decay: float) -> NamedOptimizer:
+    """Learning rates of embeddings and head are scaled by (n_embd / 768)^-0.5, all by lr_scale.
+
+    Raises ValueError for a model with vector parameters: this recipe has no learning rate for them.
+    """
+    groups = parameter_groups(model)
+    if groups["vector"]:
+        raise ValueError(f"muon_adamw has no group for {groups['vector'][0][0]}; use optimizer=adamw")
+    params = {name: [p for _, p in members] for name, members in groups.items()}
+    width = (model.n_embd / WIDTH_OF_TUNING) ** -0.5
+    device = params["lm_head"][0].device.type
+    adamw = torch.optim.AdamW(
+        [{"name": "embed", "params": params["embed"], "lr": embed_lr * width * lr_scale},
+         {"name": "lm_head", "params": params["lm_head"], "lr": lm_head_lr * width * lr_scale}],
+        betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=device in ("cuda", "cpu"))
+    muon = Muon([{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}], momentum=momentum,
+                momentum_start=momentum_start, momentum_warmup_steps=momentum_warmup_steps, ns_steps=ns_steps)
+    return NamedOptimizer([muon, adamw], groups)

@@ -1,0 +1,77 @@
+"""One or more torch optimizers as one, with state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class NamedOptimizer:
+    """Steps several torch.optim optimizers together.
+
+    Every parameter group has a `name` (`lr/<name>` in the metrics) and the learning rate it was built with, which the
+    schedule's factor multiplies. State is saved under the parameters' names, so a checkpoint does not depend on the
+    order of parameters or on how they are spread over processes.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer],
+                 groups: dict[str, list[tuple[str, nn.Parameter]]]):
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
+        self._names = {p: name for members in groups.values() for name, p in members}
+        held = [p for group in self.param_groups for p in group["params"]]
+        if len(held) != len(self._names) or set(held) != set(self._names):
+            raise ValueError("the optimizers must hold each parameter exactly once")
+
+    def set_lr_factor(self, factor: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def learning_rates(self) -> dict[str, float]:
+        return {f"lr/{group['name']}": float(group["lr"]) for group in self.param_groups}
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """`<parameter>/<entry>` -> tensor, such as `lm_head.weight/exp_avg`."""
+        out = {}
+        for optimizer in self.optimizers:
+            for p, entries in optimizer.state.items():
+                for entry, value in entries.items():
+                    out[f"{self._names[p]}/{entry}"] = torch.as_tensor(value)
+        return out
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave. Raises ValueError where it was another optimizer's."""
+        for optimizer, entries in zip(self.optimizers, self._split(state), strict=True):
+            for p, values in entries.items():
+                optimizer.state[p] = {k: v.to(p.device).clone() if v.ndim else v.clone() for k, v in values.items()}
+
+    def _split(self, state: dict[str, Tensor]) -> Iterable[dict[nn.Parameter, dict[str, Tensor]]]:
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            name, _, entry = key.rpartition("/")
+            by_name.setdefault(name, {})[entry] = value
+        if set(by_name) != set(self._names.values()):
+            raise ValueError("the optimizer state is of other parameters")
+        out = []
+        for optimizer in self.optimizers:
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            out.append({p: by_name[self._names[p]] for p in held})
+            for values in out[-1].values():
+                if set(values) != set(optimizer.STATE if hasattr(optimizer, "STATE") else ADAMW_STATE):
+                    raise ValueError("the optimizer state was saved by another optimizer")
+        return out
+
+
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")

@@ -1,0 +1,246 @@
+"""All that is decided and made once, before any process trains: run folder, start, tokenizer, token caches, step count.
+
+Whatever can be wrong in what the user asked for is found here, before the run folder exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.utils import instantiate
+
+from chattrain import checkpoint, init
+from chattrain.config import Config, Resume, Schema, SourceConfig, to_yaml
+from chattrain.data.cache import default_cache_dir, prepare
+from chattrain.data.collators import Collator
+from chattrain.data.mixture import Mixture
+from chattrain.data.sources import open_rows
+from chattrain.errors import UserError
+from chattrain.names import launch_time
+from chattrain.evals.multiple_choice import Question, questions
+from chattrain.tasks import document
+from chattrain.tokenizer import ASSISTANT_END, Tokenizer
+
+log = logging.getLogger("chattrain")
+
+VALIDATION_SEED = 0  # the order of validation rows is the same in every run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decided once, then handed to every process."""
+
+    run_dir: Path
+    start: init.Start
+    resume: Path | None  # checkpoint to go on from
+    tokenizer_dir: Path
+    finished: dict | None = None  # summary of a run that has nothing left to do
+
+
+@dataclass
+class RunData:
+    """The data of a run, opened; the same in every process."""
+
+    tokenizer: Tokenizer
+    train: Collator | None
+    validation: Collator | None
+    validation_rows: int
+    question_sets: dict[str, list[Question]]
+    rows_per_step: int
+    num_steps: int
+    fingerprint: str
+
+
+def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
+    """Raises UserError before anything is written for this run, except caches."""
+    cfg.train.rows_a_step(world_size)
+    run_dir = choose_run_dir(cfg)
+    resume = _find_resume(cfg, run_dir)
+    start = init.Start(resume, f"{resume} (resumed)") if resume else init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
+    tokenizer_dir = choose_tokenizer(cfg, start.checkpoint)
+    data = open_data(cfg, tokenizer_dir, world_size)
+    plan = Plan(run_dir, start, resume, tokenizer_dir)
+    if resume:
+        plan = _resumed_plan(cfg, plan, data)
+    elif cfg.run.resume == Resume.never:
+        _move_aside(run_dir)
+    if plan.finished is None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(cfg))
+    return plan, data
+
+
+def choose_run_dir(cfg: Config) -> Path:
+    """run.dir, or <root>/<stage>/<name>; a name that is not given is the time of the launch."""
+    if cfg.run.dir:
+        return Path(cfg.run.dir).expanduser().resolve()
+    name = cfg.run.name or launch_time()
+    return (Path(cfg.run.root).expanduser() / cfg.stage / name).resolve()
+
+
+def _find_resume(cfg: Config, run_dir: Path) -> Path | None:
+    found = checkpoint.newest_valid(run_dir) if cfg.run.resume != Resume.never else None
+    if cfg.run.resume == Resume.must and found is None:
+        raise UserError(f"run.resume=must, but {run_dir} has no valid checkpoint; name the run with run.name or "
+                        "run.dir, or use run.resume=auto")
+    return found
+
+
+def _resumed_plan(cfg: Config, plan: Plan, data: RunData) -> Plan:
+    """Check that the run goes on as it began; a finished one is marked so."""
+    state = checkpoint.load_state(plan.resume)
+    misfit = init.shape_misfit(plan.resume, cfg.model)
+    if misfit or state.data_fingerprint != data.fingerprint:
+        raise UserError(f"{plan.run_dir} was begun with {misfit or 'other data, seed, seq_len or batch size'}, so it "
+                        "cannot go on as the same run; use another run.name, or run.resume=never to start anew")
+    if state.num_steps != data.num_steps:
+        log.warning("the run was planned for %d steps, now for %d: the schedule is another one from here on",
+                    state.num_steps, data.num_steps)
+    summary = plan.run_dir / "summary.json"
+    if state.step >= data.num_steps and summary.is_file():
+        finished = json.loads(summary.read_text())
+        if finished.get("status") == "completed":
+            log.info("%s is complete (step %d of %d): nothing to do. run.resume=never starts anew",
+                     plan.run_dir, state.step, data.num_steps)
+            return Plan(**{**plan.__dict__, "finished": finished})
+    log.info("going on from %s (step %d of %d)", plan.resume, state.step, data.num_steps)
+    return plan
+
+
+def _move_aside(run_dir: Path) -> None:
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    number = 1
+    while (old := run_dir.with_name(f"{run_dir.name}.old{number}")).exists():
+        number += 1
+    run_dir.rename(old)
+    log.warning("run.resume=never: what %s held is now in %s", run_dir, old)
+
+
+def open_data(cfg: Config, tokenizer_dir: Path, world_size: int, train: bool = True) -> RunData:
+    """Open token caches (made where they are missing), collators and question sets. `train` False: those of evals only."""
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    mixture = cfg.data.mixture(cfg.stage)
+    rows_per_step = cfg.train.rows_a_step(world_size) if train else 0
+    collator = _collator(cfg, tokenizer, mixture.train, "train", cfg.run.seed) if train else None
+    num_steps = 0
+    if collator:
+        num_steps = cfg.train.max_steps or collator.steps_in(cfg.train.num_epochs, rows_per_step)
+        _report_counts("training", collator)
+    validation, rows = None, 0
+    if cfg.eval.validation:
+        validation = _collator(cfg, tokenizer, mixture.val, "val", VALIDATION_SEED, last_epoch=0)
+        rows = validation.rows_in(1)
+        if cfg.eval.max_tokens:
+            rows = min(rows, max(1, cfg.eval.max_tokens // cfg.train.seq_len))
+    sets = _question_sets(cfg, tokenizer) if cfg.eval.multiple_choice else {}
+    return RunData(tokenizer, collator, validation, rows, sets, rows_per_step, num_steps,
+                   _fingerprint(cfg, collator, rows_per_step) if collator else "")
+
+
+def _collator(cfg: Config, tokenizer: Tokenizer, sources: dict[str, SourceConfig], part: str, seed: int,
+              last_epoch: int | None = None) -> Collator:
+    if not sources:
+        raise UserError(f"data.stages.{cfg.stage}.{part} has no source; name one, or use eval=none for no validation")
+    skip = cfg.data.on_malformed.name == "skip"
+    caches = [prepare(name, source, tokenizer, cache_dir(cfg), skip, cfg.data.workers)
+              for name, source in sources.items()]
+    documents = Mixture(caches, list(sources.values()), seed)
+    return instantiate(cfg.collator, documents, cfg.train.seq_len, tokenizer.special(ASSISTANT_END),
+                       last_epoch=last_epoch)
+
+
+def _report_counts(what: str, collator: Collator) -> None:
+    counts = collator.counts
+    log.info("%s mixture: %s documents an epoch", what, f"{counts.documents:,}")
+    if counts.truncated:
+        log.warning("%s: %d conversations are longer than train.seq_len and cut (%d tokens lost)", what,
+                    counts.truncated, counts.truncated_tokens)
+    if counts.left_out:
+        log.warning("%s: %d conversations have no supervised token within train.seq_len and are left out", what,
+                    counts.left_out)
+
+
+def _question_sets(cfg: Config, tokenizer: Tokenizer) -> dict[str, list[Question]]:
+    sources = dict(cfg.data.multiple_choice)
+    choice = {"schema": Schema.multiple_choice, "split": cfg.eval.split}
+    if cfg.eval.mmlu_path:
+        sources["mmlu"] = SourceConfig(path=cfg.eval.mmlu_path, subset="all", **choice)
+    if cfg.eval.arc_path:
+        sources["arc_easy"] = SourceConfig(path=cfg.eval.arc_path, subset="ARC-Easy", **choice)
+        sources["arc_challenge"] = SourceConfig(path=cfg.eval.arc_path, subset="ARC-Challenge", **choice)
+    if not sources:
+        log.warning("multiple-choice accuracy is asked for, but this data has no question set and neither "
+                    "eval.mmlu_path nor eval.arc_path is given: none is measured")
+    for name, source in sources.items():
+        if cfg.eval.max_problems and (source.limit is None or source.limit > cfg.eval.max_problems):
+            sources[name] = SourceConfig(**{**source.__dict__, "limit": cfg.eval.max_problems})
+    return {name: questions(name, open_rows(name, source, cache_dir(cfg)), tokenizer)
+            for name, source in sources.items()}
+
+
+def _fingerprint(cfg: Config, collator: Collator, rows_per_step: int) -> str:
+    """Hash of all that decides which batch a step sees."""
+    documents: Mixture = collator.documents
+    decides = [[c.content_hash, s.epochs, s.weight] for c, s in zip(documents.caches, documents.sources, strict=True)]
+    decides += [cfg.run.seed, cfg.collator._target_, cfg.train.seq_len, rows_per_step]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+
+def cache_dir(cfg: Config) -> Path:
+    return Path(cfg.data.cache_dir).expanduser().resolve() if cfg.data.cache_dir else default_cache_dir()
+
+
+def choose_tokenizer(cfg: Config, start: Path | None) -> Path:
+    """Folder of the tokenizer: the checkpoint's, else tokenizer.path, else one trained on this data and kept.
+
+    Raises UserError where a checkpoint is given a tokenizer.path whose ids differ.
+    """
+    given = Path(cfg.tokenizer.path).expanduser() if cfg.tokenizer.path else None
+    if start is not None:
+        saved = Tokenizer.load(start)
+        if given is not None:
+            other = Tokenizer.load(given)
+            if other.fingerprint() != saved.fingerprint():
+                raise UserError(f"tokenizer.path={given} (vocabulary of {other.vocab_size}) is not the tokenizer that "
+                                f"{start} was trained with (vocabulary of {saved.vocab_size}); leave tokenizer.path out")
+        return start / "tokenizer"
+    if given is not None:
+        Tokenizer.load(given)
+        return given
+    return _trained_tokenizer(cfg)
+
+
+def _trained_tokenizer(cfg: Config) -> Path:
+    """Byte-pair encoding of this data's training texts, of all stages, so that each of them has its words."""
+    mixtures = list(cfg.data.stages.values()) or [cfg.data.mixture(cfg.stage)]
+    sources = {json.dumps([s.path, s.subset, s.split, s.part, s.words]): (name, s)
+               for mixture in mixtures for name, s in mixture.train.items()}
+    opened = [(source, open_rows(name, source, cache_dir(cfg))) for name, source in sources.values()]
+    decides = [[rows.identity for _, rows in opened], list(sources), cfg.tokenizer.vocab_size, cfg.tokenizer.train_chars]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
+    folder = cache_dir(cfg) / "tokenizers" / key
+    if not (folder / "encoding.json").is_file():
+        log.info("training a tokenizer of %d tokens on this data", cfg.tokenizer.vocab_size)
+        Tokenizer.train(_texts(opened, cfg.tokenizer.train_chars), cfg.tokenizer.vocab_size).save(folder)
+    return folder
+
+
+def _texts(opened: list, max_chars: int) -> Iterator[str]:
+    """Texts of all sources, each with the same share of max_chars."""
+    for source, rows in opened:
+        left = max_chars // len(opened)
+        for _, row in rows.read(0, len(rows)):
+            try:
+                texts = [piece.text for piece in document(row, source.schema.name) if not piece.special]
+            except ValueError:  # malformed: reported when the row is tokenised
+                continue
+            yield from texts
+            left -= sum(len(text) for text in texts)
+            if left < 0:
+                break

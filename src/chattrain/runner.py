@@ -1,0 +1,232 @@
+"""Builds the parts of a run, starts its processes, and hands the parts to the loop. Read this, then loop.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+
+from chattrain import checkpoint, device, distributed, loop
+from chattrain.config import Config, to_yaml
+from chattrain.data.loader import Loader
+from chattrain.distributed import Ranks
+from chattrain.errors import UserError
+from chattrain.evals.multiple_choice import MultipleChoice
+from chattrain.evals.validation import Validation
+from chattrain.prepare import Plan, RunData, make_plan, open_data
+from chattrain.report import write_report
+from chattrain.tokenizer import ASSISTANT_END
+from chattrain.tracking import MLflowSink, NullTracker, Tracker, setup_logging
+
+log = logging.getLogger("chattrain")
+
+
+def train(cfg: Config) -> dict:
+    """Run a training from start to summary, on one process or many; returns the summary."""
+    if distributed.started_by_launcher():
+        return _train_as_rank(cfg, plan=None)
+    nproc = distributed.world_size(cfg.distributed.nproc)
+    plan, data = make_plan(cfg, nproc)
+    if plan.finished:
+        return plan.finished
+    if nproc == 1:
+        return work(cfg, plan, Ranks(), data)
+    try:
+        return distributed.launch(nproc, _train_as_rank, cfg, plan)
+    except distributed.Stopped:  # the ranks have saved and written the summary
+        return json.loads((plan.run_dir / "summary.json").read_text())
+
+
+def _train_as_rank(cfg: Config, plan: Plan | None) -> dict:
+    """What each process of a launch runs. Under torchrun there is no parent to plan, so rank 0 does."""
+    ranks = distributed.join(cfg.distributed.timeout_s)
+    try:
+        plan = plan or ranks.first(lambda: make_plan(cfg, ranks.world_size)[0])
+        if plan.finished:
+            return plan.finished
+        return work(cfg, plan, ranks, open_data(cfg, plan.tokenizer_dir, ranks.world_size))
+    finally:
+        ranks.close()
+
+
+def work(cfg: Config, plan: Plan, ranks: Ranks, data: RunData) -> dict:
+    """Train in this process. Whatever happens, rank 0 leaves a summary.json that says so."""
+    close_log = setup_logging(plan.run_dir if ranks.is_main else None, console=ranks.is_main, resume=bool(plan.resume))
+    tracker, state, error = NullTracker(), loop.State(), None
+    try:
+        log.info("run folder %s, starting from %s", plan.run_dir, plan.start.description)
+        with stop_on_signal() as stop_asked:
+            saved = checkpoint.load_state(plan.resume) if plan.resume else None
+            tracker = build_tracker(cfg, plan, ranks, data, saved)
+            parts, state = build_parts(cfg, plan, ranks, data, tracker, stop_asked, saved)
+            cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, data.num_steps)
+            try:
+                state = loop.fit(parts, state, cadence)
+            finally:
+                parts.loader.close()
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        summary = summarize(cfg, plan, data, tracker, state, error)
+        if ranks.is_main:
+            write_json(plan.run_dir / "summary.json", summary)
+            write_report(plan.run_dir)
+            log.info("%s after %d steps: %s", summary["status"], state.step, plan.run_dir / "report.html")
+        tracker.finish(summary)
+        close_log()
+    return summary
+
+
+def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, stop_asked,
+                saved: checkpoint.CheckpointState | None) -> tuple[loop.Parts, loop.State]:
+    """Model, optimizer, data and evals of this process, and the state that they start in."""
+    where = device.pick_device(cfg.train.device, ranks.local_rank)
+    model = build_model(cfg, data.tokenizer.vocab_size, plan.start.checkpoint).to(where)
+    optimizer = instantiate(cfg.optimizer, model)
+    state = loop.State()
+    if saved:
+        state = loop.State(saved.step, saved.tokens_seen, saved.supervised_tokens)
+        try:
+            optimizer.load_state(checkpoint.load_optimizer(plan.resume))
+        except ValueError as error:
+            raise UserError(f"{plan.resume}: {error}; use the optimizer that the run began with") from error
+    autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
+    losses_of = forward_in(autocast, device.compiled(model, cfg.train.compile, where))
+    schedule = instantiate(cfg.schedule)
+    return loop.Parts(
+        model=model, losses_of=losses_of, optimizer=optimizer,
+        lr_factor=lambda step: schedule(step, data.num_steps),
+        loader=Loader(data.train, data.rows_per_step, cfg.train.device_batch_size, where, ranks.rank, ranks.world_size),
+        evaluate=build_evaluation(cfg, data, model, losses_of, autocast, where, ranks),
+        save=lambda s: save_checkpoint(cfg, plan, data, model, optimizer, tracker, ranks, s),
+        track=tracker.log, show=tracker.update, stop_asked=stop_asked, ranks=ranks,
+        max_grad_norm=cfg.train.max_grad_norm, flops_per_token=model.flops_per_token(cfg.train.seq_len),
+        peak_flops=device.peak_flops(where)), state
+
+
+def forward_in(autocast, module):
+    """(inputs, targets) -> losses, in the number format of the run."""
+    def losses_of(inputs, targets):
+        with autocast:
+            return module(inputs, targets)
+    return losses_of
+
+
+def build_model(cfg: Config, vocab_size: int, start: Path | None) -> torch.nn.Module:
+    """The model on the CPU, with the checkpoint's weights, or random ones that follow from the seed alone."""
+    with torch.device("meta"):
+        model = instantiate(cfg.model, vocab_size=vocab_size)
+    model.to_empty(device="cpu")
+    if start is None:
+        model.init_weights(torch.Generator().manual_seed(cfg.run.seed))
+    else:
+        checkpoint.load_model(start, model)
+    return model
+
+
+def build_evaluation(cfg: Config, data: RunData, model, losses_of, autocast, where: torch.device, ranks: Ranks):
+    """One function that measures all that the config asks for: name -> value."""
+    pad_id = data.tokenizer.special(ASSISTANT_END)
+    validation = Validation(data.validation, data.validation_rows, cfg.train.device_batch_size,
+                            data.tokenizer.token_bytes(), where, ranks) if data.validation else None
+    choices = [MultipleChoice(name, asked, cfg.eval.batch_size, pad_id, cfg.train.seq_len, where, ranks)
+               for name, asked in data.question_sets.items()]
+
+    def evaluate() -> dict[str, float]:
+        model.eval()
+        metrics = validation(losses_of) if validation else {}
+        for choice in choices:
+            metrics |= choice(model, autocast)
+        model.train()
+        return metrics
+
+    return evaluate
+
+
+def build_tracker(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, saved: checkpoint.CheckpointState | None):
+    if not ranks.is_main:
+        return NullTracker()
+    sink = None
+    if cfg.tracking.mlflow:
+        uri = cfg.tracking.uri or f"sqlite:///{(Path(cfg.run.root).expanduser() / 'mlflow.db').resolve()}"
+        sink = MLflowSink(uri, cfg.tracking.experiment, f"{cfg.stage}/{plan.run_dir.name}", _flatten(asdict(cfg)),
+                          {"stage": cfg.stage, "run_dir": str(plan.run_dir)}, saved.mlflow_run_id if saved else None)
+    return Tracker(plan.run_dir, data.num_steps, saved.step if saved else 0, sink)
+
+
+def save_checkpoint(cfg: Config, plan: Plan, data: RunData, model, optimizer, tracker, ranks: Ranks,
+                    state: loop.State) -> None:
+    shape = {"vocab_size": model.vocab_size, "n_layer": model.n_layer, "n_embd": model.n_embd, "n_head": model.n_head,
+             "n_kv_head": model.n_kv_head}
+
+    def write() -> None:
+        saved = checkpoint.CheckpointState(
+            step=state.step, tokens_seen=state.tokens_seen, supervised_tokens=state.supervised_tokens, stage=cfg.stage,
+            model=shape, data_fingerprint=data.fingerprint, num_steps=data.num_steps, metrics=dict(tracker.last),
+            mlflow_run_id=getattr(tracker, "mlflow_run_id", None))
+        checkpoint.save(plan.run_dir, saved, model, optimizer.state(), data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep)
+
+    ranks.first(write)
+
+
+def summarize(cfg: Config, plan: Plan, data: RunData, tracker, state: loop.State, error: BaseException | None) -> dict:
+    interrupted = state.interrupted or isinstance(error, KeyboardInterrupt)
+    newest = checkpoint.all_checkpoints(plan.run_dir)
+    return {
+        "status": "interrupted" if interrupted else "failed" if error else "completed",
+        "stage": cfg.stage, "run_dir": str(plan.run_dir), "steps": state.step, "num_steps": data.num_steps,
+        "tokens_seen": state.tokens_seen, "supervised_tokens": state.supervised_tokens,
+        "tokens_per_second": state.tokens_per_second, "metrics": dict(tracker.last),
+        "checkpoint": str(newest[-1]) if newest else None, "init": plan.start.description,
+        "mlflow_run_id": getattr(tracker, "mlflow_run_id", None), "finished_at": time.time(),
+        "data": asdict(data.train.counts), **({"error": f"{type(error).__name__}: {error}"} if error else {})}
+
+
+@contextmanager
+def stop_on_signal():
+    """Ctrl-C and SIGTERM ask the loop to stop after its step and save; a second one stops at once."""
+    asked = threading.Event()
+
+    def ask(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        log.warning("stopping after this step and saving; once more stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_json(file: Path, value: dict) -> None:
+    scratch = file.with_name(f".{file.name}.writing")
+    scratch.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(scratch, file)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested config to dotted keys, enums to their names."""
+    flat: dict = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool | None) else \
+                getattr(value, "name", str(value))
+    return flat

@@ -1,0 +1,70 @@
+"""Several jobs from one command line (`-m`): what is swept, what a failure means, the table at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from chattrain.compose import key_of
+from chattrain.errors import UserError
+
+
+class ChainBroken(BaseException):
+    """A stage of a chain failed, so the stages after it have nothing to start from. Not an Exception: Hydra lets it pass."""
+
+
+class Sweep:
+    """The jobs of one command line; without `-m` there is one and nothing is swept.
+
+    A chain of stages stops at its first failure; any other sweep goes on and ends with the failure's exit status.
+    """
+
+    def __init__(self, arguments: list[str]):
+        self.multirun = bool({"-m", "--multirun"} & set(arguments))
+        self.overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+        self.swept = _swept_keys(self.overrides) if self.multirun else set()
+        self.chain = "stage" in self.swept
+        self.status = 0
+        self.results: list[dict] = []
+        self.process = os.getpid()
+
+    def check(self) -> None:
+        if self.swept and any(key_of(o) == "run.dir" for o in self.overrides):
+            raise UserError("run.dir names one folder, but -m starts several runs; use run.name, to which each run adds "
+                            "what was swept")
+        launcher = [o for o in self.overrides if key_of(o) == "hydra/launcher" and not o.endswith("=basic")]
+        if self.chain and launcher:
+            raise UserError(f"stage is swept, so each run starts from the one before, but {launcher[0]} would start them "
+                            "at once; leave the launcher out")
+
+    def run(self, job: Callable[[], dict]) -> None:
+        """Run one job; its error is said and remembered. In another process (a parallel launcher) errors are raised."""
+        from chattrain.__main__ import say
+
+        try:
+            self.results.append(job())
+        except Exception as error:
+            if os.getpid() != self.process:
+                raise
+            self.status = max(self.status, say(error))
+            if self.chain:
+                raise ChainBroken from error
+
+    def show_table(self) -> None:
+        trained = [r for r in self.results if "steps" in r]
+        if self.multirun and trained and int(os.environ.get("RANK", 0)) == 0:
+            from chattrain.table import show_runs
+
+            show_runs([Path(r["run_dir"]) for r in trained])
+
+
+def _swept_keys(overrides: list[str]) -> set[str]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException:  # said by Hydra itself when it parses them
+        return set()
+    return {o.key_or_group for o in parsed if o.is_sweep_override()}

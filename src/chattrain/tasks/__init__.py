@@ -1,0 +1,24 @@
+"""Rows of a data set become documents to train on: one small file a schema or generated task."""
+
+
+from chattrain.chat import Malformed, Piece, pieces
+from chattrain.tasks import gsm8k, messages, multiple_choice, text
+
+COLUMNS = {"messages": "messages", "multiple_choice": "question, choices, answer (or answerKey)",
+           "gsm8k": "question, answer", "text": "text"}
+_CONVERSATIONS = {"messages": messages.conversation, "multiple_choice": multiple_choice.conversation,
+                  "gsm8k": gsm8k.conversation}
+
+
+def document(row: dict, schema: str) -> list[Piece]:
+    """The pieces of one row. Raises Malformed (with the reason) where the row does not fit the schema."""
+    try:
+        if schema == "text":
+            return text.document(row)
+        return pieces(_CONVERSATIONS[schema](row))
+    except Malformed:
+        raise
+    except KeyError as error:
+        raise Malformed(f"no column {error} (it has {', '.join(row)}); schema {schema} needs {COLUMNS[schema]}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Malformed(f"does not fit schema {schema} ({COLUMNS[schema]}): {error}") from None

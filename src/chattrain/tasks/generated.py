@@ -1,0 +1,76 @@
+"""The data that needs no network: one index over all generators, so that the first run works on any laptop.
+
+Row i of a name and a split follows from these three alone, in every process: it is drawn by a generator seeded with
+their text. Training and validation share no question. Prose, and the words taken from it, are those of the Python that
+runs: whoever caches rows keys the cache with GENERATOR_VERSION and with the Python release or the rows themselves.
+"""
+
+import random
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+
+from chattrain.tasks.arithmetic import arithmetic
+from chattrain.tasks.demo_choice import demo_choice
+from chattrain.tasks.prose import documents
+from chattrain.tasks.small_talk import small_talk
+from chattrain.tasks.spelling import count_letters, spell_word
+from chattrain.tasks.words import SPLITS, common_words, split_of, words_of_file
+
+GENERATOR_VERSION = 1  # part of the cache key; raise it when any generator changes
+
+NAMES = {  # name -> schema of its rows
+    "prose": "text",
+    "spell_word": "messages",
+    "count_letters": "messages",
+    "arithmetic": "messages",
+    "small_talk": "messages",
+    "demo_choice": "multiple_choice",
+}
+DEFAULT_SIZES = {"train": 4_000, "val": 400}  # rows when no size is asked for; prose gives all it has
+
+_WITH_WORDS = {"spell_word": spell_word, "count_letters": count_letters}
+_WITHOUT_WORDS = {"arithmetic": arithmetic, "small_talk": small_talk, "demo_choice": demo_choice}
+
+
+def rows(name: str, split: str, size: int | None = None, words_file: str | None = None) -> list[dict]:
+    """The first `size` rows of a generated data set, in the schema that NAMES gives.
+
+    `words_file` (one word a line) replaces the words that spell_word and count_letters ask about. Raises ValueError for
+    an unknown name or split, a size that cannot be had, and a words_file that would have no effect.
+
+    >>> rows("arithmetic", "train", size=1)
+    [{'messages': [{'role': 'user', 'content': ''}, {'role': 'assistant', 'content': ''}]}]
+    """
+    _check(name, split, size, words_file)
+    if name == "prose":
+        return _prose(split, size)
+    make = _maker(name, words_file)
+    return [make(random.Random(f"{name}/{split}/{i}"), split) for i in range(DEFAULT_SIZES[split] if size is None else size)]
+
+
+def _prose(split: str, size: int | None) -> list[dict]:
+    mine = [{"text": text} for text in documents() if split_of(f"prose/{text}") == split]
+    if size is not None and size > len(mine):
+        raise ValueError(f"prose has {len(mine)} documents for {split}, {size} were asked for; leave the size out for all")
+    return mine[:size]
+
+
+def _maker(name: str, words_file: str | None) -> Callable[[random.Random, str], dict]:
+    """The function that makes one row out of (random generator, split)."""
+    if name in _WITHOUT_WORDS:
+        return _WITHOUT_WORDS[name]
+    return partial(_WITH_WORDS[name], words=words_of_file(words_file) if words_file else common_words())
+
+
+def _check(name: str, split: str, size: int | None, words_file: str | None) -> None:
+    if name not in NAMES:
+        near = get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no generated data is called {name!r}; {hint}known are {', '.join(NAMES)}")
+    if split not in SPLITS:
+        raise ValueError(f"{name} has no split {split!r}; known are {', '.join(SPLITS)}")
+    if size is not None and size < 0:
+        raise ValueError(f"{name}: size={size} rows cannot be made; give 0 or more, or leave it out")
+    if words_file is not None and name not in _WITH_WORDS:
+        raise ValueError(f"{name} takes no words_file ({words_file}); only {' and '.join(_WITH_WORDS)} do")

@@ -1,0 +1,184 @@
+"""Small talk from templates: greetings, who are you, favourites, thanks, goodbye, in one to three turns.
+
+A toy model learns here to keep its role: to answer what was asked, to remember a name over a turn, to follow a system
+message. Every user message, in any turn, belongs to one split only.
+"""
+
+import random
+import re
+from typing import NamedTuple
+
+from chattrain.tasks.words import draw
+
+PEOPLE = """Ada Alan Alice Amir Ana Anna Ben Carla Chen David Diego Elena Emil Emma Eva Finn Grace Hana Hugo Ida Ines Ivan
+Jan Jonas Julia Kai Lara Lena Leo Lina Luca Maja Maria Mark Mia Nadia Nina Noah Nora Olga Omar Oscar Paul Pia Ravi Rosa
+Sam Sara Sofia Tara Theo Tim Tom Vera Yara Yusuf Zoe""".split()
+FAVOURITES = {  # kind -> things of that kind; the model's own favourite is the first
+    "colour": ["blue", "green", "red", "yellow", "orange", "purple", "white"],
+    "animal": ["the turtle", "the cat", "the dog", "the owl", "the horse", "the fox", "the bear"],
+    "season": ["spring", "summer", "autumn", "winter"],
+    "fruit": ["the apple", "the pear", "the plum", "the cherry", "the peach", "the melon", "the lemon"],
+    "number": ["two", "three", "seven", "eight", "ten", "twelve"],
+    "drink": ["tea", "coffee", "milk", "water", "cocoa", "juice"],
+    "hobby": ["reading", "chess", "running", "painting", "cooking", "music", "hiking"],
+    "language": ["Python", "English", "Spanish", "French", "German", "Arabic", "Hindi"],
+}
+HELLOS = ["Hi", "Hello", "Hey", "Good morning", "Good evening", "Good afternoon", "Hi there", "Hello there", "Good day"]
+LEADS = ["", "", "", "", "tell me, ", "may I ask, ", "one question: ", "please tell me, ", "I wonder, ", "so, ", "by the way, ",
+         "just curious, "]
+
+TAILS = ["", "", "", " Can we talk?", " Is anyone there?", " Nice to meet you.", " I have a question.",
+                  " Are you awake?", " Can you help me?", " It is good to be here.", " What a nice day."]
+INTRODUCTIONS = ["I am {name}.", "My name is {name}.", "I'm {name}.", "This is {name}.", "{name} here.", "You can call me {name}."]
+NAME_QUESTIONS = ["what is my name?", "what's my name?", "do you remember my name?", "who am I?", "do you know my name?",
+                  "what did I say my name was?", "can you say my name?"]
+THANKS = ["thanks", "thank you", "many thanks", "thanks a lot", "thank you very much", "great, thanks", "thank you so much"]
+THANKS_FOR = ["", "", " for the help", " for your time", " for the answer", " for talking to me", " for the chat", " for everything"]
+BYES = ["bye", "goodbye", "see you", "bye bye", "good night", "see you later", "I have to go", "that is all, bye", "until next time"]
+BYE_TAILS = ["", "", " for now", " and take care", " and thanks", " then", " my friend", ", little model", ", it was fun"]
+
+ABOUT_ME = {  # what is asked -> the answer; the first sentence stands by itself
+    "who are you?": "I am a small language model trained with chattrain. I like to chat.",
+    "what are you?": "I am a small language model trained with chattrain. I am no person.",
+    "what is your name?": "I have no name, I am a small model trained with chattrain. You may call me as you like.",
+    "are you a person?": "No, I am a small language model. I was trained with chattrain.",
+    "are you a robot?": "I am a small language model, so I have no body. I only read and write.",
+    "who made you?": "I was trained with chattrain. My teachers were many short conversations.",
+    "how old are you?": "I am as old as my last training run. That was not long ago.",
+    "where do you live?": "I live in the memory of a computer. It is warm there.",
+    "what can you do?": "I can spell words, count letters, do small sums and chat. Try me!",
+    "can you help me?": "I will try, but I am only a small model. What do you need?",
+    "how are you?": "I am fine, thank you. How are you?",
+    "how are you today?": "I am very well today, thank you. And you?",
+    "how is it going?": "It is going well, thank you. What can I do for you?",
+    "how do you feel?": "I feel ready to help. How do you feel?",
+}
+FEELINGS = {  # how the user feels -> the answer
+    "happy": "I am glad to hear that! What made you happy?",
+    "well": "That is good to hear! What shall we talk about?",
+    "excited": "That sounds great! What is it about?",
+    "tired": "Then take a good rest. You have earned it.",
+    "sad": "I am sorry to hear that. Do you want to talk about it?",
+    "bored": "Then let us do something. Shall I spell a word for you?",
+    "busy": "Then I will be quick. What do you need?",
+    "hungry": "Then it is time to eat. I hope it tastes good!",
+}
+FEELING_TEMPLATES = ["I am {feeling}{when}.", "I feel {feeling}{when}.", "I'm {feeling}{when}.", "I am so {feeling}{when}."]
+WHEN = ["", " today", " now", " this morning", " tonight", " again"]
+
+# Each of these counts as one question, and that question falls in training: what everybody types first must be known.
+EVERYDAY = {"hi", "hello", "hey", "good morning", "who are you", "what are you", "what is your name", "how are you", "thanks",
+            "thank you", "bye", "goodbye", "what is my name", "what can you do"}
+
+SHORT, POLITE = "Answer in one short sentence.", "End every answer with: Have a nice day!"
+SYSTEM_SHARE = 0.25  # of the conversations begin with one of these two
+
+
+class Turn(NamedTuple):
+    user: str
+    reply: str
+
+
+def small_talk(rng: random.Random, split: str) -> dict:
+    """One conversation of one to three turns, a quarter of them with a system message that the replies follow."""
+    name = rng.choice(PEOPLE)
+    turns = [_turn(make, rng, split, name) for make in _plan(rng)]
+    system = rng.choice((SHORT, POLITE)) if rng.random() < SYSTEM_SHARE else None
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.user})
+        messages.append({"role": "assistant", "content": obey(system, turn.reply)})
+    return {"messages": messages}
+
+
+def obey(system: str | None, reply: str) -> str:
+    """The reply as the system message wants it.
+
+    >>> obey("Answer in one short sentence.", "I am fine, thank you. How are you?")
+    'I am fine, thank you.'
+    """
+    if system == SHORT:
+        return re.match(r".*?[.!?]", reply)[0]
+    return f"{reply} Have a nice day!" if system == POLITE else reply
+
+
+def identity(user: str) -> str:
+    """What two user messages have in common when they ask the same: their words, without case and punctuation.
+
+    >>> identity("Hello there!"), identity("Who are you?")
+    ('small_talk/hello there', 'small_talk/everyday phrase')
+    """
+    words = " ".join(re.findall(r"[a-z']+", user.lower()))
+    return f"small_talk/{'everyday phrase' if words in EVERYDAY else words}"
+
+
+def _plan(rng: random.Random) -> list:
+    """Which turns a conversation has, in order."""
+    middle = rng.choices((_about_me, _favourite, _feeling), (3, 3, 2))[0]
+    opening = rng.choice((_greeting, _introduction))
+    closing = rng.choice((_thanks, _bye))
+    if opening is _introduction and rng.random() < 0.5:
+        middle = _ask_name
+    plans = ([opening], [middle], [closing], [opening, middle], [middle, closing], [opening, middle, closing])
+    plan = rng.choices(plans, (2, 5, 1, 3, 2, 2))[0]
+    return [_favourite] if plan == [_ask_name] else plan  # nobody asks for a name never given
+
+
+def _turn(make, rng: random.Random, split: str, name: str) -> Turn:
+    def propose() -> tuple[str, Turn]:
+        turn = make(rng, name)
+        return identity(turn.user), turn
+
+    return draw(propose, split)
+
+
+def _greeting(rng: random.Random, name: str) -> Turn:
+    hello = rng.choice(HELLOS)
+    return Turn(f"{hello}{rng.choice('!.')}{rng.choice(TAILS)}", f"{hello}! How can I help you?")
+
+
+def _introduction(rng: random.Random, name: str) -> Turn:
+    hello = rng.choice(HELLOS)
+    said = f"{hello}! {rng.choice(INTRODUCTIONS).format(name=name)}{rng.choice(TAILS)}"
+    return Turn(said, f"Nice to meet you, {name}! How can I help you?")
+
+
+def _ask_name(rng: random.Random, name: str) -> Turn:
+    return Turn(_led(rng, rng.choice(NAME_QUESTIONS)), f"Your name is {name}. I remember it well.")
+
+
+def _about_me(rng: random.Random, name: str) -> Turn:
+    question = rng.choice(tuple(ABOUT_ME))
+    return Turn(_led(rng, question), ABOUT_ME[question])
+
+
+def _favourite(rng: random.Random, name: str) -> Turn:
+    """The user asks for a favourite, or tells one."""
+    kind = rng.choice(tuple(FAVOURITES))
+    mine, theirs = FAVOURITES[kind][0], rng.choice(FAVOURITES[kind])
+    if rng.random() < 0.5:
+        ask = rng.choice((f"what is your favourite {kind}?", f"which {kind} do you like best?", f"do you have a favourite {kind}?"))
+        return Turn(_led(rng, ask), f"My favourite {kind} is {mine}. What is yours?")
+    tell = rng.choice((f"my favourite {kind} is {theirs}.", f"I like {theirs}.", f"the {kind} that I like best is {theirs}."))
+    answer = f"I like {theirs} too!" if theirs == mine else f"So you like {theirs}. I like {mine}."
+    return Turn(_led(rng, tell, LEADS[:4] + ["you know, ", "by the way, ", "well, ", "guess what, "]), answer)
+
+
+def _feeling(rng: random.Random, name: str) -> Turn:
+    feeling = rng.choice(tuple(FEELINGS))
+    said = rng.choice(FEELING_TEMPLATES).format(feeling=feeling, when=rng.choice(WHEN))
+    return Turn(said, FEELINGS[feeling])
+
+
+def _thanks(rng: random.Random, name: str) -> Turn:
+    return Turn(_led(rng, f"{rng.choice(THANKS)}{rng.choice(THANKS_FOR)}{rng.choice('!.')}", [""]), "You are welcome!")
+
+
+def _bye(rng: random.Random, name: str) -> Turn:
+    return Turn(_led(rng, f"{rng.choice(BYES)}{rng.choice(BYE_TAILS)}{rng.choice('!.')}", [""]), "Goodbye! Come back soon.")
+
+
+def _led(rng: random.Random, text: str, leads: list[str] = LEADS) -> str:
+    """The text behind one of the leads, with a capital at its start."""
+    text = rng.choice(leads) + text
+    return text[0].upper() + text[1:]

@@ -1,0 +1,133 @@
+"""Text to token ids and back: a tiktoken encoding, nanochat's special tokens, plain files on disk."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from chattrain.errors import UserError
+
+BOS = "<|bos|>"  # begins every document
+USER_START, USER_END = "<|user_start|>", "<|user_end|>"
+ASSISTANT_START, ASSISTANT_END = "<|assistant_start|>", "<|assistant_end|>"
+PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"  # the assistant calls the Python tool
+OUTPUT_START, OUTPUT_END = "<|output_start|>", "<|output_end|>"  # the tool answers
+SPECIAL_TOKENS = (BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END,
+                  PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END)
+
+# GPT-4's split pattern with numbers in groups of at most two digits, as nanochat has it.
+SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
+
+RANKS_FILE, ENCODING_FILE = "ranks.tiktoken", "encoding.json"
+FORMAT_VERSION = 1
+
+
+class Tokenizer:
+    """A tiktoken encoding with the special tokens of a chat.
+
+    `encode` treats every text as ordinary: text that looks like a special token never becomes one. Special tokens come
+    from `special` alone.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding):
+        missing = [name for name in SPECIAL_TOKENS if name not in encoding._special_tokens]
+        if missing:
+            raise UserError(f"the tokenizer lacks the special tokens {', '.join(missing)}; chattrain needs "
+                            f"all of {', '.join(SPECIAL_TOKENS)}")
+        self.encoding = encoding
+        self.vocab_size: int = encoding.n_vocab
+        self._special = {name: encoding._special_tokens[name] for name in SPECIAL_TOKENS}
+
+    def special(self, name: str) -> int:
+        """Id of a special token, such as `<|bos|>`. Raises KeyError for any other text."""
+        return self._special[name]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Many texts in one call, on this thread: parallel work is done by processes."""
+        return self.encoding.encode_ordinary_batch(texts, num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special tokens appear by their names, bytes that are no UTF-8 as U+FFFD."""
+        return self.encoding.decode(list(ids))
+
+    def token_bytes(self) -> np.ndarray:
+        """(V,) int32: bytes each token stands for, 0 for special tokens and unused ids; the divisor of bits per byte.
+
+        Counted on the token's own bytes: decoding a token that holds part of a character would count the three bytes
+        of U+FFFD instead.
+        """
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, rank in self.encoding._mergeable_ranks.items():
+            sizes[rank] = len(token)
+        return sizes
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides ids; part of the token cache's key."""
+        return hashlib.sha256(self._ranks_text() + self._encoding_text().encode()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write `ranks.tiktoken` (tiktoken's own text format) and `encoding.json` (pattern and special tokens)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RANKS_FILE).write_bytes(self._ranks_text())
+        (folder / ENCODING_FILE).write_text(self._encoding_text())
+
+    def _ranks_text(self) -> bytes:
+        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
+
+    def _encoding_text(self) -> str:
+        return json.dumps({"format_version": FORMAT_VERSION, "pattern": self.encoding._pat_str,
+                           "special_tokens": self.encoding._special_tokens}, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer of a folder: one saved here, or a run or checkpoint that holds one in `tokenizer/`.
+
+        Raises UserError where there is none or a file of it is damaged.
+        """
+        folder = Path(folder)
+        if (folder / "tokenizer" / ENCODING_FILE).is_file():
+            folder = folder / "tokenizer"
+        if not (folder / ENCODING_FILE).is_file():
+            raise UserError(f"no tokenizer in {folder}: {ENCODING_FILE} and {RANKS_FILE} are not there; "
+                            "give the tokenizer folder of a run's checkpoint")
+        try:
+            spec = json.loads((folder / ENCODING_FILE).read_text())
+            lines = (folder / RANKS_FILE).read_bytes().splitlines()
+            ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+            return cls(_encoding(ranks, spec["pattern"], spec["special_tokens"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Byte-pair encoding of the texts with rustbpe; `vocab_size` counts the special tokens.
+
+        The result has fewer tokens where the texts hold too few pairs. Raises UserError below 256 + the special tokens.
+        """
+        import rustbpe
+
+        ordinary = vocab_size - len(SPECIAL_TOKENS)
+        if ordinary < 256:
+            raise UserError(f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
+                            f"special tokens need {256 + len(SPECIAL_TOKENS)}")
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(iter(texts), ordinary, pattern=SPLIT_PATTERN)
+        ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+        special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        return cls(_encoding(ranks, SPLIT_PATTERN, special))
+
+
+def _encoding(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name="chattrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
