@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from chattrain.tracking import MLflowSink, NullTracker, Tracker, setup_logging
+from chattrain.mlflow_sink import MLflowSink
+from chattrain.tracking import NullTracker, Tracker, setup_logging
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -262,7 +263,7 @@ def test_a_run_that_the_store_does_not_know_becomes_a_new_one_with_a_warning(tra
 @pytest.mark.slow
 def test_processes_that_make_one_store_at_the_same_moment_all_get_in(tmp_path):
     code = (
-        "import sys; from chattrain.tracking import MLflowSink\n"
+        "import sys; from chattrain.mlflow_sink import MLflowSink\n"
         "sink = MLflowSink(sys.argv[1], 'sweep', 'run', {}, {}); sink.log(1, {'val/bpb': 1.0}); sink.close()\n"
         "sys.exit(sink.run_id is None)"
     )
@@ -308,7 +309,7 @@ def test_a_store_that_breaks_during_the_run_warns_once_and_training_goes_on(trac
 
 
 def test_a_store_that_hangs_does_not_keep_the_run_from_ending(tracked, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("chattrain.tracking.DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr("chattrain.mlflow_sink.DRAIN_SECONDS", 0.1)
     sink = MLflowSink(tracked.uri, "chattrain", "hangs", {}, {})
     monkeypatch.setattr(sink._client, "log_batch", lambda *args, **kwargs: time.sleep(2))
     train(Tracker(tmp_path, num_steps=3, mlflow=sink, console=False))

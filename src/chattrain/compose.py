@@ -57,33 +57,35 @@ def key_of(override: str) -> str:
 
 def explain(error: BaseException) -> UserError:
     """Hydra's or OmegaConf's complaint as one message: what, which value, the way out."""
-    text = str(error).strip()
-    full_key = re.search(r"full_key: (\S+)", text)
-    cause = error.__cause__
-    if cause is not None and not full_key:
-        full_key = re.search(r"full_key: (\S+)", str(cause))
-    if match := re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(r"Key '([^']+)' not in", str(cause)):
-        key = full_key.group(1) if full_key else match.group(1)
-        return UserError(f"no key {key}{_near_miss(key, known_keys())}. `python -m chattrain --cfg job` shows all keys")
-    if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
-        key = match.group(1)
-        return UserError(f"no key or group {key}{_near_miss(key, [*known_keys(), *groups()])}. "
-                         "`python -m chattrain --help` shows all groups")
-    if match := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*(.*)", text, re.DOTALL):
-        group, options = match.group(2), match.group(3).split()
-        choice = match.group(1).removeprefix(f"{group}/")
+    text = "\n".join(str(e).strip() for e in (error, error.__cause__) if e is not None)
+    key = _find(r"full_key: (\S+)", text)
+    if unknown := _find(r"Key '([^']+)' (?:is )?not in", text):
+        unknown = key or unknown
+        return UserError(f"no key {unknown}{_near_miss(unknown, [*known_keys(), *groups()])}; "
+                         "`python -m chattrain --cfg job` shows all keys")
+    if group := _find(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
+        return UserError(f"no group {group}{_near_miss(group, groups())}; the groups are {', '.join(groups())}")
+    if missing := _find(r"Could not find '([^']+)'", text):
+        group, _, choice = missing.rpartition("/")
+        options = (_find(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text) or "").split()
         return UserError(f"{group}={choice} is not known{_near_miss(choice, options)}; choose from {', '.join(options)}")
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return UserError(f"{match.group(1)} must be given: {match.group(1)}=<value>")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    message = " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type")))
-    return UserError(f"{full_key.group(1)}: {message}" if full_key else message)
+    if _find(r"(issing mandatory value)", text):
+        return UserError(f"{key} must be given: {key}=<value>")
+    reasons = [line.strip() for line in text.splitlines()
+               if line.strip() and not re.match(r"\s*(full_key|object_type|reference_type|Error merging override)", line)]
+    return UserError(f"{key}: {' '.join(reasons)}" if key else " ".join(reasons))
+
+
+def _find(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match.group(1) if match else None
 
 
 def _near_miss(key: str, known: list[str]) -> str:
-    last = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or last[:1]
-    return f"; did you mean {near[0]}?" if near else ""
+    """`; did you mean ...?` by the whole key, else by its last part in another place."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def known_keys() -> list[str]:

@@ -395,7 +395,13 @@ def register_schemas() -> None:
 
 
 def from_hydra(composed: Any) -> Config:
-    """The composed DictConfig as checked dataclasses; interpolations are resolved here, once."""
+    """The composed DictConfig as checked dataclasses; interpolations are resolved here, once.
+
+    Raises UserError for values that must be given and are not, or that do not go together.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed), key=lambda key: (key.count("."), key))
+    if missing:
+        raise UserError(f"{missing[0]} must be given: {missing[0]}=<value>")
     cfg = OmegaConf.to_object(composed)
     cfg.check()
     return cfg

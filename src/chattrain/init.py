@@ -20,6 +20,7 @@ class Start:
 
     checkpoint: Path | None
     description: str  # goes into the log and summary.json
+    warning: str | None = None  # what auto fell back to, said when all else is known to be right
 
 
 def resolve(init: InitConfig, root: Path, model: ModelConfig) -> Start:
@@ -39,25 +40,20 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig) -> Start:
 def _auto(init: InitConfig, root: Path, model: ModelConfig) -> Start:
     if not init.after:
         return Start(None, "random weights")
-    for stage in init.after:
-        found = newest_finished(root, stage, model)
-        if found is None:
-            continue
-        if stage != init.after[0]:
-            _fall_back(init, f"no finished {init.after[0]} run of this model in {root}", f"the {stage} run {found}",
-                       f"what {init.after[0]} would have taught is missing")
-        return Start(found, str(found))
-    _fall_back(init, f"no finished {' or '.join(init.after)} run of this model in {root}", "random weights",
-               "the model knows no language; expect poor results")
-    return Start(None, "random weights (nothing to start from)")
-
-
-def _fall_back(init: InitConfig, missing: str, used: str, cost: str) -> None:
+    found = {stage: newest_finished(root, stage, model) for stage in init.after}
+    first = init.after[0]
+    if found[first]:
+        return Start(found[first], str(found[first]))
+    missing = f"no finished {first} run of this model in {root.resolve()}"
     if init.strict:
-        raise UserError(f"init.strict=true and {missing}; train stage={init.after[0]} first, or name a folder with "
+        raise UserError(f"init.strict=true and {missing}; train stage={first} first, or name a folder with "
                         "init.from=<run or checkpoint>")
-    log.warning("init.from=auto: %s. STARTING FROM %s: %s. init.strict=true refuses this.", missing, used.upper()
-                if used == "random weights" else used, cost)
+    for stage in init.after[1:]:
+        if found[stage]:
+            return Start(found[stage], str(found[stage]), f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
+                         f"RUN {found[stage]}: what {first} would have taught is missing. init.strict=true refuses this")
+    return Start(None, "random weights (nothing to start from)", f"init.from=auto: {missing}. STARTING FROM RANDOM "
+                 "WEIGHTS: the model knows no language, expect poor results. init.strict=true refuses this")
 
 
 def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path | None:

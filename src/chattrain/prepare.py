@@ -11,7 +11,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from chattrain import checkpoint, init
@@ -70,6 +72,8 @@ def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     elif cfg.run.resume == Resume.never:
         _move_aside(run_dir)
     if plan.finished is None:
+        if start.warning:
+            log.warning(start.warning)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(cfg))
     return plan, data
@@ -151,8 +155,17 @@ def _collator(cfg: Config, tokenizer: Tokenizer, sources: dict[str, SourceConfig
     caches = [prepare(name, source, tokenizer, cache_dir(cfg), skip, cfg.data.workers)
               for name, source in sources.items()]
     documents = Mixture(caches, list(sources.values()), seed)
-    return instantiate(cfg.collator, documents, cfg.train.seq_len, tokenizer.special(ASSISTANT_END),
-                       last_epoch=last_epoch)
+    return build_part(cfg.collator, documents, cfg.train.seq_len, tokenizer.special(ASSISTANT_END), last_epoch=last_epoch)
+
+
+def build_part(part: Any, *arguments: Any, **named: Any) -> Any:
+    """Hydra's instantiate; a UserError from inside comes out as itself."""
+    try:
+        return instantiate(part, *arguments, **named)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
 
 
 def _report_counts(what: str, collator: Collator) -> None:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 
 from chattrain import checkpoint, device, distributed, loop
 from chattrain.config import Config, to_yaml
@@ -22,10 +21,11 @@ from chattrain.distributed import Ranks
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.validation import Validation
-from chattrain.prepare import Plan, RunData, make_plan, open_data
+from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data
 from chattrain.report import write_report
 from chattrain.tokenizer import ASSISTANT_END
-from chattrain.tracking import MLflowSink, NullTracker, Tracker, setup_logging
+from chattrain.mlflow_sink import MLflowSink
+from chattrain.tracking import NullTracker, Tracker, setup_logging
 
 log = logging.getLogger("chattrain")
 
@@ -81,7 +81,8 @@ def work(cfg: Config, plan: Plan, ranks: Ranks, data: RunData) -> dict:
         if ranks.is_main:
             write_json(plan.run_dir / "summary.json", summary)
             write_report(plan.run_dir)
-            log.info("%s after %d steps: %s", summary["status"], state.step, plan.run_dir / "report.html")
+            log.info("%s at step %d of %d: %s", summary["status"], state.step, data.num_steps,
+                     plan.run_dir / "report.html")
         tracker.finish(summary)
         close_log()
     return summary
@@ -92,7 +93,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
     """Model, optimizer, data and evals of this process, and the state that they start in."""
     where = device.pick_device(cfg.train.device, ranks.local_rank)
     model = build_model(cfg, data.tokenizer.vocab_size, plan.start.checkpoint).to(where)
-    optimizer = instantiate(cfg.optimizer, model)
+    optimizer = build_part(cfg.optimizer, model)
     state = loop.State()
     if saved:
         state = loop.State(saved.step, saved.tokens_seen, saved.supervised_tokens)
@@ -102,7 +103,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
             raise UserError(f"{plan.resume}: {error}; use the optimizer that the run began with") from error
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
     losses_of = forward_in(autocast, device.compiled(model, cfg.train.compile, where))
-    schedule = instantiate(cfg.schedule)
+    schedule = build_part(cfg.schedule)
     return loop.Parts(
         model=model, losses_of=losses_of, optimizer=optimizer,
         lr_factor=lambda step: schedule(step, data.num_steps),
@@ -125,7 +126,7 @@ def forward_in(autocast, module):
 def build_model(cfg: Config, vocab_size: int, start: Path | None) -> torch.nn.Module:
     """The model on the CPU, with the checkpoint's weights, or random ones that follow from the seed alone."""
     with torch.device("meta"):
-        model = instantiate(cfg.model, vocab_size=vocab_size)
+        model = build_part(cfg.model, vocab_size=vocab_size)
     model.to_empty(device="cpu")
     if start is None:
         model.init_weights(torch.Generator().manual_seed(cfg.run.seed))
@@ -173,7 +174,7 @@ def save_checkpoint(cfg: Config, plan: Plan, data: RunData, model, optimizer, tr
         saved = checkpoint.CheckpointState(
             step=state.step, tokens_seen=state.tokens_seen, supervised_tokens=state.supervised_tokens, stage=cfg.stage,
             model=shape, data_fingerprint=data.fingerprint, num_steps=data.num_steps, metrics=dict(tracker.last),
-            mlflow_run_id=getattr(tracker, "mlflow_run_id", None))
+            mlflow_run_id=tracker.mlflow_run_id)
         checkpoint.save(plan.run_dir, saved, model, optimizer.state(), data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep)
 
     ranks.first(write)
@@ -188,7 +189,7 @@ def summarize(cfg: Config, plan: Plan, data: RunData, tracker, state: loop.State
         "tokens_seen": state.tokens_seen, "supervised_tokens": state.supervised_tokens,
         "tokens_per_second": state.tokens_per_second, "metrics": dict(tracker.last),
         "checkpoint": str(newest[-1]) if newest else None, "init": plan.start.description,
-        "mlflow_run_id": getattr(tracker, "mlflow_run_id", None), "finished_at": time.time(),
+        "mlflow_run_id": tracker.mlflow_run_id, "finished_at": time.time(),
         "data": asdict(data.train.counts), **({"error": f"{type(error).__name__}: {error}"} if error else {})}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -89,18 +90,19 @@ def _local(name: str, files: list[Path], cache_dir: Path) -> Sequence:
 
 
 def _hub(name: str, source: SourceConfig, cache_dir: Path) -> tuple[Sequence, list]:
-    dataset = _load_dataset(name, source.path, cache_dir, name=source.subset, split=source.split)
+    dataset = _load_dataset(name, source.path, cache_dir, subset=source.subset, split=source.split)
     files = [Path(f["filename"]) for f in dataset.cache_files]
     return dataset, [source.path, source.subset, source.split, [[str(f), f.stat().st_mtime_ns] for f in files]]
 
 
-def _load_dataset(name: str, path: str, cache_dir: Path, **arguments):
+def _load_dataset(name: str, path: str, cache_dir: Path, subset: str | None = None, **arguments):
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what they end in is said below
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, cache_dir=str(cache_dir / "datasets"), **arguments)
+        return datasets.load_dataset(path, subset, cache_dir=str(cache_dir / "datasets"), **arguments)
     except Exception as error:  # the library raises a dozen kinds; each means that the data cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = arguments.get("data_files", [path])[0]

@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a virtual environment in .venv, installed once.
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-slow lint bench ui clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "chattrain needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+setup: .venv/installed ## make .venv and install
+
+run: setup ## from nothing to a chat model: base -> mid -> sft on the demo data, a few minutes on 2 cores
+	$(BIN)/python -m chattrain -m stage=base,mid,sft experiment=quickstart
+	@echo
+	$(BIN)/python -m chattrain command=chat stage=sft \
+		"chat.prompt=['Hello!','Who are you?','Spell the word: garden','What is 3 + 4?']"
+	@echo "Go on with:  $(BIN)/python -m chattrain command=chat stage=sft    (talk to it)"
+	@echo "             make ui                                             (all runs in MLflow)"
+
+test: setup ## the tests, without network and GPU
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## ruff
+	$(BIN)/python -m ruff check src tests benchmarks
+
+bench: setup ## speed, as ratios in one run
+	$(BIN)/python -m benchmarks
+
+ui: setup ## open the MLflow store of runs/ in a browser
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+clean: ## remove .venv and caches, keep runs/
+	rm -rf .venv .pytest_cache .ruff_cache
