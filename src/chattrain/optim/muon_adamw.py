@@ -24,7 +24,7 @@ def orthogonalize(update: Tensor, steps: int) -> Tensor:
     x = x / x.norm().clamp(min=1e-7)  # spectral norm at most 1
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram^2) x
     return x if wide else x.mT
 
 
@@ -85,9 +85,9 @@ def build(model: nn.Module, lr_scale: float, matrix_lr: float, embed_lr: float, 
     params = {name: [p for _, p in members] for name, members in groups.items()}
     width = (model.n_embd / WIDTH_OF_TUNING) ** -0.5
     device = params["lm_head"][0].device.type
+    rates = {"embed": embed_lr, "lm_head": lm_head_lr}
     adamw = torch.optim.AdamW(
-        [{"name": "embed", "params": params["embed"], "lr": embed_lr * width * lr_scale},
-         {"name": "lm_head", "params": params["lm_head"], "lr": lm_head_lr * width * lr_scale}],
+        [{"name": name, "params": params[name], "lr": lr * width * lr_scale} for name, lr in rates.items()],
         betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=device in ("cuda", "cpu"))
     muon = Muon([{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}], momentum=momentum,
                 momentum_start=momentum_start, momentum_warmup_steps=momentum_warmup_steps, ns_steps=ns_steps)

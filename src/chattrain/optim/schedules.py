@@ -16,7 +16,7 @@ def constant_then_linear(step: int, num_steps: int, init_lr_frac: float = 1.0, d
     >>> [round(constant_then_linear(s, 10, decay_ratio=0.4), 2) for s in (0, 6, 7, 9)]
     [1.0, 1.0, 0.75, 0.25]
     """
-    left = min(1.0, (1 - step / num_steps) / decay_ratio)
+    left = min(1.0, (num_steps - step) / (decay_ratio * num_steps))
     return init_lr_frac * _warmup(step, warmup_steps) * _between(min_lr_factor, left)
 
 
@@ -49,7 +49,7 @@ def wsd(step: int, num_steps: int, init_lr_frac: float = 1.0, decay_ratio: float
     >>> [round(wsd(s, 10, decay_ratio=0.4, warmup_steps=2), 2) for s in (0, 1, 5, 6, 7, 9)]
     [0.5, 1.0, 1.0, 1.0, 0.5, 0.13]
     """
-    decayed = max(0.0, 1 - (1 - step / num_steps) / decay_ratio)
+    decayed = max(0.0, 1 - (num_steps - step) / (decay_ratio * num_steps))
     return init_lr_frac * _warmup(step, warmup_steps) * _between(min_lr_factor, 1 - math.sqrt(decayed))
 
 

@@ -1,0 +1,167 @@
+"""Optimizers against those of torch, and the routing of parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from chattrain.model.gpt import GPT
+from chattrain.optim import adamw, muon_adamw
+from chattrain.optim.groups import parameter_groups
+from chattrain.optim.muon_adamw import Muon, orthogonalize
+
+MUON = {"lr_scale": 1.0, "matrix_lr": 0.02, "embed_lr": 0.2, "lm_head_lr": 0.004, "momentum": 0.95,
+        "momentum_start": 0.85, "momentum_warmup_steps": 300, "ns_steps": 5, "betas": [0.8, 0.95], "eps": 1e-10,
+        "weight_decay": 0.0}
+ADAMW = {"lr": 1e-3, "lr_scale": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+
+
+def small_gpt() -> GPT:
+    model = GPT(vocab_size=300, n_layer=2, n_embd=32, n_head=2, n_kv_head=1)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (128, 32), (32, 128), (48, 16)])
+def test_muon_follows_torchs_muon_for_50_steps(shape):
+    ours = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    theirs = nn.Parameter(ours.detach().clone())
+    a = Muon([ours], lr=0.02, momentum=0.95, momentum_start=0.95, momentum_warmup_steps=0)
+    b = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.0, ns_steps=5)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(50):
+        grad = torch.randn(shape, generator=generator)
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_adamw_follows_torchs_adamw_for_50_steps():
+    model, reference = small_gpt(), small_gpt()
+    ours = adamw.build(model, **ADAMW)
+    decayed = [p for n, p in reference.named_parameters() if n.startswith("transformer.h")]
+    plain = [p for n, p in reference.named_parameters() if not n.startswith("transformer.h")]
+    theirs = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+                               lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    for step in range(50):
+        gradients(model, step)
+        gradients(reference, step)
+        ours.step()
+        theirs.step()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
+def test_orthogonalized_updates_have_singular_values_near_one(shape):
+    update = orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(3)), steps=5)
+    values = torch.linalg.svdvals(update.float())
+    assert values.median() > 0.6 and values.max() < 1.4
+
+
+def test_an_update_of_zeros_stays_zero():
+    assert not orthogonalize(torch.zeros(8, 16), steps=5).any()
+
+
+def test_every_parameter_belongs_to_exactly_one_group():
+    model = small_gpt()
+    groups = parameter_groups(model)
+    names = [name for members in groups.values() for name, _ in members]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert [name for name, _ in groups["embed"]] == ["transformer.wte.weight"]
+    assert [name for name, _ in groups["lm_head"]] == ["lm_head.weight"]
+    assert all(name.startswith("transformer.h.") for name, _ in groups["matrix"]) and not groups["vector"]
+
+
+def test_a_tied_embedding_is_the_heads_and_stepped_once():
+    model = small_gpt()
+    model.transformer.wte.weight = model.lm_head.weight
+    groups = parameter_groups(model)
+    assert not groups["embed"] and len(groups["lm_head"]) == 1
+
+
+def test_a_parameter_of_three_dimensions_is_refused():
+    model = small_gpt()
+    model.odd = nn.Parameter(torch.zeros(2, 2, 2))
+    with pytest.raises(ValueError, match="odd"):
+        parameter_groups(model)
+
+
+def test_muon_adamw_refuses_vector_parameters_by_name():
+    model = small_gpt()
+    model.gain = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="gain"):
+        muon_adamw.build(model, **MUON)
+
+
+@pytest.mark.parametrize("build, settings", [(muon_adamw.build, MUON), (adamw.build, ADAMW)])
+def test_lr_scale_multiplies_every_groups_learning_rate(build, settings):
+    plain = build(small_gpt(), **settings).learning_rates()
+    scaled = build(small_gpt(), **settings | {"lr_scale": 0.3}).learning_rates()
+    assert scaled.keys() == plain.keys() and len(plain) == 3
+    for name, rate in plain.items():
+        assert scaled[name] == pytest.approx(0.3 * rate)
+
+
+def test_embeddings_and_head_are_scaled_by_the_width_and_matrices_are_not():
+    rates = muon_adamw.build(small_gpt(), **MUON).learning_rates()
+    width = (32 / 768) ** -0.5
+    assert rates == pytest.approx({"lr/matrix": 0.02, "lr/embed": 0.2 * width, "lr/lm_head": 0.004 * width})
+
+
+def test_the_factor_applies_to_the_learning_rate_the_optimizer_was_built_with():
+    optimizer = muon_adamw.build(small_gpt(), **MUON)
+    for factor in (0.5, 0.25):
+        optimizer.set_lr_factor(factor)
+        assert optimizer.learning_rates()["lr/matrix"] == pytest.approx(0.02 * factor)
+
+
+def test_muons_momentum_warms_up_with_its_steps():
+    p, q = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4))
+    warm = Muon([p], lr=0.1, momentum=0.95, momentum_start=0.0, momentum_warmup_steps=2)
+    plain = Muon([q], lr=0.1, momentum=0.0, momentum_start=0.0, momentum_warmup_steps=0)
+    generator = torch.Generator().manual_seed(5)
+    p.grad = torch.randn(4, 4, generator=generator)
+    q.grad = p.grad.clone()
+    warm.step()
+    plain.step()
+    torch.testing.assert_close(p, q)  # step 0: no momentum yet
+    p.grad = torch.randn(4, 4, generator=generator)
+    q.grad = p.grad.clone()
+    warm.step()
+    plain.step()
+    assert not torch.allclose(p, q)
+
+
+@pytest.mark.parametrize("build, settings", [(muon_adamw.build, MUON), (adamw.build, ADAMW)])
+def test_state_saved_and_loaded_goes_on_to_the_same_bits(build, settings):
+    model, twin = small_gpt(), small_gpt()
+    one, two = build(model, **settings), build(twin, **settings)
+    for step in range(3):
+        gradients(model, step)
+        one.step()
+    twin.load_state_dict(model.state_dict())
+    two.load_state(one.state())
+    gradients(model, 9)
+    gradients(twin, 9)
+    one.step()
+    two.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_state_of_another_optimizer_is_refused():
+    model = small_gpt()
+    one = adamw.build(model, **ADAMW)
+    gradients(model, 0)
+    one.step()
+    with pytest.raises(ValueError, match="another optimizer"):
+        muon_adamw.build(small_gpt(), **MUON).load_state(one.state())
