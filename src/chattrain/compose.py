@@ -69,8 +69,11 @@ def explain(error: BaseException) -> UserError:
         group, _, choice = missing.rpartition("/")
         options = (_find(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text) or "").split()
         return UserError(f"{group}={choice} is not known{_near_miss(choice, options)}; choose from {', '.join(options)}")
-    if _find(r"(issing mandatory value)", text):
-        return UserError(f"{key} must be given: {key}=<value>")
+    if missing := _find(r"Missing mandatory value: (\S+)", text):
+        return UserError(f"{missing} must be given: {missing}=<value>")
+    if _find(r"(dict is not a subclass of SourceConfig)", text):
+        return UserError(f"a data source ({key}) cannot be added on the command line: write the mixture as a YAML file, "
+                         "my_conf/data/mine.yaml, and use --config-dir my_conf data=mine; or give data=local lists of paths")
     reasons = [line.strip() for line in text.splitlines()
                if line.strip() and not re.match(r"\s*(full_key|object_type|reference_type|Error merging override)", line)]
     return UserError(f"{key}: {' '.join(reasons)}" if key else " ".join(reasons))

@@ -7,12 +7,13 @@ compare several fields run in `Config.check`, which `from_hydra` calls first thi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from chattrain.errors import UserError
 
@@ -399,12 +400,26 @@ def from_hydra(composed: Any) -> Config:
 
     Raises UserError for values that must be given and are not, or that do not go together.
     """
+    for key in _unknown_keys(composed):
+        raise UserError(f"no key {key}: `+{key}=...` adds what nothing reads; leave it out")
     missing = sorted(OmegaConf.missing_keys(composed), key=lambda key: (key.count("."), key))
     if missing:
         raise UserError(f"{missing[0]} must be given: {missing[0]}=<value>")
     cfg = OmegaConf.to_object(composed)
     cfg.check()
     return cfg
+
+
+def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys that `+key=value` put into a dataclass that has no such field: Hydra lets them through."""
+    declared = OmegaConf.get_type(node)
+    fields = getattr(declared, "__dataclass_fields__", None)
+    for key in node:
+        if fields is not None and key not in fields:
+            yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _unknown_keys(child, f"{prefix}{key}.")
 
 
 def to_yaml(cfg: Config) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
@@ -114,17 +115,20 @@ def launch(nproc: int, entry: Callable, *arguments: Any) -> Any:
     Raises what the first failing rank raised: UserError and RunFailed as they are, others as RunFailed. Raises Stopped
     when this process got Ctrl-C or SIGTERM, after the ranks have saved and ended.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d", start_method="spawn",
-                          rdzv_endpoint=f"localhost:{_free_port()}", run_id=str(os.getpid()), max_restarts=0,
-                          monitor_interval=0.1)
     try:
-        return elastic_launch(config, entry)(*arguments)[0]
+        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
+            config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d",
+                                  start_method="spawn", rdzv_endpoint=f"localhost:{_free_port()}",
+                                  run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.1,
+                                  logs_specs=DefaultLogsSpecs(log_dir=scratch))
+            return elastic_launch(config, entry)(*arguments)[0]
     except SignalException:
         raise Stopped from None
     except ChildFailedError as error:

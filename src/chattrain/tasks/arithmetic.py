@@ -13,7 +13,7 @@ OPERATIONS = {  # name -> (sign, how it is asked besides the sign, largest opera
     "subtract": ("-", ("What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}."), 99),
     "multiply": ("*", ("What is {a} times {b}?", "Multiply {a} by {b}.", "What is the product of {a} and {b}?"), 9),
 }
-SIGN_QUESTIONS = ("What is {a} {sign} {b}?", "{a} {sign} {b} =", "Compute {a} {sign} {b}.", "How much is {a} {sign} {b}?")
+WITH_SIGN = ("What is {a} {sign} {b}?", "{a} {sign} {b} =", "Compute {a} {sign} {b}.", "How much is {a} {sign} {b}?")
 ONE_DIGIT_SHARE = 0.5  # of the additions and subtractions; the others have operands up to two digits
 TOOL_PHRASES = ("I will let Python work it out.\n", "Let me use Python.\n", "I compute it with Python.\n")
 
@@ -30,8 +30,9 @@ def arithmetic(rng: random.Random, split: str) -> dict:
 
     name, a, b = draw(propose, split)
     sign, in_words, _ = OPERATIONS[name]
-    question = rng.choice(SIGN_QUESTIONS + in_words).format(a=a, b=b, sign=sign)
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": _answer(rng, a, sign, b)}]}
+    question = rng.choice(WITH_SIGN + in_words).format(a=a, b=b, sign=sign)
+    answer = _answer(rng, a, sign, b)
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def result(a: int, sign: str, b: int) -> int:

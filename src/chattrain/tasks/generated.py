@@ -40,19 +40,20 @@ def rows(name: str, split: str, size: int | None = None, words_file: str | None 
     an unknown name or split, a size that cannot be had, and a words_file that would have no effect.
 
     >>> rows("arithmetic", "train", size=1)
-    [{'messages': [{'role': 'user', 'content': ''}, {'role': 'assistant', 'content': ''}]}]
+    [{'messages': [{'role': 'user', 'content': 'Multiply 3 by 5.'}, {'role': 'assistant', 'content': '3 * 5 = 15'}]}]
     """
     _check(name, split, size, words_file)
     if name == "prose":
         return _prose(split, size)
     make = _maker(name, words_file)
-    return [make(random.Random(f"{name}/{split}/{i}"), split) for i in range(DEFAULT_SIZES[split] if size is None else size)]
+    size = DEFAULT_SIZES[split] if size is None else size
+    return [make(random.Random(f"{name}/{split}/{i}"), split) for i in range(size)]
 
 
 def _prose(split: str, size: int | None) -> list[dict]:
     mine = [{"text": text} for text in documents() if split_of(f"prose/{text}") == split]
     if size is not None and size > len(mine):
-        raise ValueError(f"prose has {len(mine)} documents for {split}, {size} were asked for; leave the size out for all")
+        raise ValueError(f"prose has {len(mine)} documents for {split}, not {size}; leave the size out for all of them")
     return mine[:size]
 
 

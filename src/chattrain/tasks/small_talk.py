@@ -6,13 +6,17 @@ message. Every user message, in any turn, belongs to one split only.
 
 import random
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from chattrain.tasks.words import draw
 
-PEOPLE = """Ada Alan Alice Amir Ana Anna Ben Carla Chen David Diego Elena Emil Emma Eva Finn Grace Hana Hugo Ida Ines Ivan
-Jan Jonas Julia Kai Lara Lena Leo Lina Luca Maja Maria Mark Mia Nadia Nina Noah Nora Olga Omar Oscar Paul Pia Ravi Rosa
-Sam Sara Sofia Tara Theo Tim Tom Vera Yara Yusuf Zoe""".split()
+_PEOPLE = """
+Ada Alan Alice Amir Ana Anna Ben Carla Chen David Diego Elena Emil Emma Eva Finn Grace Hana Hugo Ida Ines Ivan Jan
+Jonas Julia Kai Lara Lena Leo Lina Luca Maja Maria Mark Mia Nadia Nina Noah Nora Olga Omar Oscar Paul Pia Ravi Rosa
+Sam Sara Sofia Tara Theo Tim Tom Vera Yara Yusuf Zoe
+"""
+PEOPLE = _PEOPLE.split()
 FAVOURITES = {  # kind -> things of that kind; the model's own favourite is the first
     "colour": ["blue", "green", "red", "yellow", "orange", "purple", "white"],
     "animal": ["the turtle", "the cat", "the dog", "the owl", "the horse", "the fox", "the bear"],
@@ -23,19 +27,28 @@ FAVOURITES = {  # kind -> things of that kind; the model's own favourite is the 
     "hobby": ["reading", "chess", "running", "painting", "cooking", "music", "hiking"],
     "language": ["Python", "English", "Spanish", "French", "German", "Arabic", "Hindi"],
 }
-HELLOS = ["Hi", "Hello", "Hey", "Good morning", "Good evening", "Good afternoon", "Hi there", "Hello there", "Good day"]
-LEADS = ["", "", "", "", "tell me, ", "may I ask, ", "one question: ", "please tell me, ", "I wonder, ", "so, ", "by the way, ",
-         "just curious, "]
-
+FAVOURITE_ASKED = ["what is your favourite {kind}?", "which {kind} do you like best?",
+                   "do you have a favourite {kind}?"]
+FAVOURITE_TOLD = ["my favourite {kind} is {theirs}.", "I like {theirs}.", "the {kind} that I like best is {theirs}."]
+HELLOS = ["Hi", "Hello", "Hey", "Good morning", "Good evening", "Good afternoon", "Hi there", "Hello there",
+          "Good day"]
+LEADS = ["", "", "", "", "tell me, ", "may I ask, ", "one question: ", "please tell me, ", "I wonder, ", "so, ",
+         "by the way, ", "just curious, "]
+TELLING_LEADS = ["", "you know, ", "by the way, ", "well, ", "guess what, "]
 TAILS = ["", "", "", " Can we talk?", " Is anyone there?", " Nice to meet you.", " I have a question.",
-                  " Are you awake?", " Can you help me?", " It is good to be here.", " What a nice day."]
-INTRODUCTIONS = ["I am {name}.", "My name is {name}.", "I'm {name}.", "This is {name}.", "{name} here.", "You can call me {name}."]
-NAME_QUESTIONS = ["what is my name?", "what's my name?", "do you remember my name?", "who am I?", "do you know my name?",
-                  "what did I say my name was?", "can you say my name?"]
-THANKS = ["thanks", "thank you", "many thanks", "thanks a lot", "thank you very much", "great, thanks", "thank you so much"]
-THANKS_FOR = ["", "", " for the help", " for your time", " for the answer", " for talking to me", " for the chat", " for everything"]
-BYES = ["bye", "goodbye", "see you", "bye bye", "good night", "see you later", "I have to go", "that is all, bye", "until next time"]
-BYE_TAILS = ["", "", " for now", " and take care", " and thanks", " then", " my friend", ", little model", ", it was fun"]
+         " Are you awake?", " Can you help me?", " It is good to be here.", " What a nice day."]
+INTRODUCTIONS = ["I am {name}.", "My name is {name}.", "I'm {name}.", "This is {name}.", "{name} here.",
+                 "You can call me {name}."]
+NAME_QUESTIONS = ["what is my name?", "what's my name?", "do you remember my name?", "who am I?",
+                  "do you know my name?", "what did I say my name was?", "can you say my name?"]
+THANKS = ["thanks", "thank you", "many thanks", "thanks a lot", "thank you very much", "great, thanks",
+          "thank you so much"]
+THANKS_FOR = ["", "", " for the help", " for your time", " for the answer", " for talking to me", " for the chat",
+              " for everything"]
+BYES = ["bye", "goodbye", "see you", "bye bye", "good night", "see you later", "I have to go", "that is all, bye",
+        "until next time"]
+BYE_TAILS = ["", "", " for now", " and take care", " and thanks", " then", " my friend", ", little model",
+             ", it was fun"]
 
 ABOUT_ME = {  # what is asked -> the answer; the first sentence stands by itself
     "who are you?": "I am a small language model trained with chattrain. I like to chat.",
@@ -63,12 +76,12 @@ FEELINGS = {  # how the user feels -> the answer
     "busy": "Then I will be quick. What do you need?",
     "hungry": "Then it is time to eat. I hope it tastes good!",
 }
-FEELING_TEMPLATES = ["I am {feeling}{when}.", "I feel {feeling}{when}.", "I'm {feeling}{when}.", "I am so {feeling}{when}."]
+FEEL = ["I am {feeling}{when}.", "I feel {feeling}{when}.", "I'm {feeling}{when}.", "I am so {feeling}{when}."]
 WHEN = ["", " today", " now", " this morning", " tonight", " again"]
 
 # Each of these counts as one question, and that question falls in training: what everybody types first must be known.
-EVERYDAY = {"hi", "hello", "hey", "good morning", "who are you", "what are you", "what is your name", "how are you", "thanks",
-            "thank you", "bye", "goodbye", "what is my name", "what can you do"}
+EVERYDAY = {"hi", "hello", "hey", "good morning", "who are you", "what are you", "what is your name", "how are you",
+            "thanks", "thank you", "bye", "goodbye", "what is my name", "what can you do"}
 
 SHORT, POLITE = "Answer in one short sentence.", "End every answer with: Have a nice day!"
 SYSTEM_SHARE = 0.25  # of the conversations begin with one of these two
@@ -77,6 +90,9 @@ SYSTEM_SHARE = 0.25  # of the conversations begin with one of these two
 class Turn(NamedTuple):
     user: str
     reply: str
+
+
+Maker = Callable[[random.Random, str], Turn]  # (generator, the user's name) -> one turn
 
 
 def small_talk(rng: random.Random, split: str) -> dict:
@@ -112,19 +128,21 @@ def identity(user: str) -> str:
     return f"small_talk/{'everyday phrase' if words in EVERYDAY else words}"
 
 
-def _plan(rng: random.Random) -> list:
-    """Which turns a conversation has, in order."""
-    middle = rng.choices((_about_me, _favourite, _feeling), (3, 3, 2))[0]
+def _plan(rng: random.Random) -> list[Maker]:
+    """Which turns a conversation has, in order. Nobody asks for a name that was never given."""
     opening = rng.choice((_greeting, _introduction))
+    middle = rng.choices((_about_me, _favourite, _feeling), (3, 3, 2))[0]
     closing = rng.choice((_thanks, _bye))
-    if opening is _introduction and rng.random() < 0.5:
-        middle = _ask_name
     plans = ([opening], [middle], [closing], [opening, middle], [middle, closing], [opening, middle, closing])
     plan = rng.choices(plans, (2, 5, 1, 3, 2, 2))[0]
-    return [_favourite] if plan == [_ask_name] else plan  # nobody asks for a name never given
+    if plan[:2] == [_introduction, middle] and rng.random() < 0.5:
+        plan[1] = _ask_name
+    return plan
 
 
-def _turn(make, rng: random.Random, split: str, name: str) -> Turn:
+def _turn(make: Maker, rng: random.Random, split: str, name: str) -> Turn:
+    """A turn that belongs to the split."""
+
     def propose() -> tuple[str, Turn]:
         turn = make(rng, name)
         return identity(turn.user), turn
@@ -157,25 +175,27 @@ def _favourite(rng: random.Random, name: str) -> Turn:
     kind = rng.choice(tuple(FAVOURITES))
     mine, theirs = FAVOURITES[kind][0], rng.choice(FAVOURITES[kind])
     if rng.random() < 0.5:
-        ask = rng.choice((f"what is your favourite {kind}?", f"which {kind} do you like best?", f"do you have a favourite {kind}?"))
+        ask = rng.choice(FAVOURITE_ASKED).format(kind=kind)
         return Turn(_led(rng, ask), f"My favourite {kind} is {mine}. What is yours?")
-    tell = rng.choice((f"my favourite {kind} is {theirs}.", f"I like {theirs}.", f"the {kind} that I like best is {theirs}."))
+    tell = rng.choice(FAVOURITE_TOLD).format(kind=kind, theirs=theirs)
     answer = f"I like {theirs} too!" if theirs == mine else f"So you like {theirs}. I like {mine}."
-    return Turn(_led(rng, tell, LEADS[:4] + ["you know, ", "by the way, ", "well, ", "guess what, "]), answer)
+    return Turn(_led(rng, tell, ["", *TELLING_LEADS]), answer)
 
 
 def _feeling(rng: random.Random, name: str) -> Turn:
     feeling = rng.choice(tuple(FEELINGS))
-    said = rng.choice(FEELING_TEMPLATES).format(feeling=feeling, when=rng.choice(WHEN))
+    said = rng.choice(FEEL).format(feeling=feeling, when=rng.choice(WHEN))
     return Turn(said, FEELINGS[feeling])
 
 
 def _thanks(rng: random.Random, name: str) -> Turn:
-    return Turn(_led(rng, f"{rng.choice(THANKS)}{rng.choice(THANKS_FOR)}{rng.choice('!.')}", [""]), "You are welcome!")
+    said = f"{rng.choice(THANKS)}{rng.choice(THANKS_FOR)}{rng.choice('!.')}"
+    return Turn(_led(rng, said, [""]), "You are welcome!")
 
 
 def _bye(rng: random.Random, name: str) -> Turn:
-    return Turn(_led(rng, f"{rng.choice(BYES)}{rng.choice(BYE_TAILS)}{rng.choice('!.')}", [""]), "Goodbye! Come back soon.")
+    said = f"{rng.choice(BYES)}{rng.choice(BYE_TAILS)}{rng.choice('!.')}"
+    return Turn(_led(rng, said, [""]), "Goodbye! Come back soon.")
 
 
 def _led(rng: random.Random, text: str, leads: list[str] = LEADS) -> str:

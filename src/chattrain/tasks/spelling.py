@@ -49,7 +49,8 @@ def count_letters(rng: random.Random, split: str, words: tuple[str, ...]) -> dic
     word = pick(rng, words, "count_letters", split)
     letter = rng.choice(string.ascii_lowercase if rng.random() < ABSENT_LETTER else word)
     question = rng.choice(COUNT_QUESTIONS).format(letter=letter, word=word)
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": _solution(word, letter)}]}
+    solution = _solution(word, letter)
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]}
 
 
 def running_count(word: str, letter: str) -> str:
@@ -67,9 +68,9 @@ def running_count(word: str, letter: str) -> str:
 
 def _solution(word: str, letter: str) -> list[dict]:
     count = word.count(letter)
+    by_hand = f"I spell {word} and count each {letter}:\n{running_count(word, letter)}\nThat makes {count}."
     return [
-        {"type": "text", "text": f"I spell {word} and count each {letter}:\n{running_count(word, letter)}\n"
-                                 f"That makes {count}. Let me check with Python.\n"},
+        {"type": "text", "text": f"{by_hand} Let me check with Python.\n"},
         {"type": "python", "text": f"'{word}'.count('{letter}')"},
         {"type": "python_output", "text": str(count)},
         {"type": "text", "text": f"Python counts {count} too.\n\n#### {count}"},

@@ -1,6 +1,6 @@
-"""The words that the spelling tasks ask about, and the fair parting of any pool into training and validation.
+"""The words that the spelling tasks ask about, and the one rule that parts any questions into training and validation.
 
-The parting stands here, in one function, because a validation question that was trained on measures nothing.
+The rule stands in one place, because a validation question that was trained on measures nothing.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def draw(propose: Callable[[], tuple[str, Value]], split: str) -> Value:
             return value
     raise ValueError(
         f"no question for the split {split!r} in {MAX_DRAWS} draws (the last was {identity!r}); "
-        "give a words_file with at least 100 words"
+        "its pool is too small to set a tenth aside: give more words in words_file"
     )
 
 
@@ -55,7 +55,8 @@ def common_words() -> tuple[str, ...]:
     documents_with: Counter[str] = Counter()
     for text in documents():
         documents_with.update(set(PLAIN_WORD.findall(text)))
-    return tuple(sorted(word for word, n in documents_with.items() if n >= MIN_DOCUMENTS and re.search("[aeiouy]", word)))
+    common = (word for word, n in documents_with.items() if n >= MIN_DOCUMENTS)
+    return tuple(sorted(word for word in common if re.search("[aeiouy]", word)))
 
 
 @lru_cache(maxsize=8)
@@ -68,7 +69,7 @@ def words_of_file(path: str) -> tuple[str, ...]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"words_file={path} cannot be read ({error}); give a UTF-8 text file with one word a line") from None
+        raise ValueError(f"words_file={path} cannot be read ({error}); give a text file with one word a line") from None
     words = {line.strip() for line in lines if re.fullmatch("[a-z]+", line.strip())}
     if not words:
         raise ValueError(f"words_file={path} has no line that is one lower-case word; give one word (a to z) a line")

@@ -1,0 +1,150 @@
+"""A step is the same set of rows for any number of ranks and any batch size, and can be looked up out of turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from chattrain.config import SourceConfig
+from chattrain.data.cache import Documents
+from chattrain.data.collators import Batch, Masked, Packed
+from chattrain.data.loader import Loader, evaluation_batches
+from chattrain.data.mixture import Mixture
+
+PAD = 9_999
+CPU = torch.device("cpu")
+ROWS_PER_STEP = 32
+
+
+def mixture() -> Mixture:
+    """Two sources, 70 documents of 2 to 90 tokens; no two tokens are alike."""
+    rng = np.random.default_rng(5)
+    caches, first = [], 0
+    for name, n in (("a", 50), ("b", 20)):
+        lengths = rng.integers(2, 90, n)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        mask = rng.integers(0, 2, offsets[-1]).astype(np.uint8)
+        mask[offsets[:-1]], mask[offsets[:-1] + 1] = 0, 1
+        tokens = np.arange(first, first + offsets[-1], dtype=np.uint16)
+        supervised = np.add.reduceat(mask, offsets[:-1]).astype(np.int64)
+        caches.append(Documents(name, tokens, mask, offsets, supervised, np.arange(n), 0, name))
+        first += int(offsets[-1])
+    return Mixture(caches, [SourceConfig("a"), SourceConfig("b")], seed=3)
+
+
+COLLATORS = [pytest.param(lambda last=None: Packed(mixture(), 16, PAD, last), id="packed"),
+             pytest.param(lambda last=None: Masked(mixture(), 64, PAD, last), id="masked")]
+
+
+def rows_in(batches: list[Batch]) -> Counter:
+    """Rows without their padding, however wide the batch is, and how often each is there."""
+    found = Counter()
+    for batch in batches:
+        for x, y in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+            row = tuple((a, b) for a, b in zip(x, y, strict=True) if a != PAD)
+            found.update([row] if row else [])
+    return found
+
+
+def step_of(collator, step: int, device_batch_size: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    loader = Loader(collator, ROWS_PER_STEP, device_batch_size, CPU, rank, world_size)
+    try:
+        return loader.step(step)
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("make", COLLATORS)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("device_batch_size", [1, 2, 4, 8])
+def test_a_step_is_the_same_rows_for_any_ranks_and_batch_size(make, world_size, device_batch_size):
+    for step in (0, 3):  # the last runs over the end of an epoch
+        whole = rows_in(step_of(make(), step, ROWS_PER_STEP))
+        shares = [step_of(make(), step, device_batch_size, rank, world_size) for rank in range(world_size)]
+        assert sum((rows_in(share) for share in shares), Counter()) == whole
+        assert whole.total() == ROWS_PER_STEP
+        assert {len(share) for share in shares} == {ROWS_PER_STEP // (world_size * device_batch_size)}
+        assert all(len(batch.inputs) == device_batch_size for share in shares for batch in share)
+        assert sum(b.num_targets for share in shares for b in share) == sum(
+            target != -1 for row in whole for _, target in row)
+
+
+@pytest.mark.parametrize("make", COLLATORS)
+def test_steps_one_after_the_other_hold_the_rows_of_an_epoch_once(make):
+    collator = make()
+    loader = Loader(collator, ROWS_PER_STEP, 8, CPU)
+    found = sum((rows_in(loader.step(step)) for step in range(collator.steps_in(1, ROWS_PER_STEP))), Counter())
+    loader.close()
+    for row, times in rows_in([make().batch(np.arange(collator.rows_in(1)))]).items():
+        assert found[row] >= times
+
+
+@pytest.mark.parametrize("make", COLLATORS)
+def test_a_step_out_of_turn_is_the_step_in_turn(make):
+    loader = Loader(make(), ROWS_PER_STEP, 8, CPU)
+    in_turn = [loader.step(step) for step in range(5)]
+    back = [loader.step(step) for step in (4, 1, 2)]  # resumed, begun anew, and read ahead
+    loader.close()
+    for step, batches in zip((4, 1, 2), back, strict=True):
+        for one, two in zip(in_turn[step], batches, strict=True):
+            assert torch.equal(one.inputs, two.inputs) and torch.equal(one.targets, two.targets)
+            assert one[2:] == two[2:]
+
+
+def test_rows_of_like_length_share_a_batch_and_pad_little():
+    arranged = step_of(Masked(mixture(), 64, PAD), 0, 8)
+    assert [batch.inputs.shape[1] for batch in arranged] == sorted(batch.inputs.shape[1] for batch in arranged)
+    assert sum(batch.inputs.numel() for batch in arranged) < ROWS_PER_STEP * 64
+
+
+def test_what_goes_wrong_ahead_of_time_is_told_when_its_step_is_taken():
+    class Breaks(Packed):
+        def batch(self, rows):
+            if rows.max() >= ROWS_PER_STEP:
+                raise RuntimeError("the disk is gone")
+            return super().batch(rows)
+
+    loader = Loader(Breaks(mixture(), 16, PAD), ROWS_PER_STEP, 8, CPU)
+    loader.step(0)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        loader.step(1)
+    loader.close()
+
+
+@pytest.mark.parametrize("make", COLLATORS)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("device_batch_size", [1, 3, 8, 50])
+def test_an_evaluation_sees_every_row_once_and_gives_all_ranks_as_many_batches(make, world_size, device_batch_size):
+    collator = make(0)
+    n = collator.rows_in(1)
+    shares = [list(evaluation_batches(make(0), n, device_batch_size, rank, world_size)) for rank in range(world_size)]
+    assert sum((rows_in(share) for share in shares), Counter()) == rows_in([collator.batch(np.arange(n))])
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(batch.inputs) == device_batch_size for share in shares for batch in share)
+
+
+def test_an_evaluation_of_fewer_rows_takes_the_first_ones():
+    collator = Masked(mixture(), 64, PAD, last_epoch=0)
+    some = rows_in(list(evaluation_batches(collator, 10, 4)))
+    assert some == rows_in([collator.batch(np.arange(10))]) and some.total() == 10
+
+
+@pytest.mark.parametrize("make", COLLATORS)
+def test_a_step_is_described_by_the_source_and_row_of_all_that_is_in_it(make):
+    collator, documents = make(), mixture()
+    name_of = {int(token): documents.describe(i) for i in range(len(documents)) for token in documents.document(i)[0]}
+    loader = Loader(collator, 8, 4, CPU)
+    tokens = [int(t) for batch in loader.step(2) for side in (batch.inputs, batch.targets) for t in side.unique()]
+    described = loader.describe(2)
+    loader.close()
+    assert set(described.replace(" + ", ", ").split(", ")) == {name_of[t] for t in tokens if t in name_of}
+
+
+def test_a_long_description_names_some_and_counts_the_rest():
+    described = Loader(Masked(mixture(), 64, PAD), ROWS_PER_STEP, 8, CPU).describe(0)
+    assert described.endswith(" and 24 more")
+    assert described.count(" row ") == 8
+    assert {name.split()[0] for name in described.removesuffix(" and 24 more").split(", ")} <= {"a", "b"}

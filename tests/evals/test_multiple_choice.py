@@ -1,0 +1,171 @@
+"""Accuracy on lettered questions, against one question at a time with the logits of the whole vocabulary."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from chattrain.chat import render_prompt
+from chattrain.config import Schema, SourceConfig
+from chattrain.data.sources import Rows, open_rows
+from chattrain.distributed import Ranks
+from chattrain.errors import UserError
+from chattrain.evals.multiple_choice import MultipleChoice, Question, questions
+from chattrain.model.gpt import GPT
+from chattrain.tasks import multiple_choice
+
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+CPU = torch.device("cpu")
+
+
+def row(i: int) -> dict:
+    """Questions of 3, 4 and 5 choices and of many lengths, in MMLU's columns and in ARC's, with letters and digits."""
+    n = 3 + i % 3
+    texts = [f"thing {i * 7 + j}" * (1 + (i + j) % 3) for j in range(n)]
+    text = f"Which of these is number {i}? " * (1 + i % 5)
+    if i % 2:
+        return {"question": text, "choices": texts, "answer": i % n}
+    labels = list("12345" if i % 4 else "ABCDE")[:n]
+    return {"question": text, "choices": {"text": texts, "label": labels}, "answerKey": labels[i % n]}
+
+
+ROWS = [row(i) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> GPT:
+    """Random weights whose letters differ by what is asked; token 0, which is no letter, is always the likeliest."""
+    model = GPT(tokenizer.vocab_size, n_layer=2, n_embd=32, n_head=2)
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3, generator=generator)
+        prompts = [render_prompt(multiple_choice.conversation(r), tokenizer) for r in ROWS]
+        mean = torch.stack([model.features(torch.tensor([ids]))[0, -1] for ids in prompts]).mean(0)
+        head = model.lm_head.weight  # without what all prompts have in common, so that none has one letter for all
+        head.copy_(5 * (head - torch.outer(head @ mean, mean) / mean.square().sum()))
+        head[0] = mean
+    return model
+
+
+def asked(rows: list[dict], tokenizer, limit: int | None = None) -> list[Question]:
+    return questions("mine", Rows(rows, None, []), tokenizer, limit)
+
+
+def labels_of(r: dict) -> list[str]:
+    return r["choices"]["label"] if "answerKey" in r else list("ABCDE")[: len(r["choices"])]
+
+
+def answer_of(r: dict) -> int:
+    return labels_of(r).index(r["answerKey"]) if "answerKey" in r else r["answer"]
+
+
+@torch.no_grad()
+def slow_picks(model: GPT, rows: list[dict], tokenizer) -> list[int]:
+    """The index of the choice that the model finds likeliest, a question at a time."""
+    picks = []
+    for r in rows:
+        labels = labels_of(r)
+        ids = render_prompt(multiple_choice.conversation(r), tokenizer)
+        logits = model(torch.tensor([ids]))[0, -1].tolist()
+        likeliest = max(labels, key=lambda label: logits[tokenizer.encode(label)[0]])
+        picks.append(labels.index(likeliest))
+    return picks
+
+
+def accuracy(model: GPT, found: list[Question], batch_size: int = 8, ranks: Ranks | None = None,
+             seq_len: int = 64) -> float:
+    measured = MultipleChoice("mine", found, batch_size, 1, seq_len, CPU, ranks or Ranks())(model, nullcontext())
+    assert list(measured) == ["eval/mine_acc"]
+    return measured["eval/mine_acc"]
+
+
+def test_accuracy_equals_one_question_at_a_time_with_all_logits(model, tokenizer):
+    picks = slow_picks(model, ROWS, tokenizer)
+    right = sum(pick == answer_of(r) for pick, r in zip(picks, ROWS, strict=True))
+    assert 0 < right < len(ROWS) and len(set(picks)) >= 4  # the comparison can fail
+    assert accuracy(model, asked(ROWS, tokenizer)) == right / len(ROWS)
+
+
+def test_every_single_question_is_judged_as_alone(model, tokenizer):
+    for r, pick in zip(ROWS, slow_picks(model, ROWS, tokenizer), strict=True):
+        assert accuracy(model, asked([r], tokenizer)) == (pick == answer_of(r))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 60, 100])
+@pytest.mark.parametrize("seq_len", [16, 512])
+def test_accuracy_does_not_depend_on_batch_size_row_length_or_order(model, tokenizer, batch_size, seq_len):
+    found = asked(ROWS, tokenizer)
+    expected = accuracy(model, found)
+    assert accuracy(model, found, batch_size, seq_len=seq_len) == expected
+    assert accuracy(model, found[::-1], batch_size, seq_len=seq_len) == expected
+
+
+def with_answer(r: dict, answer: int) -> dict:
+    return {**r, "answerKey": r["choices"]["label"][answer]} if "answerKey" in r else {**r, "answer": answer}
+
+
+def test_only_the_letters_of_the_question_compete(model, tokenizer):
+    """Not token 0, which fills up the shorter lists of letters here and is the likeliest of the whole vocabulary."""
+    with torch.no_grad():
+        assert all(int(model(torch.tensor([q.ids]))[0, -1].argmax()) == 0 for q in asked(ROWS, tokenizer))
+    picks = slow_picks(model, ROWS, tokenizer)
+    as_picked = [with_answer(r, pick) for r, pick in zip(ROWS, picks, strict=True)]
+    others = [with_answer(r, (pick + 1) % len(labels_of(r))) for r, pick in zip(ROWS, picks, strict=True)]
+    assert accuracy(model, asked(as_picked, tokenizer)) == 1
+    assert accuracy(model, asked(others, tokenizer)) == 0
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_judge_parts_whose_sum_is_the_whole(model, tokenizer, world_size):
+    class Alone(Ranks):
+        def sum(self, values):
+            return values
+
+    found = asked(ROWS, tokenizer)
+    parts = [accuracy(model, found, 7, Alone(rank, rank, world_size)) for rank in range(world_size)]
+    assert sum(parts) == pytest.approx(accuracy(model, found))
+
+
+def test_a_question_is_the_prompt_up_to_where_the_assistant_answers(tokenizer):
+    for r, question in zip(ROWS, asked(ROWS, tokenizer), strict=True):
+        assert question.ids == render_prompt(multiple_choice.conversation(r), tokenizer)
+        assert question.ids[-1] == tokenizer.special("<|assistant_start|>")
+        assert question.answer == answer_of(r)
+        assert len(question.letter_ids) == 3 + ROWS.index(r) % 3
+
+
+def test_a_limit_asks_the_first_questions(tokenizer):
+    assert asked(ROWS, tokenizer, limit=7) == asked(ROWS[:7], tokenizer)
+    assert asked(ROWS, tokenizer, limit=999) == asked(ROWS, tokenizer)
+
+
+def test_a_letter_of_several_tokens_is_refused_with_its_row(tokenizer):
+    bad = {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "(B)"]}, "answerKey": "A"}
+    with pytest.raises(UserError, match=r"question set mine, row 1: .*\(B\).* one token"):
+        asked([ROWS[0], bad], tokenizer)
+
+
+@pytest.mark.parametrize("bad", [{"question": "?"}, {"text": "x"},
+                                 {"question": "?", "choices": ["a", "b"], "answer": 2},
+                                 {"question": "?", "choices": ["a", "b"], "answer": None},
+                                 {"question": None, "choices": ["a", "b"], "answer": 0}])
+def test_a_row_that_is_no_question_is_refused_with_its_number(tokenizer, bad):
+    with pytest.raises(UserError, match=r"question set mine, row 2: .*question, choices"):
+        asked([*ROWS[:2], bad], tokenizer)
+
+
+@pytest.mark.parametrize("path, subset", [("mmlu", "all"), ("arc", "ARC-Easy"), ("arc", "ARC-Challenge")])
+def test_real_questions_are_judged_as_one_at_a_time(model, tokenizer, cache, path, subset):
+    if not (SHARED_DATA / path).is_dir():
+        pytest.skip(f"shared/data/{path} is not here")
+    source = SourceConfig(str(SHARED_DATA / path), Schema.multiple_choice, subset=subset, split="test", limit=40)
+    opened = open_rows(path, source, cache)
+    rows = [r for _, r in opened.read(0, 40)]
+    right = sum(pick == answer_of(r) for pick, r in zip(slow_picks(model, rows, tokenizer), rows, strict=True))
+    assert accuracy(model, questions(path, opened, tokenizer)) == right / 40

@@ -1,0 +1,158 @@
+"""Validation loss and bits per byte, against a loop over single tokens of single rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from chattrain.config import SourceConfig
+from chattrain.data.cache import Documents
+from chattrain.data.collators import Masked, Packed
+from chattrain.data.mixture import Mixture
+from chattrain.distributed import Ranks
+from chattrain.evals.validation import Validation
+from chattrain.model.gpt import GPT
+
+CPU = torch.device("cpu")
+VOCAB, SPECIAL = 61, 9  # the last 9 ids are special: they stand for no bytes
+SEQ_LEN = 24
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """Two layers with random weights everywhere, so that every token has another loss."""
+    model = GPT(VOCAB, n_layer=2, n_embd=32, n_head=2)
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def token_bytes() -> np.ndarray:
+    sizes = np.random.default_rng(2).integers(1, 6, VOCAB).astype(np.int32)
+    sizes[-SPECIAL:] = 0
+    return sizes
+
+
+def mixture() -> Mixture:
+    """25 documents of 3 to 40 tokens, special tokens among them, about half of the tokens supervised."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(3, 40, 25)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    mask = rng.integers(0, 2, offsets[-1]).astype(np.uint8)
+    mask[offsets[:-1]], mask[offsets[:-1] + 1] = 0, 1
+    tokens = rng.integers(0, VOCAB, offsets[-1]).astype(np.uint16)
+    supervised = np.add.reduceat(mask, offsets[:-1]).astype(np.int64)
+    made = Documents("a", tokens, mask, offsets, supervised, np.arange(25), 0, "a")
+    return Mixture([made], [SourceConfig("a")], seed=0)
+
+
+def packed() -> Packed:
+    return Packed(mixture(), SEQ_LEN, VOCAB - 1, last_epoch=0)
+
+
+def masked() -> Masked:
+    return Masked(mixture(), SEQ_LEN, VOCAB - 1, last_epoch=0)
+
+
+def packed_rows() -> list[tuple[list[int], list[bool]]]:
+    """(tokens, does each carry loss) of a row: SEQ_LEN inputs and the token after the last."""
+    documents = mixture()
+    stream = [int(t) for i in documents.order(0) for t in documents.document(i)[0]]
+    rows = [stream[start : start + SEQ_LEN + 1] for start in range(0, len(stream) - 1, SEQ_LEN)]
+    return [(row, [True] * len(row)) for row in rows]
+
+
+def masked_rows() -> list[tuple[list[int], list[bool]]]:
+    documents = mixture()
+    cut = [[array[: SEQ_LEN + 1].tolist() for array in documents.document(i)] for i in documents.order(0)]
+    return [(ids, [bool(m) for m in mask]) for ids, mask in cut]
+
+
+@torch.no_grad()
+def slow(model: GPT, rows, token_bytes) -> dict[str, float]:
+    """A token at a time: its probability after what stands before it in its row."""
+    nats, bits, targets, bytes_ = 0.0, 0.0, 0, 0
+    for ids, loss in rows:
+        probabilities = torch.softmax(model(torch.tensor([ids[:-1]]))[0].double(), dim=-1)
+        for i in range(1, len(ids)):
+            if not loss[i]:
+                continue
+            p = float(probabilities[i - 1, ids[i]])
+            nats, targets = nats - math.log(p), targets + 1
+            if token_bytes[ids[i]] > 0:
+                bits, bytes_ = bits - math.log2(p), bytes_ + int(token_bytes[ids[i]])
+    return {"val/loss": nats / targets, "val/bpb": bits / bytes_}
+
+
+def validate(collator, losses_of, token_bytes, device_batch_size: int = 4, rows: int | None = None, ranks=None) -> dict:
+    rows = collator.rows_in(1) if rows is None else rows
+    return Validation(collator, rows, device_batch_size, token_bytes, CPU, ranks or Ranks())(losses_of)
+
+
+@pytest.mark.parametrize("make, rows", [(packed, packed_rows), (masked, masked_rows)], ids=["packed", "masked"])
+def test_loss_and_bits_per_byte_equal_a_loop_over_single_tokens(model, token_bytes, make, rows):
+    assert validate(make(), model, token_bytes) == pytest.approx(slow(model, rows(), token_bytes), rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [packed, masked])
+def test_the_numbers_do_not_depend_on_the_batch_size(model, token_bytes, make):
+    one = validate(make(), model, token_bytes, 1)
+    for device_batch_size in (2, 7, 16, 64):  # with a last batch that is not full
+        assert validate(make(), model, token_bytes, device_batch_size) == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [packed, masked])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_measure_parts_whose_sums_make_the_whole(model, token_bytes, make, world_size):
+    class Alone(Ranks):
+        def sum(self, values):
+            sums.append(values)
+            return values
+
+    sums: list[list[float]] = []
+    for rank in range(world_size):
+        validate(make(), model, token_bytes, 2, ranks=Alone(rank, rank, world_size))
+    nats, counted_nats, targets, bytes_ = (sum(column) for column in zip(*sums, strict=True))
+    parts = {"val/loss": nats / targets, "val/bpb": counted_nats / math.log(2) / bytes_}
+    assert parts == pytest.approx(validate(make(), model, token_bytes), rel=1e-6)
+
+
+def test_special_tokens_count_no_bytes_and_their_loss_is_no_bits():
+    """Each ordinary token costs 3 bits, each special one 100: only val/loss sees the special ones."""
+    ids = np.array([60, 1, 2, 59, 58, 3, 4, 57], dtype=np.uint16)
+    made = Documents("a", ids, np.ones(8, np.uint8), np.array([0, 8]), np.array([8]), np.array([0]), 0, "a")
+    collator = Packed(Mixture([made], [SourceConfig("a")], seed=0), 8, pad_id=60, last_epoch=0)
+    token_bytes = np.array([2] * (VOCAB - SPECIAL) + [0] * SPECIAL, dtype=np.int32)
+    bits = torch.tensor([3.0] * (VOCAB - SPECIAL) + [100.0] * SPECIAL)
+
+    def losses_of(_, targets):
+        return bits[targets.clamp(min=0)] * math.log(2) * (targets >= 0)
+
+    measured = validate(collator, losses_of, token_bytes)
+    assert measured["val/bpb"] == pytest.approx(4 * 3 / (4 * 2))
+    assert measured["val/loss"] == pytest.approx(math.log(2) * (4 * 3 + 3 * 100) / 7)
+
+
+def test_a_model_that_knows_nothing_needs_the_bits_of_a_uniform_guess(token_bytes):
+    model = GPT(VOCAB, n_layer=1, n_embd=16, n_head=2)
+    model.init_weights(torch.Generator().manual_seed(0))
+    measured = validate(packed(), model, np.minimum(token_bytes, 1))
+    assert measured["val/loss"] == pytest.approx(math.log(VOCAB))
+    assert measured["val/bpb"] == pytest.approx(math.log2(VOCAB))
+
+
+def test_fewer_rows_measure_the_first_ones(model, token_bytes):
+    assert validate(packed(), model, token_bytes, rows=5) == pytest.approx(slow(model, packed_rows()[:5], token_bytes))
+
+
+def test_measuring_leaves_no_gradients(model, token_bytes):
+    validate(masked(), model, token_bytes)
+    assert all(parameter.grad is None for parameter in model.parameters())
