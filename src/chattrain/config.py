@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -28,8 +28,8 @@ OnMalformed = Enum("OnMalformed", ["refuse", "skip"])
 @dataclass
 class RunConfig:
     root: str = "runs"  # folder of all runs, relative to where the command is typed
-    name: Optional[str] = None  # null: the time of the launch, chosen once
-    dir: Optional[str] = None  # null: <root>/<stage>/<name>
+    name: str | None = None  # null: the time of the launch, chosen once
+    dir: str | None = None  # null: <root>/<stage>/<name>
     seed: int = 1337  # order of the samples and initial weights
     resume: Resume = Resume.auto
 
@@ -56,13 +56,13 @@ class InitConfig:
 
 @dataclass
 class TrainConfig:
-    max_steps: Optional[int] = None  # optimizer steps; one of max_steps and num_epochs
-    num_epochs: Optional[float] = None  # times over the training mixture
+    max_steps: int | None = None  # optimizer steps; one of max_steps and num_epochs
+    num_epochs: float | None = None  # times over the training mixture
     seq_len: int = 256  # tokens a row
     device_batch_size: int = 16  # rows a process a forward pass
-    total_batch_size: Optional[int] = None  # tokens an optimizer step, all ranks (rows x seq_len)
-    rows_per_step: Optional[int] = None  # the same in rows; one of the two
-    max_grad_norm: Optional[float] = None  # null: gradients are not clipped
+    total_batch_size: int | None = None  # tokens an optimizer step, all ranks (rows x seq_len)
+    rows_per_step: int | None = None  # the same in rows; one of the two
+    max_grad_norm: float | None = None  # null: gradients are not clipped
     dtype: DType = DType.auto  # of the matmuls; weights and optimizer state stay fp32
     compile: bool = True
     device: Device = Device.auto
@@ -117,7 +117,7 @@ class ModelConfig:
     n_layer: int = MISSING
     n_embd: int = MISSING
     n_head: int = MISSING  # query heads
-    n_kv_head: Optional[int] = None  # key and value heads; null: as many as query heads
+    n_kv_head: int | None = None  # key and value heads; null: as many as query heads
 
     def check(self) -> None:
         kv = self.n_kv_head if self.n_kv_head is not None else self.n_head
@@ -132,7 +132,7 @@ class ModelConfig:
 
 @dataclass
 class TokenizerConfig:
-    path: Optional[str] = None  # folder of a saved tokenizer; null: the checkpoint's, or trained on the data
+    path: str | None = None  # folder of a saved tokenizer; null: the checkpoint's, or trained on the data
     vocab_size: int = 2048  # tokens when one is trained, special tokens included
     train_chars: int = 4_000_000  # characters of the training data it is trained on, at most
 
@@ -143,13 +143,13 @@ class SourceConfig:
 
     path: str = MISSING  # hub name, file, folder, or generate:<task>
     schema: Schema = Schema.messages
-    subset: Optional[str] = None  # the hub's configuration name
+    subset: str | None = None  # the hub's configuration name
     split: str = "train"
-    limit: Optional[int] = None  # rows at most, drawn by the seed of the source
+    limit: int | None = None  # rows at most, drawn by the seed of the source
     epochs: float = 1.0  # times its documents appear in one epoch of the mixture
-    weight: Optional[float] = None  # share of documents, relative to the other weights; larger sources are thinned out
-    words: Optional[str] = None  # word list of a generated task, one word a line
-    part: Optional[str] = None  # `train` or `val` of a source that has no split of its own: every 20th document is val
+    weight: float | None = None  # share of documents, relative to the other weights; larger sources are thinned out
+    words: str | None = None  # word list of a generated task, one word a line
+    part: str | None = None  # `train` or `val` of a source that has no split of its own: every 20th document is val
 
 
 @dataclass
@@ -160,9 +160,9 @@ class MixtureConfig:
 
 @dataclass
 class DataConfig:
-    cache_dir: Optional[str] = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
+    cache_dir: str | None = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
     on_malformed: OnMalformed = OnMalformed.refuse
-    workers: Optional[int] = None  # processes that tokenise; null: one a core
+    workers: int | None = None  # processes that tokenise; null: one a core
     stages: dict[str, MixtureConfig] = field(default_factory=dict)
     multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data for eval
 
@@ -290,27 +290,27 @@ class DecayScheduleConfig(ScheduleConfig):
 
 @dataclass
 class EvalConfig:
-    every: Optional[int] = 100  # optimizer steps; also before the first and after the last; null: only those two
+    every: int | None = 100  # optimizer steps; also before the first and after the last; null: only those two
     validation: bool = True  # val/loss and val/bpb of the validation mixture
     multiple_choice: bool = False  # accuracy on the question sets of the data, MMLU and ARC
-    max_tokens: Optional[int] = None  # of the validation mixture, at most; null: all
-    max_problems: Optional[int] = None  # of each question set, at most; null: all
+    max_tokens: int | None = None  # of the validation mixture, at most; null: all
+    max_problems: int | None = None  # of each question set, at most; null: all
     batch_size: int = 32  # questions a forward pass
-    mmlu_path: Optional[str] = None  # hub name, or a folder in the hub's file layout
-    arc_path: Optional[str] = None  # likewise; holds ARC-Easy and ARC-Challenge
+    mmlu_path: str | None = None  # hub name, or a folder in the hub's file layout
+    arc_path: str | None = None  # likewise; holds ARC-Easy and ARC-Challenge
     split: str = "test"  # of MMLU and ARC
 
 
 @dataclass
 class TrackingConfig:
     mlflow: bool = MISSING
-    uri: Optional[str] = None  # null: SQLite file mlflow.db in run.root
+    uri: str | None = None  # null: SQLite file mlflow.db in run.root
     experiment: str = "chattrain"
 
 
 @dataclass
 class CheckpointConfig:
-    every: Optional[int] = None  # optimizer steps; null: only at the end
+    every: int | None = None  # optimizer steps; null: only at the end
     keep: int = 2  # newest ones kept
 
     def check(self) -> None:
@@ -342,7 +342,7 @@ class ChatConfig:
     prompt: Any = None  # text or list of texts; null: read from the terminal, turn by turn
     max_tokens: int = 256  # of a reply
     temperature: float = 0.0  # 0: greedy
-    top_k: Optional[int] = 50
+    top_k: int | None = 50
 
 
 @dataclass

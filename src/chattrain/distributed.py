@@ -81,6 +81,11 @@ def started_by_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first() -> bool:
+    """Is this the process that speaks: rank 0, or one that no launcher started?"""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def join(timeout_s: int) -> Ranks:
     """Join the process group that the launcher's environment variables name (gloo for CPU tensors, NCCL for CUDA)."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

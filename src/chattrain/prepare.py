@@ -23,8 +23,8 @@ from chattrain.data.collators import Collator
 from chattrain.data.mixture import Mixture
 from chattrain.data.sources import open_rows
 from chattrain.errors import UserError
-from chattrain.names import launch_time
 from chattrain.evals.multiple_choice import Question, questions
+from chattrain.names import launch_time
 from chattrain.tasks import document
 from chattrain.tokenizer import ASSISTANT_END, Tokenizer
 
@@ -72,6 +72,7 @@ def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     elif cfg.run.resume == Resume.never:
         _move_aside(run_dir)
     if plan.finished is None:
+        report_counts(data.train, data.num_steps)
         if start.warning:
             log.warning(start.warning)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,6 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int, train: bool = T
     num_steps = 0
     if collator:
         num_steps = cfg.train.max_steps or collator.steps_in(cfg.train.num_epochs, rows_per_step)
-        _report_counts("training", collator)
     validation, rows = None, 0
     if cfg.eval.validation:
         validation = _collator(cfg, tokenizer, mixture.val, "val", VALIDATION_SEED, last_epoch=0)
@@ -168,15 +168,19 @@ def build_part(part: Any, *arguments: Any, **named: Any) -> Any:
         raise
 
 
-def _report_counts(what: str, collator: Collator) -> None:
+def report_counts(collator: Collator, num_steps: int) -> None:
+    """Say what the training data holds and what of it is lost."""
     counts = collator.counts
-    log.info("%s mixture: %s documents an epoch", what, f"{counts.documents:,}")
+    log.info("training mixture: %s documents an epoch; %d steps", f"{counts.documents:,}", num_steps)
+    for cache in collator.documents.caches:
+        if cache.skipped:
+            log.warning("data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped,
+                        cache.skipped + len(cache))
     if counts.truncated:
-        log.warning("%s: %d conversations are longer than train.seq_len and cut (%d tokens lost)", what,
-                    counts.truncated, counts.truncated_tokens)
+        log.warning("%d conversations are longer than train.seq_len and cut (%d tokens lost)", counts.truncated,
+                    counts.truncated_tokens)
     if counts.left_out:
-        log.warning("%s: %d conversations have no supervised token within train.seq_len and are left out", what,
-                    counts.left_out)
+        log.warning("%d conversations have no supervised token within train.seq_len and are left out", counts.left_out)
 
 
 def _question_sets(cfg: Config, tokenizer: Tokenizer) -> dict[str, list[Question]]:

@@ -21,10 +21,10 @@ from chattrain.distributed import Ranks
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.validation import Validation
+from chattrain.mlflow_sink import MLflowSink
 from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data
 from chattrain.report import write_report
 from chattrain.tokenizer import ASSISTANT_END
-from chattrain.mlflow_sink import MLflowSink
 from chattrain.tracking import NullTracker, Tracker, setup_logging
 
 log = logging.getLogger("chattrain")
@@ -49,12 +49,14 @@ def train(cfg: Config) -> dict:
 def _train_as_rank(cfg: Config, plan: Plan | None) -> dict:
     """What each process of a launch runs. Under torchrun there is no parent to plan, so rank 0 does."""
     ranks = distributed.join(cfg.distributed.timeout_s)
+    close_log = setup_logging(None, console=ranks.is_main, resume=False)
     try:
         plan = plan or ranks.first(lambda: make_plan(cfg, ranks.world_size)[0])
         if plan.finished:
             return plan.finished
         return work(cfg, plan, ranks, open_data(cfg, plan.tokenizer_dir, ranks.world_size))
     finally:
+        close_log()
         ranks.close()
 
 

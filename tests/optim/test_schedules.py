@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def test_mid_is_constant_for_80_percent_then_linear_to_zero():
     factors = [constant_then_linear(s, 100) for s in range(100)]
     assert factors[:81] == [1.0] * 81
     assert factors[90] == pytest.approx(0.5)
-    drops = [a - b for a, b in zip(factors[81:], factors[82:], strict=False)]
+    drops = [a - b for a, b in itertools.pairwise(factors[80:])]
     assert drops == pytest.approx([0.05] * len(drops))
 
 

@@ -19,7 +19,7 @@ log = logging.getLogger("chattrain")
 def main(cfg: Config) -> dict:
     """Evaluate the checkpoint that init.from names; auto: the newest finished run of this stage. Returns the metrics."""
     nproc = distributed.world_size(cfg.distributed.nproc)
-    close_log = setup_logging(None, console=True, resume=False)
+    close_log = setup_logging(None, console=distributed.is_first(), resume=False)
     try:
         if distributed.started_by_launcher():
             return _evaluate_as_rank(cfg)

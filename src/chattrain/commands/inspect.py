@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 
-from chattrain import distributed
+from chattrain import distributed, init
 from chattrain.config import Config
 from chattrain.data.packing import IGNORE_INDEX
-from chattrain.prepare import choose_tokenizer, init, open_data
+from chattrain.prepare import choose_tokenizer, open_data, report_counts
 from chattrain.tracking import setup_logging
 
 
 def main(cfg: Config) -> dict:
     """Print inspect.rows rows, supervised targets in green, and the counts of the mixture. Starts no training."""
-    from pathlib import Path
-
     close_log = setup_logging(None, console=True, resume=False)
     start = init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
     world_size = distributed.world_size(cfg.distributed.nproc)
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
+    report_counts(data.train, data.num_steps)
     shown = min(cfg.inspect.rows, data.rows_per_step)
     batch = data.train.batch(np.arange(shown))
     for row in range(shown):

@@ -1,14 +1,13 @@
 """command=train: the default."""
 
+from chattrain import distributed, runner
 from chattrain.config import Config
 from chattrain.tracking import setup_logging
 
 
 def main(cfg: Config) -> dict:
-    close_log = setup_logging(None, console=True, resume=False)
+    close_log = setup_logging(None, console=distributed.is_first(), resume=False)
     try:
-        from chattrain import runner
-
         return runner.train(cfg)
     finally:
         close_log()

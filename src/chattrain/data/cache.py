@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -27,8 +26,6 @@ from chattrain.data.sources import open_rows
 from chattrain.errors import UserError
 from chattrain.tasks import document
 from chattrain.tokenizer import Tokenizer
-
-log = logging.getLogger("chattrain")
 
 FORMAT_VERSION = 1
 ARRAYS = ("tokens", "loss_mask", "offsets", "supervised", "rows")
@@ -74,11 +71,7 @@ def prepare(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Pa
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
         _write(name, source, rows, tokenizer, cache_dir, folder, skip_malformed, workers)
-    documents = _open(name, folder)
-    if documents.skipped:
-        log.warning("data source %s: %d of %d rows are malformed and left out", name, documents.skipped,
-                    documents.skipped + len(documents))
-    return documents
+    return _open(name, folder)
 
 
 def _key(identity: list, source: SourceConfig, tokenizer: Tokenizer, skip_malformed: bool) -> str:
@@ -217,4 +210,5 @@ def _render(name: str, source: SourceConfig, rows: Iterator[tuple[int, dict]], t
     dtype = _token_dtype(tokenizer)
     return _Chunk(tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
                   loss_mask=b"".join(bytes(r.loss_mask) for r in rendered),
-                  lengths=[len(r.ids) for r in rendered], supervised=[sum(r.loss_mask) for r in rendered], rows=numbers, malformed=malformed)
+                  lengths=[len(r.ids) for r in rendered], supervised=[sum(r.loss_mask) for r in rendered],
+                  rows=numbers, malformed=malformed)

@@ -37,8 +37,8 @@ class Validation:
             batch = batch.to(self.device)
             losses = losses_of(batch.inputs, batch.targets)
             sizes = self.token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
-            nats = nats + losses.sum().double().cpu()
-            counted_nats = counted_nats + (losses * (sizes > 0)).sum().double().cpu()
+            nats = nats + losses.sum().cpu().double()
+            counted_nats = counted_nats + (losses * (sizes > 0)).sum().cpu().double()
             targets += batch.num_targets
             bytes_ += int(sizes.sum())
         nats, counted_nats, targets, bytes_ = self.ranks.sum([float(nats), float(counted_nats), targets, bytes_])

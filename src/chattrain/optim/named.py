@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
+
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what torch.optim.AdamW keeps; others name theirs in STATE
 
 
 class NamedOptimizer:
@@ -53,25 +53,22 @@ class NamedOptimizer:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave. Raises ValueError where it was another optimizer's."""
-        for optimizer, entries in zip(self.optimizers, self._split(state), strict=True):
-            for p, values in entries.items():
-                optimizer.state[p] = {k: v.to(p.device).clone() if v.ndim else v.clone() for k, v in values.items()}
-
-    def _split(self, state: dict[str, Tensor]) -> Iterable[dict[nn.Parameter, dict[str, Tensor]]]:
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, entry = key.rpartition("/")
             by_name.setdefault(name, {})[entry] = value
         if set(by_name) != set(self._names.values()):
             raise ValueError("the optimizer state is of other parameters")
-        out = []
         for optimizer in self.optimizers:
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            out.append({p: by_name[self._names[p]] for p in held})
-            for values in out[-1].values():
-                if set(values) != set(optimizer.STATE if hasattr(optimizer, "STATE") else ADAMW_STATE):
-                    raise ValueError("the optimizer state was saved by another optimizer")
-        return out
+            expected = set(getattr(optimizer, "STATE", ADAMW_STATE))
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    saved = by_name[self._names[p]]
+                    if set(saved) != expected:
+                        raise ValueError("the optimizer state was saved by another optimizer")
+                    optimizer.state[p] = {entry: _placed(value, p, group) for entry, value in saved.items()}
 
 
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+def _placed(value: Tensor, p: nn.Parameter, group: dict) -> Tensor:
+    """A copy where the optimizer keeps it: beside its parameter, but step counts of unfused optimizers on the CPU."""
+    return value.to(p.device, copy=True) if value.ndim or group.get("fused") else value.clone()
