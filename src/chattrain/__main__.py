@@ -24,7 +24,7 @@ def main() -> None:
     """Exit status 0 only when the work was done; 2 for a user's mistake, 1 for a failed run, 130 when interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors reach us as they are; we say them in one message
     compose.register_schemas()
-    names.set_launch_time()
+    names.set_launch()
     sys.argv[1:] = compose.settle_alternatives(sys.argv[1:])
     sweep = Sweep(sys.argv[1:])
 
@@ -54,7 +54,7 @@ def run_job(composed: DictConfig, sweep: Sweep) -> dict:
     cfg = from_hydra(composed)
     if sweep.swept:
         suffix = names.sweep_suffix(list(HydraConfig.get().overrides.task), sweep.swept)
-        cfg.run.name = (cfg.run.name or names.launch_time()) + suffix
+        cfg.run.name = (cfg.run.name or names.launch_name()) + suffix
     result = execute(cfg)
     if result.get("status") == "interrupted":
         raise KeyboardInterrupt

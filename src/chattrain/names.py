@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 
 LAUNCH_VARIABLE = "CHATTRAIN_LAUNCH"  # inherited by the processes that a launch starts
-TIME_FORMAT = "%Y%m%d-%H%M%S"
 
 
-def set_launch_time() -> None:
-    os.environ[LAUNCH_VARIABLE] = time.strftime(TIME_FORMAT)
+def new_launch() -> str:
+    """Time and four random digits: two runs that start in the same second do not share a folder."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def launch_time() -> str:
-    """The time of the launch, or now where no command line started this process (a notebook)."""
-    return os.environ.get(LAUNCH_VARIABLE) or time.strftime(TIME_FORMAT)
+def set_launch() -> None:
+    os.environ[LAUNCH_VARIABLE] = new_launch()
+
+
+def launch_name() -> str:
+    """The name of this launch; a new one where no command line started the process (a notebook)."""
+    return os.environ.get(LAUNCH_VARIABLE) or new_launch()
 
 
 def sweep_suffix(job_overrides: list[str], swept: set[str]) -> str:

@@ -24,7 +24,7 @@ from chattrain.data.mixture import Mixture
 from chattrain.data.sources import open_rows
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
-from chattrain.names import launch_time
+from chattrain.names import launch_name
 from chattrain.tasks import document
 from chattrain.tokenizer import ASSISTANT_END, Tokenizer
 
@@ -84,7 +84,7 @@ def choose_run_dir(cfg: Config) -> Path:
     """run.dir, or <root>/<stage>/<name>; a name that is not given is the time of the launch."""
     if cfg.run.dir:
         return Path(cfg.run.dir).expanduser().resolve()
-    name = cfg.run.name or launch_time()
+    name = cfg.run.name or launch_name()
     return (Path(cfg.run.root).expanduser() / cfg.stage / name).resolve()
 
 
