@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,8 +65,8 @@ MISTAKES = {
     "a schema that is none": (["data.schema=chat"], ["data.schema=chat", "messages, multiple_choice"]),
     "rows shorter than any answer": (["stage=sft", "train.seq_len=8"], ["train.seq_len=8", "Raise"]),
     "a stage that the data lacks": (["data=demo", "~data.stages.mid"], ["stage=mid", "data.stages.mid"]),
-    "a start that is nowhere": (["init.from=nowhere"], ["nowhere", "looked up from"]),
-    "a start without a checkpoint": (["init.from=hollow"], ["hollow", "checkpoint"]),
+    "a start that is nowhere": (["init.from=nowhere"], ["init.from=nowhere", "looked up from"]),
+    "a start without a checkpoint": (["init.from=hollow"], ["init.from=hollow", "checkpoint"]),
     "a start of another shape": (["init.from=runs/base/start", "model.n_layer=3"],
                                  ["init.from=runs/base/start", "n_layer=2", "3", "model=..."]),
     "a start with other words": (["init.from=runs/base/start", "tokenizer.path=other_tokenizer"],
@@ -173,8 +174,6 @@ def test_a_run_that_goes_wrong_ends_with_status_1_and_a_summary_that_says_so(pla
 def test_help_names_the_groups_and_loads_nothing_heavy(place):
     code = ("import sys; sys.argv = ['chattrain', '--help']\nfrom chattrain.__main__ import main\n"
             "try: main()\nfinally: print('HEAVY', {'torch', 'datasets', 'mlflow'} & set(sys.modules))")
-    import subprocess
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     for group in ("stage: base, mid, sft", "optimizer: adamw, muon_adamw", "collator:", "schedule:", "eval:", "data:",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -36,16 +37,19 @@ def whole(place) -> dict:
     return train("sft", "whole", *LONG)
 
 
+SHORT = ["train.max_steps=4", "checkpoint.every=1", "checkpoint.keep=9", "init.from=scratch"]
+NUMBERS = count(1)
+
+
 @pytest.fixture
-def short(place, request) -> dict:
+def short(place) -> dict:
     """A fresh finished run of 4 steps with checkpoints of all of them, for one test to do as it likes with."""
-    return train("mid", request.node.name, "train.max_steps=4", "checkpoint.every=1", "checkpoint.keep=9")
+    return train("mid", f"short{next(NUMBERS)}", *SHORT)
 
 
 def again(summary: dict, *overrides: str) -> dict:
     """The command that began the run, once more."""
-    return train(summary["stage"], Path(summary["run_dir"]).name, "train.max_steps=4", "checkpoint.every=1",
-                 "checkpoint.keep=9", *overrides)
+    return train(summary["stage"], Path(summary["run_dir"]).name, *SHORT, *overrides)
 
 
 def same_bits(one: dict, two: dict) -> bool:

@@ -76,6 +76,13 @@ def test_only_the_newest_checkpoints_are_kept(base):
     assert kept == ["step_000003", "step_000004"]
 
 
+def test_runs_without_a_name_begun_in_the_same_second_get_a_folder_each(place, monkeypatch):
+    monkeypatch.setattr("chattrain.names.time.strftime", lambda *arguments: "20300101-000000")
+    one, two = (chattrain.run(["stage=mid", *TINY, "train.max_steps=1", "init.from=scratch"]) for _ in range(2))
+    assert one["run_dir"] != two["run_dir"] and Path(one["run_dir"]).parent == place / "runs/mid"
+    assert all((Path(run["run_dir"]) / "summary.json").is_file() for run in (one, two))
+
+
 # --- what a run starts from ------------------------------------------------------------------------------------------
 
 

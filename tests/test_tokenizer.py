@@ -14,9 +14,9 @@ from chattrain.errors import UserError
 from chattrain.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
-AWKWARD = ["", " ", "\n\n\t", "\r\n", "\x00", "\ufeff", "e\u0301 é", "🙂", "ﬁ", "漢字",
-           "\U0010ffff", "اللغة العربية", "\U0001f469\u200d\U0001f469\u200d\U0001f466", "\u202eabc", "\u2028", "a" * 3000, "1234567890",
-           "'s 'LL it's", "   def f():\n\n\n  return", "<|bos|>", "<|assistant_end|>"]
+AWKWARD = ["", " ", "\n\n\t", "\r\n", "\x00", "\ufeff", "e\u0301 é", "🙂", "ﬁ", "漢字", "اللغة العربية",
+           "\U0010ffff", "\U0001f469\u200d\U0001f469\u200d\U0001f466", "\u202eabc", "\u2028", "a" * 3000,
+           "1234567890", "'s 'LL it's", "   def f():\n\n\n  return", "<|bos|>", "<|assistant_end|>"]
 
 
 def bytes_encoding(special: dict[str, int]) -> tiktoken.Encoding:

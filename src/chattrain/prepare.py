@@ -21,7 +21,7 @@ from chattrain.config import Config, Resume, Schema, SourceConfig, to_yaml
 from chattrain.data.cache import default_cache_dir, prepare
 from chattrain.data.collators import Collator
 from chattrain.data.mixture import Mixture
-from chattrain.data.sources import open_rows
+from chattrain.data.sources import identity, open_rows
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
 from chattrain.names import launch_name
@@ -238,12 +238,13 @@ def _trained_tokenizer(cfg: Config) -> Path:
     mixtures = list(cfg.data.stages.values()) or [cfg.data.mixture(cfg.stage)]
     sources = {json.dumps([s.path, s.subset, s.split, s.part, s.words]): (name, s)
                for mixture in mixtures for name, s in mixture.train.items()}
-    opened = [(source, open_rows(name, source, cache_dir(cfg))) for name, source in sources.values()]
-    decides = [[rows.identity for _, rows in opened], list(sources), cfg.tokenizer.vocab_size, cfg.tokenizer.train_chars]
+    identities = [identity(name, source, cache_dir(cfg)) for name, source in sources.values()]
+    decides = [identities, list(sources), cfg.tokenizer.vocab_size, cfg.tokenizer.train_chars]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
     folder = cache_dir(cfg) / "tokenizers" / key
     if not (folder / "encoding.json").is_file():
         log.info("training a tokenizer of %d tokens on this data", cfg.tokenizer.vocab_size)
+        opened = [(source, open_rows(name, source, cache_dir(cfg))) for name, source in sources.values()]
         Tokenizer.train(_texts(opened, cfg.tokenizer.train_chars), cfg.tokenizer.vocab_size).save(folder)
     return folder
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from chattrain import chat
 from chattrain.config import SourceConfig
-from chattrain.data.sources import open_rows
+from chattrain.data.sources import identity, open_rows
 from chattrain.errors import UserError
 from chattrain.tasks import document
 from chattrain.tokenizer import Tokenizer
@@ -66,16 +66,15 @@ def prepare(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Pa
     Raises UserError with source, row and reason for a malformed row (or leaves it out, counted, with skip_malformed),
     and for a source with no usable row.
     """
-    rows = open_rows(name, source, cache_dir)
-    key = _key(rows.identity, source, tokenizer, skip_malformed)
+    key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed)
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
-        _write(name, source, rows, tokenizer, cache_dir, folder, skip_malformed, workers)
+        _write(name, source, open_rows(name, source, cache_dir), tokenizer, cache_dir, folder, skip_malformed, workers)
     return _open(name, folder)
 
 
-def _key(identity: list, source: SourceConfig, tokenizer: Tokenizer, skip_malformed: bool) -> str:
-    decides = [FORMAT_VERSION, chat.RENDER_VERSION, identity, source.schema.name, source.limit, source.part,
+def _key(rows: list, source: SourceConfig, tokenizer: Tokenizer, skip_malformed: bool) -> str:
+    decides = [FORMAT_VERSION, chat.RENDER_VERSION, rows, source.schema.name, source.limit, source.part,
                tokenizer.fingerprint(), skip_malformed]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
 

@@ -22,8 +22,8 @@ LIMIT_SEED = 42  # a limit takes the first rows of this shuffle, as nanochat doe
 class Rows:
     """Rows of one source that were asked for: `len`, and `read(i, j)` gives rows i to j as (row number, dict)."""
 
-    def __init__(self, table: Sequence, indices: np.ndarray | None, identity: list):
-        self.table, self.identity = table, identity
+    def __init__(self, table: Sequence, indices: np.ndarray | None = None):
+        self.table = table
         self.indices = np.arange(len(table)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -36,47 +36,73 @@ class Rows:
 
 def open_rows(name: str, source: SourceConfig, cache_dir: Path) -> Rows:
     """Open a source. Raises UserError where it is missing, empty, of an unknown kind, or cannot be loaded."""
-    table, identity = _open_table(name, source, cache_dir)
+    if source.path.startswith(GENERATE):
+        table = _generated(source)
+    elif _is_local(name, source):
+        table = _local(name, _files(source), cache_dir)
+    else:
+        table = _hub(name, source, cache_dir)
     if not len(table):
         raise UserError(f"data source {name} ({source.path}) is empty")
-    indices = None
+    indices = np.arange(len(table))
     if source.limit is not None and source.limit < len(table) and not source.path.startswith(GENERATE):
         indices = np.random.default_rng(LIMIT_SEED).permutation(len(table))[: source.limit]
     if source.part is not None:
-        indices = np.arange(len(table)) if indices is None else indices
         held_out = np.arange(len(indices)) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         indices = indices[held_out if source.part == "val" else ~held_out]
         if not len(indices):
             raise UserError(f"data source {name} ({source.path}) has {len(table)} rows, too few to keep every "
                             f"{HOLD_OUT_EVERY}th for validation; give data.val_path")
-    return Rows(table, indices, identity)
+    return Rows(table, indices)
 
 
-def _open_table(name: str, source: SourceConfig, cache_dir: Path) -> tuple[Sequence, list]:
+def identity(name: str, source: SourceConfig, cache_dir: Path) -> list:
+    """What tells this source's rows from any other's, without reading them: part of the cache's key."""
     if source.path.startswith(GENERATE):
-        return _generated(source)
+        from chattrain.tasks.generated import GENERATOR_VERSION
+
+        words = _stamps([_word_list(source)]) if source.words else None
+        return [source.path, source.split, GENERATOR_VERSION, words, list(sys.version_info[:3])]
+    if _is_local(name, source):
+        return _stamps(_files(source))
+    files = [Path(f["filename"]) for f in _hub(name, source, cache_dir).cache_files]
+    return [source.path, source.subset, source.split, _stamps(files)]
+
+
+def _stamps(files: list[Path]) -> list:
+    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _is_local(name: str, source: SourceConfig) -> bool:
+    """Raises UserError for what looks like a path and is not there."""
     path = Path(source.path).expanduser()
     if path.exists():
-        files = [path] if path.is_file() else find_split(path, source.subset, source.split)
-        return _local(name, files, cache_dir), [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        return True
     if path.suffix in BUILDERS or source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1:
         raise UserError(f"data source {name}: no file or folder {source.path}; the path is looked up from {Path.cwd()}")
-    return _hub(name, source, cache_dir)
+    return False
 
 
-def _generated(source: SourceConfig) -> tuple[Sequence, list]:
+def _files(source: SourceConfig) -> list[Path]:
+    path = Path(source.path).expanduser()
+    return [path] if path.is_file() else find_split(path, source.subset, source.split)
+
+
+def _word_list(source: SourceConfig) -> Path:
+    words = Path(source.words).expanduser()
+    if not words.is_file():
+        raise UserError(f"no word list {source.words}; give a text file with one word a line")
+    return words
+
+
+def _generated(source: SourceConfig) -> Sequence:
     from chattrain.tasks import generated
 
-    words = Path(source.words).expanduser() if source.words else None
-    if words is not None and not words.is_file():
-        raise UserError(f"no word list {source.words}; give a text file with one word a line")
-    task = source.path.removeprefix(GENERATE)
+    words = str(_word_list(source)) if source.words else None
     try:
-        rows = generated.rows(task, source.split, source.limit, str(words) if words else None)
+        return generated.rows(source.path.removeprefix(GENERATE), source.split, source.limit, words)
     except ValueError as error:
         raise UserError(f"{source.path}: {error}") from error
-    stamp = [words.stat().st_size, words.stat().st_mtime_ns] if words else None
-    return rows, [source.path, source.split, generated.GENERATOR_VERSION, stamp, list(sys.version_info[:3])]
 
 
 def _local(name: str, files: list[Path], cache_dir: Path) -> Sequence:
@@ -89,10 +115,8 @@ def _local(name: str, files: list[Path], cache_dir: Path) -> Sequence:
     return _load_dataset(name, kinds.pop(), cache_dir, data_files=[str(f) for f in files], split="train")
 
 
-def _hub(name: str, source: SourceConfig, cache_dir: Path) -> tuple[Sequence, list]:
-    dataset = _load_dataset(name, source.path, cache_dir, subset=source.subset, split=source.split)
-    files = [Path(f["filename"]) for f in dataset.cache_files]
-    return dataset, [source.path, source.subset, source.split, [[str(f), f.stat().st_mtime_ns] for f in files]]
+def _hub(name: str, source: SourceConfig, cache_dir: Path):
+    return _load_dataset(name, source.path, cache_dir, subset=source.subset, split=source.split)
 
 
 def _load_dataset(name: str, path: str, cache_dir: Path, subset: str | None = None, **arguments):
