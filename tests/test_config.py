@@ -10,8 +10,9 @@ import torch
 from omegaconf import OmegaConf
 
 from chattrain.compose import compose, conf_dir
-from chattrain.config import Config, SourceConfig, to_yaml
+from chattrain.config import Config, to_yaml
 from chattrain.data.cache import prepare
+from chattrain.data.config import SourceConfig
 from chattrain.data.mixture import Mixture
 from chattrain.errors import UserError
 from chattrain.prepare import build_part

@@ -17,9 +17,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from chattrain import checkpoint, init
-from chattrain.config import Config, Resume, Schema, SourceConfig, to_yaml
+from chattrain.config import Config, Resume, to_yaml
 from chattrain.data.cache import default_cache_dir, prepare
 from chattrain.data.collators import Collator
+from chattrain.data.config import Schema, SourceConfig
 from chattrain.data.mixture import Mixture
 from chattrain.data.sources import identity, open_rows
 from chattrain.errors import UserError

@@ -105,12 +105,14 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
             raise UserError(f"{plan.resume}: {error}; use the optimizer that the run began with") from error
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
     losses_of = forward_in(autocast, device.compiled(model, cfg.train.compile, where))
+    # On a CPU the few passes of an evaluation are over before compiling them would be.
+    measured = losses_of if where.type == "cuda" else forward_in(autocast, model)
     schedule = build_part(cfg.schedule)
     return loop.Parts(
         model=model, losses_of=losses_of, optimizer=optimizer,
         lr_factor=lambda step: schedule(step, data.num_steps),
         loader=Loader(data.train, data.rows_per_step, cfg.train.device_batch_size, where, ranks.rank, ranks.world_size),
-        evaluate=build_evaluation(cfg, data, model, losses_of, autocast, where, ranks),
+        evaluate=build_evaluation(cfg, data, model, measured, autocast, where, ranks),
         save=lambda s: save_checkpoint(cfg, plan, data, model, optimizer, tracker, ranks, s),
         track=tracker.log, show=tracker.update, stop_asked=stop_asked, ranks=ranks,
         max_grad_norm=cfg.train.max_grad_norm, flops_per_token=model.flops_per_token(cfg.train.seq_len),

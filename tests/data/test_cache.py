@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 import tiktoken
 
 from chattrain import chat
-from chattrain.config import Schema, SourceConfig
 from chattrain.data.cache import Documents, default_cache_dir, prepare
+from chattrain.data.config import Schema, SourceConfig
 from chattrain.errors import UserError
 from chattrain.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -47,12 +46,14 @@ def same(one: Documents, two: Documents) -> bool:
 
 
 @pytest.fixture
-def no_rendering(monkeypatch):
-    """From here on, whatever renders fails."""
+def no_work(monkeypatch):
+    """From here on, whatever reads rows or renders them fails."""
+    def refuse(*_, **__):
+        raise AssertionError("done once more")
+
     def forbid():
-        def refuse(*_, **__):
-            raise AssertionError("rendered once more")
         monkeypatch.setattr(chat, "encode_pieces", refuse)
+        monkeypatch.setattr("chattrain.data.cache.open_rows", refuse)
     return forbid
 
 
@@ -78,10 +79,10 @@ def test_documents_of_plain_text_are_supervised_but_for_bos(tmp_path, tokenizer)
     assert documents.supervised.tolist() == [len(documents[i][0]) - 1 for i in range(2)]
 
 
-def test_the_second_call_reads_the_cache_and_renders_nothing(tmp_path, tokenizer, no_rendering):
+def test_the_second_call_takes_the_cache_and_reads_and_renders_nothing(tmp_path, tokenizer, no_work):
     source = put(tmp_path / "a.jsonl", [talk(i) for i in range(20)])
     first = prepare("mine", source, tokenizer, tmp_path / "cache")
-    no_rendering()
+    no_work()
     assert same(prepare("mine", source, tokenizer, tmp_path / "cache"), first)
     assert prepare("another name", source, tokenizer, tmp_path / "cache").name == "another name"
 
@@ -124,13 +125,11 @@ def test_a_malformed_row_is_refused_with_source_row_reason_and_way_out(tmp_path,
         assert part in str(refusal.value)
 
 
-def test_malformed_rows_are_left_out_and_counted_when_asked(tmp_path, tokenizer, caplog):
+def test_malformed_rows_are_left_out_and_counted_when_asked(tmp_path, tokenizer):
     source = put(tmp_path / "a.jsonl", [talk(0), BAD, talk(2), {"text": "x"}, talk(4)])
-    with caplog.at_level(logging.WARNING, "chattrain"):
-        documents = prepare("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
+    documents = prepare("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
     assert documents.skipped == 2 and documents.rows.tolist() == [0, 2, 4]
     assert documents[1][0].tolist() == chat.render(talk(2), tokenizer).ids
-    assert "2 of 5 rows are malformed" in caplog.text
     with pytest.raises(UserError, match="row 1"):  # what was made with skip is not taken for refuse
         prepare("mine", source, tokenizer, tmp_path / "cache")
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.config import SourceConfig
 from chattrain.data.cache import Documents, prepare
 from chattrain.data.collators import EMPTY, Masked, Packed
+from chattrain.data.config import SourceConfig
 from chattrain.data.mixture import Mixture
 from chattrain.errors import UserError
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from chattrain.config import SourceConfig
 from chattrain.data.cache import Documents
 from chattrain.data.collators import Batch, Masked, Packed
+from chattrain.data.config import SourceConfig
 from chattrain.data.loader import Loader, evaluation_batches
 from chattrain.data.mixture import Mixture
 

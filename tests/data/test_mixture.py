@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.config import SourceConfig
 from chattrain.data.cache import Documents
+from chattrain.data.config import SourceConfig
 from chattrain.data.mixture import Mixture, epoch_counts
 
 many = settings(max_examples=100, deadline=None, derandomize=True, database=None)

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from chattrain.config import Schema, SourceConfig
-from chattrain.data.sources import open_rows
+from chattrain.data.config import Schema, SourceConfig
+from chattrain.data.sources import identity, open_rows
 from chattrain.errors import UserError
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -142,10 +142,10 @@ def test_a_changed_file_is_another_source(tmp_path, cache):
     path = tmp_path / "a.jsonl"
     source = SourceConfig(path=str(path), schema=Schema.text)
     put(path, texts("a"))
-    before = open_rows("mine", source, cache).identity
-    assert open_rows("mine", source, cache).identity == before
+    before = identity("mine", source, cache)
+    assert identity("another name", source, cache) == before
     put(path, texts("a", "b"))
-    assert open_rows("mine", source, cache).identity != before
+    assert identity("mine", source, cache) != before
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

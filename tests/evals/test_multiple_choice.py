@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chattrain.chat import render_prompt
-from chattrain.config import Schema, SourceConfig
+from chattrain.data.config import Schema, SourceConfig
 from chattrain.data.sources import Rows, open_rows
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
@@ -54,7 +54,7 @@ def model(tokenizer) -> GPT:
 
 
 def asked(rows: list[dict], tokenizer, limit: int | None = None) -> list[Question]:
-    return questions("mine", Rows(rows, None, []), tokenizer, limit)
+    return questions("mine", Rows(rows), tokenizer, limit)
 
 
 def labels_of(r: dict) -> list[str]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from chattrain.config import SourceConfig
 from chattrain.data.cache import Documents
 from chattrain.data.collators import Masked, Packed
+from chattrain.data.config import SourceConfig
 from chattrain.data.mixture import Mixture
 from chattrain.distributed import Ranks
 from chattrain.evals.validation import Validation

@@ -14,14 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from chattrain import chat
-from chattrain.config import SourceConfig
+from chattrain.data.config import SourceConfig
 from chattrain.data.sources import identity, open_rows
 from chattrain.errors import UserError
 from chattrain.tasks import document
@@ -177,19 +176,15 @@ def _stderr_console():
     return Console(stderr=True)
 
 
-@lru_cache(maxsize=1)
-def _worker_parts(name: str, source_key: str, cache_dir: Path, folder: str):
-    source = SourceConfig(**json.loads(source_key))
-    from chattrain.config import Schema
-
-    source.schema = Schema[source.schema]
-    return source, open_rows(name, source, cache_dir), Tokenizer.load(folder)
+_opened: dict[str, tuple] = {}  # of this worker: rows and tokenizer under the folder that belongs to one `prepare`
 
 
 def _render_in_worker(work: tuple) -> _Chunk:
     name, source, cache_dir, folder, start, skip_malformed = work
-    key = json.dumps(source.__dict__ | {"schema": source.schema.name})
-    source, rows, tokenizer = _worker_parts(name, key, cache_dir, folder)
+    if folder not in _opened:
+        _opened.clear()
+        _opened[folder] = open_rows(name, source, cache_dir), Tokenizer.load(folder)
+    rows, tokenizer = _opened[folder]
     return _render(name, source, rows.read(start, start + CHUNK_ROWS), tokenizer, skip_malformed)
 
 

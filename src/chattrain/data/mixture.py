@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from chattrain.config import SourceConfig
 from chattrain.data.cache import Documents
+from chattrain.data.config import SourceConfig
 
 
 def epoch_counts(sizes: list[int], sources: list[SourceConfig]) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chattrain.config import SourceConfig
+from chattrain.data.config import SourceConfig
 from chattrain.errors import UserError
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl", ".json": "jsonl"}

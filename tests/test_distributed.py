@@ -1,0 +1,94 @@
+"""Several processes from one command: our own launch, inside `-m`, and torchrun. Numbers are in test_equivalence.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tests.helpers import TINY, Outcome, process, train, write_talk
+
+from chattrain.errors import RunFailed, UserError
+
+TWO = [o for o in TINY if not o.startswith(("distributed.", "train.device_batch", "tracking"))] + [
+    "train.device_batch_size=2", "train.max_steps=2", "init.from=scratch"]
+
+
+@pytest.fixture
+def place(workplace):
+    write_talk(workplace)
+    return workplace
+
+
+def summaries(place) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted((place / "runs").glob("*/*/summary.json"))]
+
+
+def mlflow_runs(place) -> int:
+    import sqlite3
+
+    with sqlite3.connect(place / "runs" / "mlflow.db") as store:
+        return store.execute("select count(*) from runs").fetchone()[0]
+
+
+def test_one_command_with_two_processes_is_one_run_in_every_job_of_a_sweep(place):
+    done = process("-m", "stage=mid", *TWO, "distributed.nproc=2", "optimizer.lr_scale=1,0.5", "tracking=mlflow")
+    assert done.status == 0, done.err
+    runs = summaries(place)
+    assert [run["status"] for run in runs] == ["completed"] * 2 and mlflow_runs(place) == 2
+    for run in runs:
+        lines = [json.loads(line) for line in open(f"{run['run_dir']}/metrics.jsonl")]
+        trained = [line["step"] for line in lines if "train/loss" in line]
+        assert trained == [1, 2]
+        assert os.path.isdir(run["checkpoint"])
+
+
+def torchrun(*arguments: str) -> Outcome:
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+                           "chattrain", *arguments], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def test_torchrun_starts_the_same_single_run(place):
+    done = torchrun("stage=sft", *TWO, "tracking=mlflow")
+    assert done.status == 0, done.err
+    (run,) = summaries(place)
+    assert run["status"] == "completed" and run["steps"] == 2 and mlflow_runs(place) == 1
+    assert done.err.count("starting from") == 1  # one process speaks
+
+
+def test_torchrun_and_distributed_nproc_must_agree(place):
+    done = torchrun("stage=sft", *TWO, "distributed.nproc=3")
+    assert done.status != 0 and done.err.count("chattrain: distributed.nproc=3") == 1
+    assert not (place / "runs").exists()
+
+
+def test_a_mistake_is_found_before_processes_are_started(place):
+    with pytest.raises(UserError, match=r"rows_per_step=4 .* 3 ranks"):
+        train("sft", "odd", "distributed.nproc=3", "train.device_batch_size=1")
+    assert not (place / "runs").exists()
+
+
+def test_what_goes_wrong_in_all_ranks_is_said_as_in_one(place):
+    with pytest.raises(RunFailed, match="not finite"):
+        train("mid", "diverged", "distributed.nproc=2", "train.device_batch_size=2", "optimizer.lr_scale=1e30",
+              "train.max_steps=9", "init.from=scratch")
+    (run,) = summaries(place)
+    assert run["status"] == "failed" and "not finite" in run["error"]
+
+
+@pytest.mark.gpu
+def test_a_step_on_cuda(place):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    overrides = [o for o in TINY if not o.startswith(("train.device=", "train.dtype=", "train.compile="))]
+    import chattrain
+
+    summary = chattrain.run(["stage=mid", *overrides, "train.device=cuda", "train.max_steps=3", "run.name=cuda",
+                             "init.from=scratch"])
+    assert summary["steps"] == 3
