@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import traceback
 
 import hydra
@@ -34,7 +35,9 @@ def main() -> None:
 
     try:
         sweep.check()
-        job()
+        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
+            os.environ["CHATTRAIN_SCRATCH"] = scratch  # for what Hydra writes: each run has its config.yaml already
+            job()
     except ChainBroken:
         pass
     except KeyboardInterrupt:

@@ -62,8 +62,8 @@ def render_batch(conversations: list[dict[str, Any]], tokenizer: Tokenizer, max_
 
 def render_prompt(conversation: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
     """Ids up to and with `<|assistant_start|>` of the reply to come; a last assistant turn is left out."""
-    messages = conversation["messages"]
-    if messages and messages[-1].get("role") == "assistant":
+    messages = _messages(conversation)
+    if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     ids, _ = render({"messages": messages}, tokenizer, max_tokens=None)
     return [*ids, tokenizer.special(ASSISTANT_START)]
@@ -77,9 +77,12 @@ def render_document(text: str) -> list[Piece]:
 def pieces(conversation: dict[str, Any]) -> list[Piece]:
     """The conversation as pieces in order; raises Malformed."""
     out = [Piece(BOS, special=True, supervised=False)]
-    for i, message in enumerate(_merge_system(_messages(conversation))):
+    messages = _messages(conversation)
+    turns = _merge_system(messages)
+    first = len(messages) - len(turns)  # messages are counted as they were given
+    for i, message in enumerate(turns, first):
         role, content = message["role"], message["content"]
-        expected = "user" if i % 2 == 0 else "assistant"
+        expected = "user" if (i - first) % 2 == 0 else "assistant"
         if role != expected:
             raise Malformed(f"message {i} is from {role!r} where {expected!r} must speak")
         if role == "user":

@@ -67,7 +67,9 @@ def save(run_dir: Path, state: CheckpointState, model: torch.nn.Module, optimize
         shutil.rmtree(folder)
     scratch.rename(folder)
     _sync(folder.parent)
-    for old in all_checkpoints(run_dir)[:-keep]:
+    there = all_checkpoints(run_dir)
+    newest = there.index(folder) + 1  # what lies beyond was damaged, or the run would have gone on from there
+    for old in [*there[:newest][:-keep], *there[newest:]]:
         shutil.rmtree(old)
     return folder
 
@@ -93,6 +95,8 @@ def find_damage(folder: Path) -> str | None:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         return "no readable manifest.json"
+    if not isinstance(manifest, dict) or not manifest:
+        return "manifest.json names no file"
     for name, expected in manifest.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

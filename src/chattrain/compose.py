@@ -35,7 +35,7 @@ def compose(overrides: list[str]) -> Config:
 
 
 def settle_alternatives(overrides: list[str]) -> list[str]:
-    """Where one of two keys that set the same thing is given, clear the other, whatever the YAML says.
+    """Where one of two keys that set the same thing is given, clear the other, whatever the YAML says. Expand `~/`.
 
     >>> settle_alternatives(["train.total_batch_size=8192", "stage=sft"])
     ['train.total_batch_size=8192', 'train.rows_per_step=null', 'stage=sft']
@@ -44,7 +44,7 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
     given = {key_of(o) for o in overrides}
     settled = []
     for override in overrides:
-        settled.append(override)
+        settled.append(override.replace("=~/", f"={Path.home()}/"))  # a shell leaves ~ alone behind key=
         other = partner.get(key_of(override))
         if other and other not in given and not override.endswith("=null"):
             settled.append(f"{other}=null")
@@ -61,6 +61,8 @@ def explain(error: BaseException) -> UserError:
     key = _find(r"full_key: (\S+)", text)
     if unknown := _find(r"Key '([^']+)' (?:is )?not in", text):
         unknown = key or unknown
+        if owner := _owner(unknown):
+            return UserError(f"no key {unknown} in this composition: it is a key of {owner}")
         return UserError(f"no key {unknown}{_near_miss(unknown, [*known_keys(), *groups()])}; "
                          "`python -m chattrain --cfg job` shows all keys")
     if group := _find(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
@@ -82,6 +84,16 @@ def explain(error: BaseException) -> UserError:
 def _find(pattern: str, text: str) -> str | None:
     match = re.search(pattern, text)
     return match.group(1) if match else None
+
+
+def _owner(key: str) -> str | None:
+    """The choices of a group whose schema has this key, such as optimizer=adamw for optimizer.lr."""
+    from chattrain.config import VARIANTS
+
+    group, _, name = key.partition(".")
+    owners = [choice for choice, schema in VARIANTS.items()
+              if choice.startswith(f"{group}=") and name in schema.__dataclass_fields__]
+    return " or ".join(owners) or None
 
 
 def _near_miss(key: str, known: list[str]) -> str:
@@ -107,11 +119,8 @@ def known_keys() -> list[str]:
         return keys
 
     keys = walk(OmegaConf.structured(Config), "")
-    variants = {"optimizer": [config.MuonAdamWConfig, config.AdamWConfig], "schedule": [config.DecayScheduleConfig],
-                "data": [config.LocalDataConfig, config.NanochatDataConfig]}
-    for group, schemas in variants.items():
-        for schema in schemas:
-            keys += walk(OmegaConf.structured(schema), f"{group}.")
+    for choice, schema in config.VARIANTS.items():
+        keys += walk(OmegaConf.structured(schema), choice.partition("=")[0] + ".")
     return sorted({key for key in keys if not key.split(".")[-1].startswith("_")})
 
 

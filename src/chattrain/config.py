@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -30,6 +31,14 @@ class RunConfig:
     dir: str | None = None  # null: <root>/<stage>/<name>
     seed: int = 1337  # order of the samples and initial weights
     resume: Resume = Resume.auto
+
+    def check(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"run.seed={self.seed} must be 0 or more")
+        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
+            raise UserError(f"run.name={self.name} is no name of a folder; use run.dir for a path")
+        if self.dir is not None and Path(self.dir).expanduser().is_file():
+            raise UserError(f"run.dir={self.dir} is a file; name a folder")
 
 
 def _dataclass_with(name: str, default: str):
@@ -66,9 +75,10 @@ class TrainConfig:
     device: Device = Device.auto
 
     def check(self) -> None:
-        for name in ("max_steps", "num_epochs", "seq_len", "device_batch_size", "total_batch_size", "rows_per_step"):
+        for name in ("max_steps", "num_epochs", "seq_len", "device_batch_size", "total_batch_size", "rows_per_step",
+                     "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"train.{name}={value} must be above 0")
         for one, other in ALTERNATIVES.items():
             names = [key.removeprefix("train.") for key in (one, other)]
@@ -145,6 +155,16 @@ class OptimizerConfig:
     _target_: str = MISSING
     lr_scale: float = 1.0  # multiplies every group's learning rate: the key for sweeps
 
+    def check(self) -> None:
+        if not 0 < self.lr_scale < math.inf:
+            raise UserError(f"optimizer.lr_scale={self.lr_scale} must be above 0")
+        for name, value in vars(self).items():
+            if isinstance(value, float | int) and not 0 <= value < math.inf:
+                raise UserError(f"optimizer.{name}={value} must be 0 or more")
+        betas = getattr(self, "betas", [0.0, 0.0])
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"optimizer.betas={betas} must be two numbers from 0 to below 1")
+
 
 @dataclass
 class MuonAdamWConfig(OptimizerConfig):
@@ -204,6 +224,12 @@ class EvalConfig:
     arc_path: str | None = None  # likewise; holds ARC-Easy and ARC-Challenge
     split: str = "test"  # of MMLU and ARC
 
+    def check(self) -> None:
+        for name in ("every", "max_tokens", "max_problems", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"eval.{name}={value} must be 1 or more")
+
 
 @dataclass
 class TrackingConfig:
@@ -246,12 +272,21 @@ class ChatConfig:
     prompt: Any = None  # text or list of texts; null: read from the terminal, turn by turn
     max_tokens: int = 256  # of a reply
     temperature: float = 0.0  # 0: greedy
-    top_k: int | None = 50
+    top_k: int | None = 50  # drawn from the likeliest so many; null: from all
+
+    def check(self) -> None:
+        if self.max_tokens < 1 or self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
+            raise UserError(f"chat.max_tokens={self.max_tokens} and chat.top_k={self.top_k} must be 1 or more, "
+                            f"chat.temperature={self.temperature} 0 or more")
 
 
 @dataclass
 class InspectConfig:
     rows: int = 3  # rows of the first step shown
+
+    def check(self) -> None:
+        if self.rows < 1:
+            raise UserError(f"inspect.rows={self.rows} must be 1 or more")
 
 
 @dataclass
@@ -277,12 +312,15 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError for values that are wrong alone or together."""
-        for part in (self.train, self.model, self.data, self.schedule, self.checkpoint, self.log, self.distributed):
+        for part in (self.run, self.train, self.model, self.data, self.optimizer, self.schedule, self.eval, self.checkpoint,
+                     self.log, self.distributed, self.chat, self.inspect):
             part.check()
-        if self.eval.every is not None and self.eval.every < 1:
-            raise UserError(f"eval.every={self.eval.every} must be 1 or more, or null")
-        if not math.isfinite(self.optimizer.lr_scale) or self.optimizer.lr_scale <= 0:
-            raise UserError(f"optimizer.lr_scale={self.optimizer.lr_scale} must be above 0")
+
+
+# Choices of a group that have keys of their own.
+VARIANTS = {"optimizer=muon_adamw": MuonAdamWConfig, "optimizer=adamw": AdamWConfig,
+            "schedule=constant_then_linear": DecayScheduleConfig, "schedule=wsd": DecayScheduleConfig,
+            "data=local": LocalDataConfig, "data=nanochat": NanochatDataConfig}
 
 
 def register_schemas() -> None:
@@ -311,6 +349,7 @@ def from_hydra(composed: Any) -> Config:
         raise UserError(f"{missing[0]} must be given: {missing[0]}=<value>")
     cfg = OmegaConf.to_object(composed)
     cfg.check()
+    cfg.run.root = str(Path(cfg.run.root).expanduser())
     return cfg
 
 

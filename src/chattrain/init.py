@@ -28,7 +28,10 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig) -> Start:
     if init.source == "scratch":
         return Start(None, "random weights (init.from=scratch)")
     if init.source != "auto":
-        folder = checkpoint.resolve(Path(init.source).expanduser())
+        try:
+            folder = checkpoint.resolve(Path(init.source).expanduser())
+        except UserError as error:
+            raise UserError(f"init.from={init.source}: {error}") from error
         misfit = shape_misfit(folder, model)
         if misfit:
             raise UserError(f"init.from={init.source} holds another model: {misfit}; choose the model it holds "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
@@ -23,10 +24,11 @@ from chattrain.data.collators import Collator
 from chattrain.data.config import Schema, SourceConfig
 from chattrain.data.mixture import Mixture
 from chattrain.data.sources import identity, open_rows
+from chattrain.device import pick_device
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
 from chattrain.names import launch_name
-from chattrain.tasks import document
+from chattrain.tasks import document, multiple_choice
 from chattrain.tokenizer import ASSISTANT_END, Tokenizer
 
 log = logging.getLogger("chattrain")
@@ -62,6 +64,7 @@ class RunData:
 def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     """Raises UserError before anything is written for this run, except caches."""
     cfg.train.rows_a_step(world_size)
+    pick_device(cfg.train.device)
     run_dir = choose_run_dir(cfg)
     resume = _find_resume(cfg, run_dir)
     start = init.Start(resume, f"{resume} (resumed)") if resume else init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
@@ -73,9 +76,6 @@ def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     elif cfg.run.resume == Resume.never:
         _move_aside(run_dir)
     if plan.finished is None:
-        report_counts(data.train, data.num_steps)
-        if start.warning:
-            log.warning(start.warning)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(cfg))
     return plan, data
@@ -86,7 +86,7 @@ def choose_run_dir(cfg: Config) -> Path:
     if cfg.run.dir:
         return Path(cfg.run.dir).expanduser().resolve()
     name = cfg.run.name or launch_name()
-    return (Path(cfg.run.root).expanduser() / cfg.stage / name).resolve()
+    return (Path(cfg.run.root) / cfg.stage / name).resolve()
 
 
 def _find_resume(cfg: Config, run_dir: Path) -> Path | None:
@@ -104,6 +104,10 @@ def _resumed_plan(cfg: Config, plan: Plan, data: RunData) -> Plan:
     if misfit or state.data_fingerprint != data.fingerprint:
         raise UserError(f"{plan.run_dir} was begun with {misfit or 'other data, seed, seq_len or batch size'}, so it "
                         "cannot go on as the same run; use another run.name, or run.resume=never to start anew")
+    begun_with = yaml.safe_load((plan.resume / "config.yaml").read_text())["optimizer"]["_target_"]
+    if begun_with != cfg.optimizer._target_:
+        raise UserError(f"{plan.run_dir} was begun with the optimizer {begun_with}, so it cannot go on with "
+                        f"{cfg.optimizer._target_}; use another run.name, or run.resume=never to start anew")
     if state.num_steps != data.num_steps:
         log.warning("the run was planned for %d steps, now for %d: the schedule is another one from here on",
                     state.num_steps, data.num_steps)
@@ -256,8 +260,11 @@ def _texts(opened: list, max_chars: int) -> Iterator[str]:
         left = max_chars // len(opened)
         for _, row in rows.read(0, len(rows)):
             try:
-                texts = [piece.text for piece in document(row, source.schema.name) if not piece.special]
-            except ValueError:  # malformed: reported when the row is tokenised
+                if source.schema == Schema.multiple_choice:
+                    texts = [multiple_choice.tokenizer_text(row)]
+                else:
+                    texts = [piece.text for piece in document(row, source.schema.name) if not piece.special]
+            except (ValueError, KeyError, TypeError):  # malformed: reported when the row is tokenised
                 continue
             yield from texts
             left -= sum(len(text) for text in texts)

@@ -22,7 +22,7 @@ from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.validation import Validation
 from chattrain.mlflow_sink import MLflowSink
-from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data
+from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data, report_counts
 from chattrain.report import write_report
 from chattrain.tokenizer import ASSISTANT_END
 from chattrain.tracking import NullTracker, Tracker, setup_logging
@@ -32,9 +32,9 @@ log = logging.getLogger("chattrain")
 
 def train(cfg: Config) -> dict:
     """Run a training from start to summary, on one process or many; returns the summary."""
+    nproc = distributed.world_size(cfg.distributed.nproc)
     if distributed.started_by_launcher():
         return _train_as_rank(cfg, plan=None)
-    nproc = distributed.world_size(cfg.distributed.nproc)
     plan, data = make_plan(cfg, nproc)
     if plan.finished:
         return plan.finished
@@ -66,6 +66,9 @@ def work(cfg: Config, plan: Plan, ranks: Ranks, data: RunData) -> dict:
     tracker, state, error = NullTracker(), loop.State(), None
     try:
         log.info("run folder %s, starting from %s", plan.run_dir, plan.start.description)
+        if plan.start.warning:
+            log.warning(plan.start.warning)
+        report_counts(data.train, data.num_steps)
         with stop_on_signal() as stop_asked:
             saved = checkpoint.load_state(plan.resume) if plan.resume else None
             tracker = build_tracker(cfg, plan, ranks, data, saved)
@@ -163,7 +166,7 @@ def build_tracker(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, saved: c
         return NullTracker()
     sink = None
     if cfg.tracking.mlflow:
-        uri = cfg.tracking.uri or f"sqlite:///{(Path(cfg.run.root).expanduser() / 'mlflow.db').resolve()}"
+        uri = cfg.tracking.uri or f"sqlite:///{(Path(cfg.run.root) / 'mlflow.db').resolve()}"
         sink = MLflowSink(uri, cfg.tracking.experiment, f"{cfg.stage}/{plan.run_dir.name}", _flatten(asdict(cfg)),
                           {"stage": cfg.stage, "run_dir": str(plan.run_dir)}, saved.mlflow_run_id if saved else None)
     return Tracker(plan.run_dir, data.num_steps, saved.step if saved else 0, sink)

@@ -27,6 +27,7 @@ SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?
 
 RANKS_FILE, ENCODING_FILE = "ranks.tiktoken", "encoding.json"
 FORMAT_VERSION = 1
+PART_CHARS = 100_000  # a text that tiktoken cannot take whole is encoded in parts of this size
 
 
 class Tokenizer:
@@ -50,11 +51,22 @@ class Tokenizer:
         return self._special[name]
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        try:
+            return self.encoding.encode_ordinary(text)
+        except BaseException as error:
+            if not _is_panic(error) or len(text) <= PART_CHARS:
+                raise
+            parts = (text[i : i + PART_CHARS] for i in range(0, len(text), PART_CHARS))
+            return [token for part in parts for token in self.encode(part)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Many texts in one call, on this thread: parallel work is done by processes."""
-        return self.encoding.encode_ordinary_batch(texts, num_threads=1)
+        try:
+            return self.encoding.encode_ordinary_batch(texts, num_threads=1)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens appear by their names, bytes that are no UTF-8 as U+FFFD."""
@@ -87,8 +99,10 @@ class Tokenizer:
         return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
 
     def _encoding_text(self) -> str:
-        return json.dumps({"format_version": FORMAT_VERSION, "pattern": self.encoding._pat_str,
-                           "special_tokens": self.encoding._special_tokens}, indent=1) + "\n"
+        spec = {"format_version": FORMAT_VERSION, "pattern": self.encoding._pat_str,
+                "ranks_sha256": hashlib.sha256(self._ranks_text()).hexdigest(),
+                "special_tokens": self.encoding._special_tokens}
+        return json.dumps(spec, indent=1) + "\n"
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -104,10 +118,13 @@ class Tokenizer:
                             "give the tokenizer folder of a run's checkpoint")
         try:
             spec = json.loads((folder / ENCODING_FILE).read_text())
-            lines = (folder / RANKS_FILE).read_bytes().splitlines()
+            raw = (folder / RANKS_FILE).read_bytes()
+            if hashlib.sha256(raw).hexdigest() != spec["ranks_sha256"]:
+                raise ValueError(f"{RANKS_FILE} has another checksum than {ENCODING_FILE} says")
+            lines = raw.splitlines()
             ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
             return cls(_encoding(ranks, spec["pattern"], spec["special_tokens"]))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
     @classmethod
@@ -127,6 +144,11 @@ class Tokenizer:
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         return cls(_encoding(ranks, SPLIT_PATTERN, special))
+
+
+def _is_panic(error: BaseException) -> bool:
+    """tiktoken's regular expressions run out of stack on a million like characters; its panic is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def _encoding(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> tiktoken.Encoding:

@@ -21,7 +21,8 @@ def main(cfg: Config) -> dict:
     where = device.pick_device(cfg.train.device)
     model = runner.build_model(cfg, tokenizer.vocab_size, folder).to(where).eval()
     print(f"model {folder}", file=sys.stderr)
-    prompts = [cfg.chat.prompt] if isinstance(cfg.chat.prompt, str) else list(cfg.chat.prompt or [])
+    asked = cfg.chat.prompt if isinstance(cfg.chat.prompt, list) else [cfg.chat.prompt]
+    prompts = [str(text) for text in asked if text is not None]
     replies = [_answer(cfg, model, tokenizer, [{"role": "user", "content": text}]) for text in prompts]
     for text, reply in zip(prompts, replies, strict=True):
         print(f"> {text}\n{reply}\n")

@@ -90,7 +90,7 @@ class Packed(Collator):
         tokens = self._start(int(whole))
         if part:
             ends = self._epoch_ends(int(whole))
-            tokens += int(ends[max(0, math.ceil(part * len(ends)) - 1)])
+            tokens += int(ends[max(0, _up(part * len(ends)) - 1)])
         return max(1, math.ceil((tokens - 1) / self.seq_len))
 
     def batch(self, rows: np.ndarray) -> Batch:
@@ -156,7 +156,7 @@ class Masked(Collator):
                              left_out=int((~usable).sum()))
 
     def rows_in(self, epochs: float) -> int:
-        return max(1, math.ceil(epochs * self.documents.epoch_size))
+        return max(1, _up(epochs * self.documents.epoch_size))
 
     def batch(self, rows: np.ndarray) -> Batch:
         pairs = []
@@ -192,6 +192,15 @@ def _has_targets(documents: Mixture, length: int) -> np.ndarray:
     for i in np.flatnonzero(has & (documents.lengths > length)):
         has[i] = documents.document(int(i))[1][:length].any()
     return has
+
+
+def _up(count: float) -> int:
+    """Rounded up, but not for what floating point added.
+
+    >>> _up(1.1 * 10), _up(10.2)
+    (11, 11)
+    """
+    return math.ceil(round(count, 6))
 
 
 def _as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int) -> Batch:

@@ -51,6 +51,8 @@ class DataConfig:
         return self.stages[stage]
 
     def check(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"data.workers={self.workers} must be 1 or more")
         for stage, mixture in self.stages.items():
             _check_sources(f"data.stages.{stage}.train", mixture.train)
             _check_sources(f"data.stages.{stage}.val", mixture.val)
@@ -71,12 +73,21 @@ class LocalDataConfig(DataConfig):
     def mixture(self, stage: str) -> MixtureConfig:
         if stage in self.stages:
             return self.stages[stage]
-        if self.train_path is MISSING or self.train_path is None:
-            raise UserError("data=local needs data.train_path=<file, folder or hub name>")
         train = self._sources(self.train_path, "train", part=None if self.val_path else "train")
         val = self._sources(self.val_path or self.train_path, "test" if self.val_path else "train",
                             part=None if self.val_path else "val")
         return MixtureConfig(train=train, val=val)
+
+    def check(self) -> None:
+        super().check()
+        for name in ("train_path", "val_path", "schema"):
+            value = getattr(self, name)
+            texts = value if isinstance(value, list) else [value]
+            if value is None and name == "val_path":
+                continue
+            if not texts or not all(isinstance(text, str) and text for text in texts):
+                raise UserError(f"data.{name}={value} must be a text or a list of texts: data.train_path=<file, folder or hub "
+                                "name>, data.schema=<messages, multiple_choice, gsm8k or text>")
 
     def _sources(self, paths: Any, split: str, part: str | None) -> dict[str, SourceConfig]:
         paths = [paths] if isinstance(paths, str) else list(paths)

@@ -43,7 +43,7 @@ def open_rows(name: str, source: SourceConfig, cache_dir: Path) -> Rows:
     else:
         table = _hub(name, source, cache_dir)
     if not len(table):
-        raise UserError(f"data source {name} ({source.path}) is empty")
+        raise UserError(f"data source {name} ({source.path}) is empty; name one with rows")
     indices = np.arange(len(table))
     if source.limit is not None and source.limit < len(table) and not source.path.startswith(GENERATE):
         indices = np.random.default_rng(LIMIT_SEED).permutation(len(table))[: source.limit]
@@ -85,6 +85,8 @@ def _is_local(name: str, source: SourceConfig) -> bool:
 
 def _files(source: SourceConfig) -> list[Path]:
     path = Path(source.path).expanduser()
+    if _is_saved(path):
+        return sorted(f for f in path.iterdir() if f.is_file())
     return [path] if path.is_file() else find_split(path, source.subset, source.split)
 
 
@@ -105,14 +107,35 @@ def _generated(source: SourceConfig) -> Sequence:
         raise UserError(f"{source.path}: {error}") from error
 
 
+def _is_saved(path: Path) -> bool:
+    """A folder that `Dataset.save_to_disk` made."""
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
 def _local(name: str, files: list[Path], cache_dir: Path) -> Sequence:
+    if _is_saved(files[0].parent) and len(files) > 1:
+        import datasets
+
+        return datasets.load_from_disk(str(files[0].parent))
     kinds = {BUILDERS.get(f.suffix) for f in files}
     if None in kinds or len(kinds) > 1:
         raise UserError(f"data source {name}: {files[0]} is of no kind that can be read; "
                         f"known are {', '.join(BUILDERS)} (one kind a source)")
     if kinds == {"jsonl"}:
         return JsonLines(files)
+    if kinds == {"parquet"} and not _parquet_rows(files):
+        return []
     return _load_dataset(name, kinds.pop(), cache_dir, data_files=[str(f) for f in files], split="train")
+
+
+def _parquet_rows(files: list[Path]) -> int:
+    """Rows in all files, or 1 where a file cannot be read: the library then says why."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return sum(parquet.ParquetFile(f).metadata.num_rows for f in files)
+    except (ArrowException, OSError):
+        return 1
 
 
 def _hub(name: str, source: SourceConfig, cache_dir: Path):
@@ -143,17 +166,27 @@ def find_split(folder: Path, subset: str | None, split: str) -> list[Path]:
     roots = [folder / subset, folder] if subset and (folder / subset).is_dir() else [folder]
     if subset and len(roots) == 1 and subset not in ("all", "main", "default"):
         raise UserError(f"{folder} has no folder {subset}; it holds {_listing(folder)}")
-    roots += [r for r in sorted(folder.iterdir()) if r.is_dir() and not subset]
     for root in roots:
-        for pattern in (f"{split}.*", f"{split}-*", f"data/{split}[.-]*", f"{split}/*"):
-            found = sorted(f for f in root.glob(pattern) if f.suffix in BUILDERS)
-            if found:
-                return found
+        if found := _files_of_split(root, split):
+            return found
+    inside = {r: _files_of_split(r, split) for r in sorted(folder.iterdir()) if r.is_dir() and not subset}
+    inside = {r: found for r, found in inside.items() if found}
+    if len(inside) == 1:
+        return next(iter(inside.values()))
+    if inside:
+        raise UserError(f"{folder} has several data sets: {', '.join(r.name for r in inside)}; name one of these folders")
     loose = sorted(f for f in folder.iterdir() if f.suffix in BUILDERS)
     named = [f for f in loose if f.name.startswith(("train", "test", "val", "dev"))]
     if split == "train" and loose and not named:
         return loose
     raise UserError(f"{folder} has no {split} split; it holds {_listing(folder)}. Name the file itself")
+
+
+def _files_of_split(root: Path, split: str) -> list[Path]:
+    for pattern in (f"{split}.*", f"{split}-*", f"data/{split}[.-]*", f"{split}/*"):
+        if found := sorted(f for f in root.glob(pattern) if f.suffix in BUILDERS):
+            return found
+    return []
 
 
 def _listing(folder: Path) -> str:

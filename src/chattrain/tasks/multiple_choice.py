@@ -24,6 +24,8 @@ def question(row: dict) -> tuple[str, list[str], list[str], int]:
         letters, answer = list(LETTERS[: len(choices)]), int(row["answer"])
     if not 2 <= len(choices) <= len(LETTERS) or not 0 <= answer < len(choices) or len(letters) != len(choices):
         raise ValueError(f"{len(choices)} choices, {len(letters)} letters and answer {answer} do not fit")
+    if not all(isinstance(text, str) for text in [row["question"], *choices]):
+        raise ValueError("the question or a choice is empty or no text")
     return row["question"], choices, letters, answer
 
 
@@ -41,6 +43,17 @@ def conversation(row: dict) -> dict:
     Respond only with the letter of the correct answer.
     """
     text, choices, letters, answer = question(row)
-    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    prompt = f"Multiple Choice question: {text}\n{lines}\nRespond only with the letter of the correct answer."
+    prompt = _prompt(text, [f"{choice}={letter}" for letter, choice in zip(letters, choices, strict=True)])
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[answer]}]}
+
+
+def tokenizer_text(row: dict) -> str:
+    """The prompt without letters, to train a tokenizer on: with them it would learn `=A` as one token, which is not the
+    token of the answer."""
+    text, choices, _, _ = question(row)
+    return _prompt(text, choices)
+
+
+def _prompt(text: str, lines: list[str]) -> str:
+    listed = "".join(f"- {line}\n" for line in lines)
+    return f"Multiple Choice question: {text}\n{listed}\nRespond only with the letter of the correct answer."
