@@ -73,7 +73,7 @@ def test_a_mistake_is_found_before_processes_are_started(place):
 
 def test_what_goes_wrong_in_all_ranks_is_said_as_in_one(place):
     with pytest.raises(RunFailed, match="not finite"):
-        train("mid", "diverged", "distributed.nproc=2", "train.device_batch_size=2", "optimizer.lr_scale=1e30",
+        train("mid", "diverged", "distributed.nproc=2", "train.device_batch_size=2", "optimizer.lr_scale=1e35",
               "train.max_steps=9", "init.from=scratch")
     (run,) = summaries(place)
     assert run["status"] == "failed" and "not finite" in run["error"]

@@ -36,7 +36,7 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig) -> Start:
         if misfit:
             raise UserError(f"init.from={init.source} holds another model: {misfit}; choose the model it holds "
                             "(model=...) or another checkpoint")
-        return Start(folder, str(folder))
+        return Start(folder.resolve(), str(folder.resolve()))
     return _auto(init, root, model)
 
 
@@ -62,7 +62,7 @@ def _auto(init: InitConfig, root: Path, model: ModelConfig) -> Start:
 def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path | None:
     """Newest valid checkpoint of the newest finished run of a stage whose model has this shape (None: any)."""
     runs = []
-    for file in (root / stage).glob("*/summary.json"):
+    for file in (root.resolve() / stage).glob("*/summary.json"):
         try:
             summary = json.loads(file.read_text())
         except ValueError:
