@@ -10,12 +10,13 @@ import torch
 from omegaconf import OmegaConf
 
 from chattrain.compose import compose, conf_dir
-from chattrain.config import Config, to_yaml
+from chattrain.config import Config
 from chattrain.data.cache import prepare
 from chattrain.data.config import SourceConfig
 from chattrain.data.mixture import Mixture
 from chattrain.errors import UserError
 from chattrain.prepare import build_part
+from chattrain.schema import to_yaml
 from tests.helpers import TINY, train, write_talk
 
 

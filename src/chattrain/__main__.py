@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from chattrain import compose, names
+from chattrain import compose, names, schema
 from chattrain.errors import RunFailed, UserError
 from chattrain.sweep import ChainBroken, Sweep
 
@@ -24,7 +24,7 @@ from chattrain.sweep import ChainBroken, Sweep
 def main() -> None:
     """Exit status 0 only when the work was done; 2 for a user's mistake, 1 for a failed run, 130 when interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors reach us as they are; we say them in one message
-    compose.register_schemas()
+    schema.register_schemas()
     names.set_launch()
     sys.argv[1:] = compose.settle_alternatives(sys.argv[1:])
     sweep = Sweep(sys.argv[1:])
@@ -52,9 +52,8 @@ def main() -> None:
 def run_job(composed: DictConfig, sweep: Sweep) -> dict:
     """One job of a launch: the command of one composed configuration."""
     from chattrain.commands import execute
-    from chattrain.config import from_hydra
 
-    cfg = from_hydra(composed)
+    cfg = schema.from_hydra(composed)
     if sweep.swept:
         suffix = names.sweep_suffix(list(HydraConfig.get().overrides.task), sweep.swept)
         cfg.run.name = (cfg.run.name or names.launch_name()) + suffix

@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from chattrain.config import ALTERNATIVES, Config, from_hydra, register_schemas
+from omegaconf import DictConfig, OmegaConf
+
+from chattrain.config import ALTERNATIVES, Config
 from chattrain.errors import UserError
+from chattrain.schema import VARIANTS, from_hydra, register_schemas
 
 
 def conf_dir() -> Path:
@@ -88,8 +91,6 @@ def _find(pattern: str, text: str) -> str | None:
 
 def _owner(key: str) -> str | None:
     """The choices of a group whose schema has this key, such as optimizer=adamw for optimizer.lr."""
-    from chattrain.config import VARIANTS
-
     group, _, name = key.partition(".")
     owners = [choice for choice, schema in VARIANTS.items()
               if choice.startswith(f"{group}=") and name in schema.__dataclass_fields__]
@@ -105,10 +106,6 @@ def _near_miss(key: str, known: list[str]) -> str:
 
 def known_keys() -> list[str]:
     """Every key of every schema, in dotted form."""
-    from omegaconf import DictConfig, OmegaConf
-
-    from chattrain import config
-
     def walk(node: Any, prefix: str) -> list[str]:
         keys = []
         for key in node:
@@ -119,7 +116,7 @@ def known_keys() -> list[str]:
         return keys
 
     keys = walk(OmegaConf.structured(Config), "")
-    for choice, schema in config.VARIANTS.items():
+    for choice, schema in VARIANTS.items():
         keys += walk(OmegaConf.structured(schema), choice.partition("=")[0] + ".")
     return sorted({key for key in keys if not key.split(".")[-1].startswith("_")})
 

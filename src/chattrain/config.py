@@ -1,21 +1,20 @@
 """The typed configuration. Dataclasses declare (and are the Hydra schema), YAML in conf/ chooses, the command line tweaks.
 
 Without these dataclasses a misspelt key or a wrong type would compose silently; with them Hydra refuses it. Checks that
-compare several fields run in `Config.check`, which `from_hydra` calls first thing.
+compare several fields run in `Config.check`, which `schema.from_hydra` calls first thing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
-from chattrain.data.config import DataConfig, LocalDataConfig, NanochatDataConfig
+from chattrain.data.config import DataConfig
 from chattrain.errors import UserError
 
 Command = Enum("Command", ["train", "evaluate", "chat", "inspect", "report"])
@@ -315,56 +314,3 @@ class Config:
         for part in (self.run, self.train, self.model, self.data, self.optimizer, self.schedule, self.eval, self.checkpoint,
                      self.log, self.distributed, self.chat, self.inspect):
             part.check()
-
-
-# Choices of a group that have keys of their own.
-VARIANTS = {"optimizer=muon_adamw": MuonAdamWConfig, "optimizer=adamw": AdamWConfig,
-            "schedule=constant_then_linear": DecayScheduleConfig, "schedule=wsd": DecayScheduleConfig,
-            "data=local": LocalDataConfig, "data=nanochat": NanochatDataConfig}
-
-
-def register_schemas() -> None:
-    """Put the dataclasses where conf/ finds them: the whole as `schema`, variants under schema/<group>."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for group, name, node in [
-        ("optimizer", "muon_adamw", MuonAdamWConfig), ("optimizer", "adamw", AdamWConfig),
-        ("schedule", "plain", ScheduleConfig), ("schedule", "decay", DecayScheduleConfig),
-        ("data", "mixtures", DataConfig), ("data", "local", LocalDataConfig), ("data", "nanochat", NanochatDataConfig),
-    ]:
-        store.store(group=f"schema/{group}", name=name, node=node)
-
-
-def from_hydra(composed: Any) -> Config:
-    """The composed DictConfig as checked dataclasses; interpolations are resolved here, once.
-
-    Raises UserError for values that must be given and are not, or that do not go together.
-    """
-    for key in _unknown_keys(composed):
-        raise UserError(f"no key {key}: `+{key}=...` adds what nothing reads; leave it out")
-    missing = sorted(OmegaConf.missing_keys(composed), key=lambda key: (key.count("."), key))
-    if missing:
-        raise UserError(f"{missing[0]} must be given: {missing[0]}=<value>")
-    cfg = OmegaConf.to_object(composed)
-    cfg.check()
-    cfg.run.root = str(Path(cfg.run.root).expanduser())
-    return cfg
-
-
-def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Keys that `+key=value` put into a dataclass that has no such field: Hydra lets them through."""
-    declared = OmegaConf.get_type(node)
-    fields = getattr(declared, "__dataclass_fields__", None)
-    for key in node:
-        if fields is not None and key not in fields:
-            yield f"{prefix}{key}"
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            yield from _unknown_keys(child, f"{prefix}{key}.")
-
-
-def to_yaml(cfg: Config) -> str:
-    """The resolved configuration as it goes into config.yaml."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)

@@ -18,7 +18,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from chattrain import checkpoint, init
-from chattrain.config import Config, Resume, to_yaml
+from chattrain.config import Config, Resume
 from chattrain.data.cache import default_cache_dir, prepare
 from chattrain.data.collators import Collator
 from chattrain.data.config import Schema, SourceConfig
@@ -28,6 +28,7 @@ from chattrain.device import pick_device
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
 from chattrain.names import launch_name
+from chattrain.schema import to_yaml
 from chattrain.tasks import document, multiple_choice
 from chattrain.tokenizer import ASSISTANT_END, Tokenizer
 

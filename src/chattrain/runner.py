@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from chattrain import checkpoint, device, distributed, loop
-from chattrain.config import Config, to_yaml
+from chattrain.config import Config
 from chattrain.data.loader import Loader
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
@@ -24,6 +24,7 @@ from chattrain.evals.validation import Validation
 from chattrain.mlflow_sink import MLflowSink
 from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data, report_counts
 from chattrain.report import write_report
+from chattrain.schema import to_yaml
 from chattrain.tokenizer import ASSISTANT_END
 from chattrain.tracking import NullTracker, Tracker, setup_logging
 
