@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.chat import Malformed, render, render_batch, render_prompt
+from chattrain.chat import Malformed, encode_pieces, pieces, render, render_prompt
 from chattrain.tokenizer import SPECIAL_TOKENS
 
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -227,4 +227,4 @@ def test_a_malformed_prompt_is_refused_too(tokenizer, conversation):
 @settings(many, max_examples=50)
 @given(st.lists(conversations(), max_size=6), st.sampled_from([None, 7, 40]))
 def test_a_batch_gives_what_each_conversation_gives_alone(tokenizer, some, max_tokens):
-    assert render_batch(some, tokenizer, max_tokens) == [render(c, tokenizer, max_tokens) for c in some]
+    assert encode_pieces([pieces(c) for c in some], tokenizer, max_tokens) == [render(c, tokenizer, max_tokens) for c in some]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -73,10 +75,32 @@ def test_a_mistake_is_found_before_processes_are_started(place):
 
 def test_what_goes_wrong_in_all_ranks_is_said_as_in_one(place):
     with pytest.raises(RunFailed, match="not finite"):
-        train("mid", "diverged", "distributed.nproc=2", "train.device_batch_size=2", "optimizer.lr_scale=1e35",
+        train("mid", "diverged", "distributed.nproc=2", "train.device_batch_size=2", "optimizer.lr_scale=1e39",
               "train.max_steps=9", "init.from=scratch")
     (run,) = summaries(place)
     assert run["status"] == "failed" and "not finite" in run["error"]
+
+
+def test_one_ctrl_c_stops_two_ranks_with_a_checkpoint(place):
+    """A terminal sends it to the launcher and to both ranks at once."""
+    long = [o for o in TWO if not o.startswith("train.max_steps")] + ["train.max_steps=100000", "run.name=cut", "tracking=none"]
+    running = subprocess.Popen([sys.executable, "-m", "chattrain", "stage=mid", *long, "distributed.nproc=2"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    file = place / "runs/mid/cut/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while running.poll() is None and time.monotonic() < deadline and not (file.exists() and '"step": 5,' in file.read_text()):
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 130, err
+    (run,) = summaries(place)
+    assert run["status"] == "interrupted" and run["checkpoint"].endswith(f"step_{run['steps']:06d}")
+
+
+def test_a_sweep_under_torchrun_is_refused(place):
+    done = torchrun("-m", "stage=sft", *TWO, "optimizer.lr_scale=1,0.5")
+    assert done.status != 0 and done.err.count("chattrain: -m starts one run after the other") == 1
 
 
 @pytest.mark.gpu

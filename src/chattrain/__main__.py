@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import traceback
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from chattrain import compose, names, schema
-from chattrain.errors import RunFailed, UserError
+from chattrain.errors import UserError
 from chattrain.sweep import ChainBroken, Sweep
 
 
@@ -44,7 +43,7 @@ def main() -> None:
         print("chattrain: interrupted", file=sys.stderr)
         sweep.status = 130
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        sweep.status = say(error)
+        sweep.status = compose.say(error)
     sweep.show_table()
     sys.exit(sweep.status)
 
@@ -61,18 +60,6 @@ def run_job(composed: DictConfig, sweep: Sweep) -> dict:
     if result.get("status") == "interrupted":
         raise KeyboardInterrupt
     return result
-
-
-def say(error: BaseException) -> int:
-    """Put the error on stderr: one message for what a user can mend, a traceback for what only we can. The exit status."""
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        error = compose.explain(error)
-    if isinstance(error, UserError | RunFailed):
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"chattrain: {error}", file=sys.stderr)
-        return error.exit_status
-    traceback.print_exception(error)
-    return 1
 
 
 if __name__ == "__main__":

@@ -52,12 +52,7 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int |
     `{"type": "text" | "python" | "python_output", "text": ...}`. Raises Malformed where roles do not alternate
     from user, a turn is missing, or content has another shape. A conversation may end with a user turn.
     """
-    return render_batch([conversation], tokenizer, max_tokens)[0]
-
-
-def render_batch(conversations: list[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int | None) -> list[Rendered]:
-    """As `render`, with all texts encoded in one call."""
-    return encode_pieces([pieces(c) for c in conversations], tokenizer, max_tokens)
+    return encode_pieces([pieces(conversation)], tokenizer, max_tokens)[0]
 
 
 def render_prompt(conversation: dict[str, Any], tokenizer: Tokenizer) -> list[int]:

@@ -76,7 +76,8 @@ def save(run_dir: Path, state: CheckpointState, model: torch.nn.Module, optimize
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step_*"), key=lambda f: int(f.name.removeprefix("step_")))
+    found = [f for f in (run_dir / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda f: int(f.name.removeprefix("step_")))
 
 
 def newest_valid(run_dir: Path) -> Path | None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from chattrain.config import ALTERNATIVES, Config
-from chattrain.errors import UserError
+from chattrain.errors import RunFailed, UserError
+from chattrain.names import is_first
 from chattrain.schema import VARIANTS, from_hydra, register_schemas
 
 
@@ -56,6 +61,18 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
 
 def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
+
+
+def say(error: BaseException) -> int:
+    """Put the error on stderr: one message for what a user can mend, a traceback for what only we can. The exit status."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        error = explain(error)
+    if isinstance(error, UserError | RunFailed):
+        if is_first():
+            print(f"chattrain: {error}", file=sys.stderr)
+        return error.exit_status
+    traceback.print_exception(error)
+    return 1
 
 
 def explain(error: BaseException) -> UserError:

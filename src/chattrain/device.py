@@ -44,20 +44,20 @@ def autocast(bf16: bool, device: torch.device) -> AbstractContextManager:
 
 
 def can_compile(device: torch.device) -> bool:
-    """torch.compile generates C++ on a CPU, so it needs a compiler there; on MPS it is left out."""
-    if device.type == "cpu":
-        return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-    return device.type == "cuda"
+    """torch.compile builds code with the host's compiler: C++ for a CPU, C for what starts CUDA kernels. Not on MPS."""
+    compilers = {"cpu": ("g++", "c++", "clang++"), "cuda": ("gcc", "cc", "clang")}
+    return any(shutil.which(name) for name in compilers.get(device.type, ()))
 
 
 def compiled(module: torch.nn.Module, asked: bool, device: torch.device):
     """The module compiled for static shapes, or as it is, with a warning where compilation was asked for in vain."""
     if asked and not can_compile(device):
-        reason = "no C++ compiler is installed" if device.type == "cpu" else f"it is not used on {device.type}"
+        reason = "it is not used on mps" if device.type == "mps" else "no C and C++ compiler is installed"
         log.warning("train.compile=true, but %s: running without torch.compile, slower", reason)
         return module
     if not asked:
         return module
+    torch.compiler.reset()  # what an earlier run of this process compiled would count against the limit
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)  # one entry a row width
     return torch.compile(module, dynamic=False)
 

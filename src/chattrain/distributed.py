@@ -13,9 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from chattrain.config import Device
 from chattrain.errors import RunFailed, UserError
 
 log = logging.getLogger("chattrain")
+
+
+SAVE_S = 600  # seconds that ranks have, after a signal, to finish their step and save
 
 
 class Stopped(Exception):
@@ -60,12 +64,17 @@ class Ranks:
 
     def first(self, do: Callable[[], Any]) -> Any:
         """What `do` gives on rank 0, on every rank; where it raises, every rank raises the same."""
+        if self.world_size == 1:
+            return do()
         result, error = None, None
         if self.is_main:
             try:
                 result = do()
             except Exception as raised:  # handed to all ranks, so that none waits for a rank that has left
                 error = raised
+                if not isinstance(raised, UserError | RunFailed):  # which may not survive the journey
+                    log.exception("rank 0 failed")
+                    error = RunFailed(f"{type(raised).__name__}: {raised}")
         result, error = self.broadcast((result, error))
         if error is not None:
             raise error
@@ -81,27 +90,26 @@ def started_by_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def is_first() -> bool:
-    """Is this the process that speaks: rank 0, or one that no launcher started?"""
-    return int(os.environ.get("RANK", 0)) == 0
+def join(timeout_s: int, cuda: bool) -> Ranks:
+    """Join the process group that the launcher's environment variables name: gloo for CPU tensors, NCCL for CUDA's.
 
-
-def join(timeout_s: int) -> Ranks:
-    """Join the process group that the launcher's environment variables name (gloo for CPU tensors, NCCL for CUDA)."""
+    Where the run uses CUDA, this process takes the GPU of its local rank.
+    """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if world_size == 1:
         return Ranks(rank, local_rank, world_size)
     backend = "cpu:gloo"
-    if torch.cuda.is_available():
+    if cuda:
         torch.cuda.set_device(local_rank)
         backend += ",cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank, local_rank, world_size)
 
 
-def world_size(nproc: str) -> int:
-    """Processes a run will have: the launcher's number, or distributed.nproc (auto: the visible GPUs, else 1).
+def world_size(nproc: str, device: Device) -> int:
+    """Processes a run will have: the launcher's number, or distributed.nproc (auto: the visible GPUs where the run may
+    use them, else 1).
 
     Raises UserError where a launcher started another number than distributed.nproc asks for.
     """
@@ -111,7 +119,19 @@ def world_size(nproc: str) -> int:
             raise UserError(f"distributed.nproc={nproc}, but the launcher started "
                             f"{os.environ.get('LOCAL_WORLD_SIZE', started)} processes here; leave distributed.nproc out")
         return started
-    return max(1, torch.cuda.device_count()) if nproc == "auto" else int(nproc)
+    if nproc != "auto":
+        return int(nproc)
+    return max(1, torch.cuda.device_count()) if device in (Device.auto, Device.cuda) else 1
+
+
+def check_devices(device: torch.device, world_size: int) -> None:
+    """Raises UserError where the ranks of this host do not have a device each."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if device.type == "cuda" and here > torch.cuda.device_count():
+        raise UserError(f"{here} processes on this host and {torch.cuda.device_count()} visible GPUs; use "
+                        f"distributed.nproc={torch.cuda.device_count()}, or train.device=cpu")
+    if device.type == "mps" and world_size > 1:
+        raise UserError(f"{world_size} processes, but MPS works with one; use distributed.nproc=1, or train.device=cpu")
 
 
 def launch(nproc: int, entry: Callable, *arguments: Any) -> Any:
@@ -132,6 +152,7 @@ def launch(nproc: int, entry: Callable, *arguments: Any) -> Any:
             config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d",
                                   start_method="spawn", rdzv_endpoint=f"localhost:{_free_port()}",
                                   run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.1,
+                                  shutdown_timeout=SAVE_S,
                                   logs_specs=DefaultLogsSpecs(log_dir=scratch))
             return elastic_launch(config, entry)(*arguments)[0]
     except SignalException:

@@ -43,18 +43,19 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig) -> Start:
 def _auto(init: InitConfig, root: Path, model: ModelConfig) -> Start:
     if not init.after:
         return Start(None, "random weights")
-    found = {stage: newest_finished(root, stage, model) for stage in init.after}
-    first = init.after[0]
-    if found[first]:
-        return Start(found[first], str(found[first]))
+    first, *others = init.after
+    found = newest_finished(root, first, model)
+    if found:
+        return Start(found, str(found))
     missing = f"no finished {first} run of this model in {root.resolve()}"
     if init.strict:
         raise UserError(f"init.strict=true and {missing}; train stage={first} first, or name a folder with "
                         "init.from=<run or checkpoint>")
-    for stage in init.after[1:]:
-        if found[stage]:
-            return Start(found[stage], str(found[stage]), f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
-                         f"RUN {found[stage]}: what {first} would have taught is missing. init.strict=true refuses this")
+    for stage in others:
+        found = newest_finished(root, stage, model)
+        if found:
+            return Start(found, str(found), f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
+                         f"RUN {found}: what {first} would have taught is missing. init.strict=true refuses this")
     return Start(None, "random weights (nothing to start from)", f"init.from=auto: {missing}. STARTING FROM RANDOM "
                  "WEIGHTS: the model knows no language, expect poor results. init.strict=true refuses this")
 

@@ -74,7 +74,7 @@ class StepResult:
 def fit(parts: Parts, state: State, cadence: Cadence) -> State:
     """Train from state.step until cadence.num_steps, or until a rank is asked to stop; the state is saved either way."""
     if state.step == 0:
-        parts.track(0, parts.evaluate())
+        measure(parts, 0)
     speed = Speed(parts, state)
     while state.step < cadence.num_steps and not state.interrupted:
         batches = parts.loader.step(state.step)
@@ -96,11 +96,18 @@ def fit(parts: Parts, state: State, cadence: Cadence) -> State:
         state.tokens_per_second = speed.overall()
         if cadence.due(cadence.evaluate, state.step):
             with speed.paused():
-                parts.track(state.step, parts.evaluate())
+                measure(parts, state.step)
         if cadence.due(cadence.save, state.step) or state.interrupted:
             with speed.paused():
                 parts.save(state)
     return state
+
+
+def measure(parts: Parts, step: int) -> None:
+    """Evaluate, and track what there is: a run may measure nothing."""
+    metrics = parts.evaluate()
+    if metrics:
+        parts.track(step, metrics)
 
 
 def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
@@ -158,8 +165,9 @@ class Speed:
         utilisation = {} if peak is None else {"train/mfu": rate * self.parts.flops_per_token / (peak * ranks)}
         return {"train/tokens_per_second": rate, **utilisation}
 
-    def overall(self) -> float:
-        return self._rate(self.first or self.last)
+    def overall(self) -> float | None:
+        """From the second step on; None before."""
+        return self._rate(self.first) if self.first and self.state.tokens_seen > self.first[1] else None
 
     def _rate(self, since: tuple[float, int]) -> float:
         return (self.state.tokens_seen - since[1]) / max(time.perf_counter() - since[0], 1e-9)

@@ -1,4 +1,4 @@
-"""Names of runs: chosen once by the process that the user started, never from each process's clock."""
+"""Names of runs, chosen once by the process that the user started, never from each process's clock; and which one speaks."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def set_launch() -> None:
 def launch_name() -> str:
     """The name of this launch; a new one where no command line started the process (a notebook)."""
     return os.environ.get(LAUNCH_VARIABLE) or new_launch()
+
+
+def is_first() -> bool:
+    """Is this the process that speaks: rank 0, or one that no launcher started?"""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def sweep_suffix(job_overrides: list[str], swept: set[str]) -> str:

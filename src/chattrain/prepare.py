@@ -17,7 +17,7 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from chattrain import checkpoint, init
+from chattrain import checkpoint, distributed, init
 from chattrain.config import Config, Resume
 from chattrain.data.cache import default_cache_dir, prepare
 from chattrain.data.collators import Collator
@@ -27,6 +27,7 @@ from chattrain.data.sources import identity, open_rows
 from chattrain.device import pick_device
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
+from chattrain.files import make_folder, replace_text
 from chattrain.names import launch_name
 from chattrain.schema import to_yaml
 from chattrain.tasks import document, multiple_choice
@@ -65,7 +66,7 @@ class RunData:
 def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     """Raises UserError before anything is written for this run, except caches."""
     cfg.train.rows_a_step(world_size)
-    pick_device(cfg.train.device)
+    distributed.check_devices(pick_device(cfg.train.device), world_size)
     run_dir = choose_run_dir(cfg)
     resume = _find_resume(cfg, run_dir)
     start = init.Start(resume, f"{resume} (resumed)") if resume else init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
@@ -78,7 +79,8 @@ def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
         _move_aside(run_dir)
     if plan.finished is None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(cfg))
+        replace_text(run_dir / "config.yaml", to_yaml(cfg))
+        (run_dir / "summary.json").unlink(missing_ok=True)  # of an earlier part of the run: it is true no longer
     return plan, data
 
 
@@ -92,6 +94,10 @@ def choose_run_dir(cfg: Config) -> Path:
 
 def _find_resume(cfg: Config, run_dir: Path) -> Path | None:
     found = checkpoint.newest_valid(run_dir) if cfg.run.resume != Resume.never else None
+    damaged = checkpoint.all_checkpoints(run_dir)
+    if found is None and damaged and cfg.run.resume != Resume.never:
+        raise UserError(f"none of the {len(damaged)} checkpoints of {run_dir} is whole; restore one, or begin anew with "
+                        "run.resume=never, which moves the folder aside")
     if cfg.run.resume == Resume.must and found is None:
         raise UserError(f"run.resume=must, but {run_dir} has no valid checkpoint; name the run with run.name or "
                         "run.dir, or use run.resume=auto")
@@ -105,10 +111,14 @@ def _resumed_plan(cfg: Config, plan: Plan, data: RunData) -> Plan:
     if misfit or state.data_fingerprint != data.fingerprint:
         raise UserError(f"{plan.run_dir} was begun with {misfit or 'other data, seed, seq_len or batch size'}, so it "
                         "cannot go on as the same run; use another run.name, or run.resume=never to start anew")
-    begun_with = yaml.safe_load((plan.resume / "config.yaml").read_text())["optimizer"]["_target_"]
-    if begun_with != cfg.optimizer._target_:
-        raise UserError(f"{plan.run_dir} was begun with the optimizer {begun_with}, so it cannot go on with "
-                        f"{cfg.optimizer._target_}; use another run.name, or run.resume=never to start anew")
+    before, now = (yaml.safe_load(text) for text in ((plan.resume / "config.yaml").read_text(), to_yaml(cfg)))
+    if before["optimizer"]["_target_"] != now["optimizer"]["_target_"]:
+        raise UserError(f"{plan.run_dir} was begun with the optimizer {before['optimizer']['_target_']}, so it cannot go on "
+                        f"with {cfg.optimizer._target_}; use another run.name, or run.resume=never to start anew")
+    changed = [f"{group}.{key} {before[group].get(key)} -> {value}" for group in ("optimizer", "schedule", "train")
+               for key, value in now[group].items() if before[group].get(key) != value]
+    if changed:
+        log.warning("the run goes on with other settings than it began with: %s", ", ".join(changed))
     if state.num_steps != data.num_steps:
         log.warning("the run was planned for %d steps, now for %d: the schedule is another one from here on",
                     state.num_steps, data.num_steps)
@@ -240,8 +250,8 @@ def choose_tokenizer(cfg: Config, start: Path | None) -> Path:
 
 
 def _trained_tokenizer(cfg: Config) -> Path:
-    """Byte-pair encoding of this data's training texts, of all stages, so that each of them has its words."""
-    mixtures = list(cfg.data.stages.values()) or [cfg.data.mixture(cfg.stage)]
+    """Byte-pair encoding of training texts: this stage's, or those of data.tokenizer_stages."""
+    mixtures = [cfg.data.mixture(stage) for stage in cfg.data.tokenizer_stages or [cfg.stage]]
     sources = {json.dumps([s.path, s.subset, s.split, s.part, s.words]): (name, s)
                for mixture in mixtures for name, s in mixture.train.items()}
     identities = [identity(name, source, cache_dir(cfg)) for name, source in sources.values()]
@@ -251,7 +261,7 @@ def _trained_tokenizer(cfg: Config) -> Path:
     if not (folder / "encoding.json").is_file():
         log.info("training a tokenizer of %d tokens on this data", cfg.tokenizer.vocab_size)
         opened = [(source, open_rows(name, source, cache_dir(cfg))) for name, source in sources.values()]
-        Tokenizer.train(_texts(opened, cfg.tokenizer.train_chars), cfg.tokenizer.vocab_size).save(folder)
+        make_folder(folder, Tokenizer.train(_texts(opened, cfg.tokenizer.train_chars), cfg.tokenizer.vocab_size).save)
     return folder
 
 

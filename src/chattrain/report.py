@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 
+from chattrain.files import replace_text
 from chattrain.tracking import read_metrics
 
 Points = list[tuple[float, float]]  # (step, value)
@@ -46,7 +47,7 @@ def write_report(run_dir: Path) -> Path:
     curves, last = _curves(read_metrics(run_dir / "metrics.jsonl"))
     stage, name = _stage_and_name(config, run_dir)
     path = run_dir / "report.html"
-    path.write_text(_page(f"{stage} {name}".strip(), summary, curves, last, config), encoding="utf-8")
+    replace_text(path, _page(f"{stage} {name}".strip(), summary, curves, last, config))
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from chattrain.distributed import Ranks
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.validation import Validation
+from chattrain.files import replace_text
 from chattrain.mlflow_sink import MLflowSink
 from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data, report_counts
 from chattrain.report import write_report
@@ -30,10 +30,12 @@ from chattrain.tracking import NullTracker, Tracker, setup_logging
 
 log = logging.getLogger("chattrain")
 
+SAME_SIGNAL_S = 2.0  # seconds within which signals are one
+
 
 def train(cfg: Config) -> dict:
     """Run a training from start to summary, on one process or many; returns the summary."""
-    nproc = distributed.world_size(cfg.distributed.nproc)
+    nproc = distributed.world_size(cfg.distributed.nproc, cfg.train.device)
     if distributed.started_by_launcher():
         return _train_as_rank(cfg, plan=None)
     plan, data = make_plan(cfg, nproc)
@@ -43,19 +45,25 @@ def train(cfg: Config) -> dict:
         return work(cfg, plan, Ranks(), data)
     try:
         return distributed.launch(nproc, _train_as_rank, cfg, plan)
-    except distributed.Stopped:  # the ranks have saved and written the summary
-        return json.loads((plan.run_dir / "summary.json").read_text())
+    except distributed.Stopped:
+        summary = plan.run_dir / "summary.json"  # written by rank 0, unless it was still starting
+        if not summary.is_file():
+            raise KeyboardInterrupt from None
+        return json.loads(summary.read_text())
 
 
 def _train_as_rank(cfg: Config, plan: Plan | None) -> dict:
     """What each process of a launch runs. Under torchrun there is no parent to plan, so rank 0 does."""
-    ranks = distributed.join(cfg.distributed.timeout_s)
+    ranks = distributed.join(cfg.distributed.timeout_s, device.pick_device(cfg.train.device).type == "cuda")
     close_log = setup_logging(None, console=ranks.is_main, resume=False)
     try:
         plan = plan or ranks.first(lambda: make_plan(cfg, ranks.world_size)[0])
         if plan.finished:
             return plan.finished
-        return work(cfg, plan, ranks, open_data(cfg, plan.tokenizer_dir, ranks.world_size))
+        summary = work(cfg, plan, ranks, open_data(cfg, plan.tokenizer_dir, ranks.world_size))
+        if summary["status"] == "interrupted":
+            raise KeyboardInterrupt  # a rank that returns would wait for a launcher that is already shutting down
+        return summary
     finally:
         close_log()
         ranks.close()
@@ -84,13 +92,15 @@ def work(cfg: Config, plan: Plan, ranks: Ranks, data: RunData) -> dict:
         raise
     finally:
         summary = summarize(cfg, plan, data, tracker, state, error)
-        if ranks.is_main:
-            write_json(plan.run_dir / "summary.json", summary)
-            write_report(plan.run_dir)
-            log.info("%s at step %d of %d: %s", summary["status"], state.step, data.num_steps,
-                     plan.run_dir / "report.html")
-        tracker.finish(summary)
-        close_log()
+        try:
+            if ranks.is_main:
+                replace_text(plan.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+                write_report(plan.run_dir)
+                log.info("%s at step %d of %d: %s", summary["status"], state.step, data.num_steps,
+                         plan.run_dir / "report.html")
+        finally:
+            tracker.finish(summary)
+            close_log()
     return summary
 
 
@@ -203,12 +213,20 @@ def summarize(cfg: Config, plan: Plan, data: RunData, tracker, state: loop.State
 
 @contextmanager
 def stop_on_signal():
-    """Ctrl-C and SIGTERM ask the loop to stop after its step and save; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask the loop to stop after its step and save; a second one stops at once.
+
+    With several ranks one Ctrl-C arrives twice, from the terminal and from the launcher: signals close together are one.
+    """
     asked = threading.Event()
+    first = 0.0
 
     def ask(number, frame):
+        nonlocal first
         if asked.is_set():
-            raise KeyboardInterrupt
+            if time.monotonic() - first > SAME_SIGNAL_S:
+                raise KeyboardInterrupt
+            return
+        first = time.monotonic()
         asked.set()
         log.warning("stopping after this step and saving; once more stops at once")
 
@@ -221,12 +239,6 @@ def stop_on_signal():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def write_json(file: Path, value: dict) -> None:
-    scratch = file.with_name(f".{file.name}.writing")
-    scratch.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(scratch, file)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

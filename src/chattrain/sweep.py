@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from chattrain.compose import key_of
+from chattrain.compose import key_of, say
 from chattrain.errors import UserError
+from chattrain.names import is_first
 
 
 class ChainBroken(BaseException):
@@ -33,6 +34,9 @@ class Sweep:
         if self.swept and any(key_of(o) == "run.dir" for o in self.overrides):
             raise UserError("run.dir names one folder, but -m starts several runs; use run.name, to which each run adds "
                             "what was swept")
+        if self.swept and "RANK" in os.environ:
+            raise UserError("-m starts one run after the other, torchrun one process group for all; leave torchrun out and "
+                            "use distributed.nproc=<number> with -m")
         launcher = [o for o in self.overrides if key_of(o) == "hydra/launcher" and not o.endswith("=basic")]
         if self.chain and launcher:
             raise UserError(f"stage is swept, so each run starts from the one before, but {launcher[0]} would start them "
@@ -40,8 +44,6 @@ class Sweep:
 
     def run(self, job: Callable[[], dict]) -> None:
         """Run one job; its error is said and remembered. In another process (a parallel launcher) errors are raised."""
-        from chattrain.__main__ import say
-
         try:
             self.results.append(job())
         except Exception as error:
@@ -53,7 +55,7 @@ class Sweep:
 
     def show_table(self) -> None:
         trained = [r for r in self.results if "steps" in r]
-        if self.multirun and trained and int(os.environ.get("RANK", 0)) == 0:
+        if self.multirun and trained and is_first():
             from chattrain.table import show_runs
 
             show_runs([Path(r["run_dir"]) for r in trained])

@@ -122,11 +122,10 @@ def test_a_limit_takes_the_first_rows_of_one_fixed_shuffle(tmp_path, cache):
     assert numbers_of(path, cache, limit=100) == numbers_of(path, cache, limit=999) == list(range(100))
 
 
-@pytest.mark.parametrize("limit", [None, 60])
-def test_the_parts_for_training_and_validation_share_nothing_and_leave_nothing_out(tmp_path, cache, limit):
+def test_the_parts_for_training_and_validation_share_nothing_and_leave_nothing_out(tmp_path, cache):
     path = put(tmp_path / "a.jsonl", texts(*map(str, range(105))))
-    train, val = (numbers_of(path, cache, part=part, limit=limit) for part in ("train", "val"))
-    whole = numbers_of(path, cache, limit=limit)
+    train, val = (numbers_of(path, cache, part=part) for part in ("train", "val"))
+    whole = numbers_of(path, cache)
     assert len(val) == len(whole) // 20
     assert not set(train) & set(val)
     assert sorted(train + val) == sorted(whole)
@@ -211,3 +210,12 @@ def test_real_data_in_the_hubs_layout_opens_whole(cache, path, asked, rows, colu
     opened = open_rows(path, SourceConfig(path=str(SHARED_DATA / path), **asked), cache)
     assert len(opened) == rows
     assert all(row[column] for _, row in opened.read(0, 50))
+
+
+def test_what_is_held_out_is_never_trained_on_whatever_the_limits(tmp_path, cache):
+    path = put(tmp_path / "all.jsonl", texts(*map(str, range(400))))
+    held_out = set(numbers_of(path, cache, part="val"))
+    assert len(held_out) == 20
+    for limit in (5, 100, 300):
+        assert set(numbers_of(path, cache, part="val", limit=limit)) <= held_out
+        assert not held_out & set(numbers_of(path, cache, part="train", limit=limit))

@@ -53,8 +53,8 @@ def model(tokenizer) -> GPT:
     return model
 
 
-def asked(rows: list[dict], tokenizer, limit: int | None = None) -> list[Question]:
-    return questions("mine", Rows(rows), tokenizer, limit)
+def asked(rows: list[dict], tokenizer) -> list[Question]:
+    return questions("mine", Rows(rows), tokenizer)
 
 
 def labels_of(r: dict) -> list[str]:
@@ -138,11 +138,6 @@ def test_a_question_is_the_prompt_up_to_where_the_assistant_answers(tokenizer):
         assert question.ids[-1] == tokenizer.special("<|assistant_start|>")
         assert question.answer == answer_of(r)
         assert len(question.letter_ids) == 3 + ROWS.index(r) % 3
-
-
-def test_a_limit_asks_the_first_questions(tokenizer):
-    assert asked(ROWS, tokenizer, limit=7) == asked(ROWS[:7], tokenizer)
-    assert asked(ROWS, tokenizer, limit=999) == asked(ROWS, tokenizer)
 
 
 def test_a_letter_of_several_tokens_is_refused_with_its_row(tokenizer):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chattrain.chat import Malformed, encode_pieces, render, render_batch
+from chattrain.chat import Malformed, encode_pieces, render
 from chattrain.compose import compose
 from chattrain.prepare import choose_tokenizer
 from chattrain.tasks import document, gsm8k, messages, multiple_choice
@@ -179,7 +179,7 @@ def test_every_real_question_becomes_a_conversation_that_ends_with_its_letter(to
     end = tokenizer.special("<|assistant_end|>")
     for start in range(0, len(rows), 500):
         some = rows[start : start + 500]
-        rendered = render_batch([multiple_choice.conversation(row) for row in some], tokenizer, None)
+        rendered = encode_pieces([document(row, "multiple_choice") for row in some], tokenizer, None)
         for row, (ids, mask) in zip(some, rendered, strict=True):
             letter = row["answerKey"] if "answerKey" in row else "ABCD"[row["answer"]]
             assert [i for i, m in zip(ids, mask, strict=True) if m] == [*tokenizer.encode(letter), end]

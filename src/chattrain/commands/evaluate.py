@@ -10,6 +10,7 @@ from chattrain import checkpoint, device, distributed, init, runner
 from chattrain.config import Config
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
+from chattrain.names import is_first
 from chattrain.prepare import open_data
 from chattrain.tracking import setup_logging
 
@@ -18,13 +19,16 @@ log = logging.getLogger("chattrain")
 
 def main(cfg: Config) -> dict:
     """Evaluate the checkpoint that init.from names; auto: the newest finished run of this stage. Returns the metrics."""
-    nproc = distributed.world_size(cfg.distributed.nproc)
-    close_log = setup_logging(None, console=distributed.is_first(), resume=False)
+    nproc = distributed.world_size(cfg.distributed.nproc, cfg.train.device)
+    close_log = setup_logging(None, console=is_first(), resume=False)
     try:
         if distributed.started_by_launcher():
             return _evaluate_as_rank(cfg)
         find_checkpoint(cfg)
+        distributed.check_devices(device.pick_device(cfg.train.device), nproc)
         return evaluate(cfg, Ranks()) if nproc == 1 else distributed.launch(nproc, _evaluate_as_rank, cfg)
+    except distributed.Stopped:
+        raise KeyboardInterrupt from None
     finally:
         close_log()
 
@@ -70,8 +74,10 @@ def _open_on_all(cfg: Config, folder: Path, ranks: Ranks):
 
 
 def _evaluate_as_rank(cfg: Config) -> dict:
-    ranks = distributed.join(cfg.distributed.timeout_s)
+    ranks = distributed.join(cfg.distributed.timeout_s, device.pick_device(cfg.train.device).type == "cuda")
+    close_log = setup_logging(None, console=ranks.is_main, resume=False)
     try:
         return evaluate(cfg, ranks)
     finally:
+        close_log()
         ranks.close()

@@ -18,7 +18,7 @@ def main(cfg: Config) -> dict:
     """Print inspect.rows rows, supervised targets in green, and the counts of the mixture. Starts no training."""
     close_log = setup_logging(None, console=True, resume=False)
     start = init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
-    world_size = distributed.world_size(cfg.distributed.nproc)
+    world_size = distributed.world_size(cfg.distributed.nproc, cfg.train.device)
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
     report_counts(data.train, data.num_steps)
     shown = min(cfg.inspect.rows, data.rows_per_step)

@@ -1,12 +1,13 @@
 """command=train: the default."""
 
-from chattrain import distributed, runner
+from chattrain import runner
 from chattrain.config import Config
+from chattrain.names import is_first
 from chattrain.tracking import setup_logging
 
 
 def main(cfg: Config) -> dict:
-    close_log = setup_logging(None, console=distributed.is_first(), resume=False)
+    close_log = setup_logging(None, console=is_first(), resume=False)
     try:
         return runner.train(cfg)
     finally:

@@ -23,6 +23,7 @@ from chattrain import chat
 from chattrain.data.config import SourceConfig
 from chattrain.data.sources import identity, open_rows
 from chattrain.errors import UserError
+from chattrain.files import make_folder
 from chattrain.tasks import document
 from chattrain.tokenizer import Tokenizer
 
@@ -68,7 +69,9 @@ def prepare(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Pa
     key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed)
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
-        _write(name, source, open_rows(name, source, cache_dir), tokenizer, cache_dir, folder, skip_malformed, workers)
+        rows = open_rows(name, source, cache_dir)
+        chunks = _render_all(name, source, rows, tokenizer, cache_dir, skip_malformed, workers)
+        make_folder(folder, lambda scratch: _write(scratch, name, source, chunks, _token_dtype(tokenizer)))
     return _open(name, folder)
 
 
@@ -84,43 +87,32 @@ def _open(name: str, folder: Path) -> Documents:
     return Documents(name=name, skipped=meta["skipped"], content_hash=meta["content_hash"], **arrays)
 
 
-def _write(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cache_dir: Path, folder: Path,
-           skip_malformed: bool, workers: int | None) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    try:
-        skipped, examples, hashes = 0, [], hashlib.sha256()
-        lengths, supervised, numbers = [0], [], []
-        with (scratch / "tokens.raw").open("wb") as tokens, (scratch / "loss_mask.raw").open("wb") as masks:
-            for chunk in _render_all(name, source, rows, tokenizer, cache_dir, skip_malformed, workers):
-                tokens.write(chunk.tokens)
-                masks.write(chunk.loss_mask)
-                hashes.update(chunk.tokens + chunk.loss_mask)
-                lengths += chunk.lengths
-                supervised += chunk.supervised
-                numbers += chunk.rows
-                skipped += len(chunk.malformed)
-                examples = (examples + chunk.malformed)[:3]
-        if not numbers:
-            raise UserError(f"data source {name} ({source.path}) has no usable row; the first reasons: "
-                            + "; ".join(f"row {row}: {reason}" for row, reason in examples))
-        offsets = np.cumsum(lengths, dtype=np.int64)
-        hashes.update(offsets.tobytes())
-        _raw_to_npy(scratch / "tokens", _token_dtype(tokenizer), int(offsets[-1]))
-        _raw_to_npy(scratch / "loss_mask", np.dtype(np.uint8), int(offsets[-1]))
-        np.save(scratch / "offsets.npy", offsets)
-        np.save(scratch / "supervised.npy", np.array(supervised, dtype=np.int64))
-        np.save(scratch / "rows.npy", np.array(numbers, dtype=np.int64))
-        meta = {"skipped": skipped, "content_hash": hashes.hexdigest()[:24], "source": source.path,
-                "documents": len(numbers), "tokens": int(offsets[-1])}
-        (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            scratch.rename(folder)
-        except OSError:  # another process was faster: its cache is the same
-            if not (folder / "meta.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[_Chunk], dtype: np.dtype) -> None:
+    skipped, examples, hashes = 0, [], hashlib.sha256()
+    lengths, supervised, numbers = [0], [], []
+    with (folder / "tokens.raw").open("wb") as tokens, (folder / "loss_mask.raw").open("wb") as masks:
+        for chunk in chunks:
+            tokens.write(chunk.tokens)
+            masks.write(chunk.loss_mask)
+            hashes.update(chunk.tokens + chunk.loss_mask)
+            lengths += chunk.lengths
+            supervised += chunk.supervised
+            numbers += chunk.rows
+            skipped += len(chunk.malformed)
+            examples = (examples + chunk.malformed)[:3]
+    if not numbers:
+        raise UserError(f"data source {name} ({source.path}) has no usable row; the first reasons: "
+                        + "; ".join(f"row {row}: {reason}" for row, reason in examples))
+    offsets = np.cumsum(lengths, dtype=np.int64)
+    hashes.update(offsets.tobytes())
+    _raw_to_npy(folder / "tokens", dtype, int(offsets[-1]))
+    _raw_to_npy(folder / "loss_mask", np.dtype(np.uint8), int(offsets[-1]))
+    np.save(folder / "offsets.npy", offsets)
+    np.save(folder / "supervised.npy", np.array(supervised, dtype=np.int64))
+    np.save(folder / "rows.npy", np.array(numbers, dtype=np.int64))
+    meta = {"skipped": skipped, "content_hash": hashes.hexdigest()[:24], "source": source.path,
+            "documents": len(numbers), "tokens": int(offsets[-1])}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def _raw_to_npy(stem: Path, dtype: np.dtype, length: int) -> None:

@@ -6,7 +6,6 @@ follows from (seed, step) alone and resuming is a look-up. Row number EMPTY give
 
 from __future__ import annotations
 
-import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ import torch
 from chattrain.data.mixture import Mixture
 from chattrain.data.packing import bucket, pad_rows, shift, stretch
 from chattrain.errors import UserError
-
-log = logging.getLogger("chattrain")
 
 EMPTY = -1
 
@@ -33,8 +30,9 @@ class Batch(NamedTuple):
     num_targets: int  # targets that are not ignored
 
     def to(self, device: torch.device) -> Batch:
-        return self._replace(inputs=self.inputs.to(device, non_blocking=True),
-                             targets=self.targets.to(device, non_blocking=True))
+        pinned = device.type == "cuda"  # elsewhere an asynchronous copy may read memory that is gone
+        return self._replace(inputs=self.inputs.to(device, non_blocking=pinned),
+                             targets=self.targets.to(device, non_blocking=pinned))
 
 
 @dataclass

@@ -23,7 +23,7 @@ class SourceConfig:
     schema: Schema = Schema.messages
     subset: str | None = None  # the hub's configuration name
     split: str = "train"
-    limit: int | None = None  # rows at most, drawn by the seed of the source
+    limit: int | None = None  # rows at most, the first of one fixed shuffle
     epochs: float = 1.0  # times its documents appear in one epoch of the mixture
     weight: float | None = None  # share of documents, relative to the other weights; larger sources are thinned out
     words: str | None = None  # word list of a generated task, one word a line
@@ -42,6 +42,7 @@ class DataConfig:
     on_malformed: OnMalformed = OnMalformed.refuse
     workers: int | None = None  # processes that tokenise; null: one a core
     stages: dict[str, MixtureConfig] = field(default_factory=dict)
+    tokenizer_stages: list[str] = field(default_factory=list)  # whose texts train a new tokenizer; []: the stage's own
     multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data for eval
 
     def mixture(self, stage: str) -> MixtureConfig:

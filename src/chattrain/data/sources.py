@@ -45,14 +45,14 @@ def open_rows(name: str, source: SourceConfig, cache_dir: Path) -> Rows:
     if not len(table):
         raise UserError(f"data source {name} ({source.path}) is empty; name one with rows")
     indices = np.arange(len(table))
-    if source.limit is not None and source.limit < len(table) and not source.path.startswith(GENERATE):
-        indices = np.random.default_rng(LIMIT_SEED).permutation(len(table))[: source.limit]
-    if source.part is not None:
+    if source.part is not None:  # before the limit, so that what is held out is the same whatever the limits
         held_out = np.arange(len(indices)) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         indices = indices[held_out if source.part == "val" else ~held_out]
         if not len(indices):
             raise UserError(f"data source {name} ({source.path}) has {len(table)} rows, too few to keep every "
                             f"{HOLD_OUT_EVERY}th for validation; give data.val_path")
+    if source.limit is not None and source.limit < len(indices) and not source.path.startswith(GENERATE):
+        indices = np.random.default_rng(LIMIT_SEED).permutation(indices)[: source.limit]
     return Rows(table, indices)
 
 

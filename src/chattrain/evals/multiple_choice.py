@@ -28,10 +28,10 @@ class Question(NamedTuple):
     answer: int  # index of the right choice
 
 
-def questions(name: str, rows: Rows, tokenizer: Tokenizer, limit: int | None = None) -> list[Question]:
-    """The first `limit` rows as questions. Raises UserError with the row where one does not fit."""
+def questions(name: str, rows: Rows, tokenizer: Tokenizer) -> list[Question]:
+    """The rows as questions. Raises UserError with the row where one does not fit."""
     out = []
-    for number, row in rows.read(0, min(len(rows), limit) if limit else len(rows)):
+    for number, row in rows.read(0, len(rows)):
         try:
             _, _, letters, answer = multiple_choice.question(row)
             ids = render_prompt(multiple_choice.conversation(row), tokenizer)
@@ -76,7 +76,7 @@ class MultipleChoice:
         with autocast:
             features = model.features(torch.from_numpy(inputs).to(self.device))
             features = features[torch.arange(len(batch), device=self.device), last]  # (B, C)
-            logits = torch.einsum("bc,blc->bl", features.float(), model.lm_head.weight[letters].float())
+        logits = torch.einsum("bc,blc->bl", features.float(), model.lm_head.weight[letters].float())
         logits = soft_cap(logits).masked_fill(~there, float("-inf"))
         answers = torch.tensor([q.answer for q in batch], device=self.device)
         return int((logits.argmax(dim=1) == answers).sum())
