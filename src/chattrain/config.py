@@ -106,8 +106,13 @@ class TrainConfig:
         if self.total_batch_size % tokens:
             near = _nearest_multiple(self.total_batch_size, tokens)
             raise UserError(f"train.total_batch_size={self.total_batch_size} tokens is not a multiple of {tokens} "
-                            f"({unit} x {T} tokens); try {near}")
+                            f"({unit} x {T} tokens); try {near}" + self._smaller_batch(world_size))
         return self.total_batch_size // T
+
+    def _smaller_batch(self, world_size: int) -> str:
+        """The largest device_batch_size that divides total_batch_size, as a way out; empty where there is none."""
+        fits = [b for b in range(1, self.device_batch_size) if self.total_batch_size % (b * self.seq_len * world_size) == 0]
+        return f", or train.device_batch_size={fits[-1]}" if fits else ""
 
 
 # Pairs of which a value for one replaces the other: the command line that sets one clears its partner.

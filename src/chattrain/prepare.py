@@ -208,8 +208,8 @@ def _question_sets(cfg: Config, tokenizer: Tokenizer) -> dict[str, list[Question
         sources["arc_easy"] = SourceConfig(path=cfg.eval.arc_path, subset="ARC-Easy", **choice)
         sources["arc_challenge"] = SourceConfig(path=cfg.eval.arc_path, subset="ARC-Challenge", **choice)
     if not sources:
-        log.warning("multiple-choice accuracy is asked for, but this data has no question set and neither "
-                    "eval.mmlu_path nor eval.arc_path is given: none is measured")
+        log.warning("eval.multiple_choice=true, but this data has no question set and neither eval.mmlu_path nor "
+                    "eval.arc_path is given: no accuracy is measured. eval=bpb does not ask for it")
     for name, source in sources.items():
         if cfg.eval.max_problems and (source.limit is None or source.limit > cfg.eval.max_problems):
             sources[name] = SourceConfig(**{**source.__dict__, "limit": cfg.eval.max_problems})

@@ -98,6 +98,8 @@ def work(cfg: Config, plan: Plan, ranks: Ranks, data: RunData) -> dict:
                 write_report(plan.run_dir)
                 log.info("%s at step %d of %d: %s", summary["status"], state.step, data.num_steps,
                          plan.run_dir / "report.html")
+                if summary["status"] == "interrupted":
+                    log.info("the same command with run.dir=%s goes on from its checkpoint", plan.run_dir)
         finally:
             tracker.finish(summary)
             close_log()

@@ -9,14 +9,16 @@ from chattrain.tracking import read_metrics
 
 
 def show_runs(run_dirs: list[Path]) -> None:
-    """One row a run: each evaluation metric from its first value to its last."""
+    """One row a run: each evaluation metric (train/loss where nothing was evaluated) from its first value to its last."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     runs = [(json.loads((d / "summary.json").read_text()), _ranges(d)) for d in run_dirs]
     names = sorted({name for _, ranges in runs for name in ranges}, key=lambda n: (not n.startswith("val/"), n))
-    table = Table(title="evaluation before -> after", box=box.SIMPLE_HEAD, pad_edge=False)
+    if any(not name.startswith("train/") for name in names):
+        names = [name for name in names if not name.startswith("train/")]
+    table = Table(title="first value -> last value", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("run", "steps", "tokens/s", *(name.removeprefix("eval/") for name in names)):
         table.add_column(column, no_wrap=True, justify="left" if column == "run" else "right")
     for (summary, ranges), run_dir in zip(runs, run_dirs, strict=True):
@@ -40,7 +42,7 @@ def _ranges(run_dir: Path) -> dict[str, str]:
     values: dict[str, list[float]] = {}
     for row in read_metrics(run_dir / "metrics.jsonl"):
         for name, value in row.items():
-            if value is not None and name.startswith(("val/", "eval/")):
+            if value is not None and name.startswith(("val/", "eval/", "train/loss")):
                 values.setdefault(name, []).append(value)
     return {name: _form(name, found[0]) + (f" -> {_form(name, found[-1])}" if len(found) > 1 else "")
             for name, found in values.items()}

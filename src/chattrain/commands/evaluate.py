@@ -49,6 +49,7 @@ def find_checkpoint(cfg: Config) -> Path:
 def evaluate(cfg: Config, ranks: Ranks) -> dict:
     folder = ranks.first(lambda: find_checkpoint(cfg))
     data = _open_on_all(cfg, folder, ranks)
+    log.info("evaluating %s on %s", folder, ", ".join([*cfg.data.mixture(cfg.stage).val, *data.question_sets]))
     where = device.pick_device(cfg.train.device, ranks.local_rank)
     model = runner.build_model(cfg, data.tokenizer.vocab_size, folder).to(where)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)

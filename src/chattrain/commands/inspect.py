@@ -19,10 +19,12 @@ def main(cfg: Config) -> dict:
     close_log = setup_logging(None, console=True, resume=False)
     start = init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
     world_size = distributed.world_size(cfg.distributed.nproc, cfg.train.device)
+    cfg.eval.validation = cfg.eval.multiple_choice = False  # only the training rows are looked at
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
     report_counts(data.train, data.num_steps)
     shown = min(cfg.inspect.rows, data.rows_per_step)
     batch = data.train.batch(np.arange(shown))
+    print("Supervised tokens stand in " + ("green." if sys.stdout.isatty() else "[brackets].") + " Padding is left out.\n")
     for row in range(shown):
         print(f"row {row}: {data.train.describe(row)}")
         print(_colour(data, batch.inputs[row].tolist(), batch.targets[row].tolist()) + "\n")
@@ -39,6 +41,8 @@ def main(cfg: Config) -> dict:
 def _colour(data, inputs: list[int], targets: list[int]) -> str:
     """The row as text; each token that is a target stands in green on a terminal, in [brackets] elsewhere."""
     out, tty = [data.tokenizer.decode(inputs[:1])], sys.stdout.isatty()
+    last = max(i for i, target in enumerate(targets) if target != IGNORE_INDEX)
+    inputs, targets = inputs[: last + 1], targets[: last + 1]
     following = inputs[1:] + targets[-1:]
     for token, target in zip(following, targets, strict=True):
         if target == IGNORE_INDEX:

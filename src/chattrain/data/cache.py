@@ -189,8 +189,8 @@ def _render(name: str, source: SourceConfig, rows: Iterator[tuple[int, dict]], t
             numbers.append(number)
         except chat.Malformed as error:
             if not skip_malformed:
-                raise UserError(f"data source {name} ({source.path}), row {number}: {error}; mend the row, or leave "
-                                "such rows out with data.on_malformed=skip") from None
+                raise UserError(f"data source {name} ({source.path}), row {number}: {error}; mend the row, choose "
+                                "its schema (data.schema), or leave such rows out with data.on_malformed=skip") from None
             malformed.append((number, str(error)))
     rendered = chat.encode_pieces(documents, tokenizer, max_tokens=None)
     dtype = _token_dtype(tokenizer)
