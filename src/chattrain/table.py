@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from chattrain.tracking import read_metrics
@@ -21,21 +22,22 @@ def show_runs(run_dirs: list[Path]) -> None:
     table = Table(title="first value -> last value", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("run", "steps", "tokens/s", *(name.removeprefix("eval/") for name in names)):
         table.add_column(column, no_wrap=True, justify="left" if column == "run" else "right")
+    one_stage = len({summary["stage"] for summary, _ in runs}) == 1
     for (summary, ranges), run_dir in zip(runs, run_dirs, strict=True):
         speed = summary["tokens_per_second"]
         failed = "" if summary["status"] == "completed" else f" ({summary['status']})"
-        table.add_row(_label(summary, run_dir) + failed, str(summary["steps"]), f"{speed:,.0f}" if speed else "n/a",
+        table.add_row(_label(summary, run_dir, one_stage) + failed, str(summary["steps"]), f"{speed:,.0f}" if speed else "n/a",
                       *(ranges.get(name, "") for name in names))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file or pipe need not cut columns
     console.print(table)
     for run_dir in run_dirs:
         console.print(f"{run_dir / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _label(summary: dict, run_dir: Path) -> str:
-    """The stage, and what was swept where the name of the run has it behind a `-<key>=`."""
+def _label(summary: dict, run_dir: Path, one_stage: bool) -> str:
+    """The stage, where it tells runs apart, and what was swept, where the name of the run has it behind a `-<key>=`."""
     swept = [part for part in run_dir.name.split("-") if "=" in part]
-    return " ".join([summary["stage"], *swept])
+    return " ".join(swept if swept and one_stage else [summary["stage"], *swept])
 
 
 def _ranges(run_dir: Path) -> dict[str, str]:
