@@ -31,7 +31,7 @@ from chattrain.files import make_folder, replace_text
 from chattrain.names import launch_name
 from chattrain.schema import to_yaml
 from chattrain.tasks import document, multiple_choice
-from chattrain.tokenizer import ASSISTANT_END, Tokenizer
+from chattrain.tokenizer import ASSISTANT_END, FORMAT_VERSION, Tokenizer
 
 log = logging.getLogger("chattrain")
 
@@ -255,7 +255,7 @@ def _trained_tokenizer(cfg: Config) -> Path:
     sources = {json.dumps([s.path, s.subset, s.split, s.part, s.words]): (name, s)
                for mixture in mixtures for name, s in mixture.train.items()}
     identities = [identity(name, source, cache_dir(cfg)) for name, source in sources.values()]
-    decides = [identities, list(sources), cfg.tokenizer.vocab_size, cfg.tokenizer.train_chars]
+    decides = [FORMAT_VERSION, identities, list(sources), cfg.tokenizer.vocab_size, cfg.tokenizer.train_chars]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
     folder = cache_dir(cfg) / "tokenizers" / key
     if not (folder / "encoding.json").is_file():

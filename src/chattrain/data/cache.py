@@ -27,7 +27,7 @@ from chattrain.files import make_folder
 from chattrain.tasks import document
 from chattrain.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ARRAYS = ("tokens", "loss_mask", "offsets", "supervised", "rows")
 CHUNK_ROWS = 512  # rows a unit of work
 PARALLEL_ROWS = 8 * CHUNK_ROWS  # fewer rows are not worth starting processes for
