@@ -15,11 +15,6 @@ from chattrain.tokenizer import Tokenizer
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
-# A run of seconds: two layers, short rows, no compilation, no MLflow.
-TINY = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "train.seq_len=64", "train.device_batch_size=4",
-        "train.compile=false", "train.dtype=fp32", "train.device=cpu", "tokenizer.vocab_size=512",
-        "tokenizer.train_chars=200_000", "tracking=none", "log.every=1", "distributed.nproc=1"]
-
 TEXTS = ["The quick brown fox jumps over the lazy dog. ", "How many r are in strawberry? ", "12 + 34 = 46\n",
          "def f(x):\n    return x + 1\n", "Grüße aus Köln, 東京 and 🙂🙂. "]
 
