@@ -117,7 +117,10 @@ def load_state(folder: Path) -> CheckpointState:
 
 def load_model(folder: Path, model: torch.nn.Module) -> None:
     """Fill the model. Raises UserError naming tensors that are missing, unknown or of another shape."""
-    model.load_state_dict(_read(folder / "model.safetensors", _shapes(model)), strict=True)
+    file = folder / "model.safetensors"
+    tensors = read_tensors(file)
+    require_shapes(str(file), tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    model.load_state_dict(tensors, strict=True)
 
 
 def load_optimizer(folder: Path) -> dict[str, torch.Tensor]:
@@ -140,23 +143,23 @@ def resolve(path: Path) -> Path:
     return found
 
 
-def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def _read(file: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+def require_shapes(where: str, tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raises UserError that names tensors missing, unknown or of another shape than the model has."""
     wrong = [f"{n} is missing" for n in sorted(shapes.keys() - tensors.keys())]
     wrong += [f"{n} is unknown" for n in sorted(tensors.keys() - shapes.keys())]
     wrong += [f"{n} is {tuple(tensors[n].shape)}, the model has {tuple(shapes[n])}"
               for n in sorted(shapes.keys() & tensors.keys()) if tensors[n].shape != shapes[n]]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{file} does not fit the model: {'; '.join(wrong[:3])}{more}")
-    return tensors
+        raise UserError(f"{where} does not fit the model: {'; '.join(wrong[:3])}{more}")
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Raises UserError for a file that is no safetensors file."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def _sha256(file: Path) -> str:
