@@ -54,6 +54,8 @@ MISTAKES = {
     "a batch in tokens that does not divide": (["train.rows_per_step=null", "train.total_batch_size=300"],
                                                ["train.total_batch_size=300", "256", "4 rows x 64", "try 256"]),
     "heads that do not divide": (["model.n_embd=65"], ["model.n_embd=65", "2 heads", "multiple"]),
+    "questions between evaluations": (["eval.every=4", "eval.multiple_choice_every=6"],
+                                      ["eval.multiple_choice_every=6", "eval.every=4"]),
     "an impossible decay": (["schedule.decay_ratio=2"], ["schedule.decay_ratio=2", "at most 1"]),
     "no learning rate": (["optimizer.lr_scale=0"], ["optimizer.lr_scale=0", "above 0"]),
     "no data": (["data.train_path=null"], ["data.train_path="]),

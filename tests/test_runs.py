@@ -71,6 +71,17 @@ def test_metrics_hold_the_evaluation_before_the_first_step_and_after_the_last(ba
     assert last["val/loss"] < rows[0]["val/loss"]
 
 
+def test_questions_are_asked_at_some_of_the_evaluations_and_at_the_last(place):
+    asked = ["eval.multiple_choice=true", "data=demo", "eval.max_tokens=64",
+             "eval.max_problems=4", "eval.every=2", "eval.multiple_choice_every=4", "train.max_steps=7"]
+    settings = [o for o in TINY if not o.startswith("data")]
+    summary = chattrain.run(["stage=sft", *settings, "init.from=scratch", "run.name=rarely",
+                             *asked])
+    lines = metrics(summary["run_dir"])
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 2, 4, 6, 7]
+    assert [line["step"] for line in lines if "eval/demo_acc" in line] == [0, 4, 7]
+
+
 def test_only_the_newest_checkpoints_are_kept(base):
     kept = sorted(folder.name for folder in (Path(base["run_dir"]) / "checkpoints").iterdir())
     assert kept == ["step_000003", "step_000004"]

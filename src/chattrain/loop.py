@@ -51,7 +51,7 @@ class Parts:
     optimizer: NamedOptimizer
     lr_factor: Callable[[int], float]  # step -> factor on every learning rate
     loader: Loader
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[int], dict[str, float]]  # step -> what is measured there
     save: Callable[[State], None]
     track: Callable[[int, dict[str, float]], None]
     show: Callable[[int], None]  # moves the progress display
@@ -105,7 +105,7 @@ def fit(parts: Parts, state: State, cadence: Cadence) -> State:
 
 def measure(parts: Parts, step: int) -> None:
     """Evaluate, and track what there is: a run may measure nothing."""
-    metrics = parts.evaluate()
+    metrics = parts.evaluate(step)
     if metrics:
         parts.track(step, metrics)
 

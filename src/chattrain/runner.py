@@ -156,18 +156,21 @@ def build_model(cfg: Config, vocab_size: int, start: Path | None) -> torch.nn.Mo
 
 
 def build_evaluation(cfg: Config, data: RunData, model, losses_of, autocast, where: torch.device, ranks: Ranks):
-    """One function that measures all that the config asks for: name -> value."""
+    """One function from a step to all that the config asks to measure there: name -> value."""
     pad_id = data.tokenizer.special(ASSISTANT_END)
     validation = Validation(data.validation, data.validation_rows, cfg.train.device_batch_size,
                             data.tokenizer.token_bytes(), where, ranks) if data.validation else None
     choices = [MultipleChoice(name, asked, cfg.eval.batch_size, pad_id, cfg.train.seq_len, where, ranks)
                for name, asked in data.question_sets.items()]
 
-    def evaluate() -> dict[str, float]:
+    rarer = cfg.eval.multiple_choice_every
+
+    def evaluate(step: int) -> dict[str, float]:
         model.eval()
         metrics = validation(losses_of) if validation else {}
-        for choice in choices:
-            metrics |= choice(model, autocast)
+        if rarer is None or step % rarer == 0 or step == data.num_steps:
+            for choice in choices:
+                metrics |= choice(model, autocast)
         model.train()
         return metrics
 

@@ -54,7 +54,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     model = runner.build_model(cfg, data.tokenizer.vocab_size, folder).to(where)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
     losses_of = runner.forward_in(autocast, model)  # a single pass is over before a compilation would pay
-    metrics = runner.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks)()
+    metrics = runner.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks)(0)
     if not metrics:
         raise UserError("there is nothing to evaluate: eval=none, or no question set and no validation; "
                         "use eval=bpb, eval=mmlu_arc or eval=full")

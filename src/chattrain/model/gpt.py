@@ -26,9 +26,13 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of x (B, T, H, D) by the angles of their positions; cos and sin are (T, 1, D/2)."""
+    """Turn channel pairs (i, i + D/2) of x (B, T, H, D) by the angles of their positions; cos and sin are (T, 1, D/2).
+
+    They take the number format of x: bf16 under autocast, as in the reference, and exact in fp32.
+    """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 class KVCache:
@@ -151,11 +155,11 @@ class GPT(nn.Module):
         return losses.view(targets.shape)
 
     def _rotary(self, first: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, 1, D/2) of positions first, first + 1, ...; rounded to bf16 as in the reference."""
+        """cos and sin (T, 1, D/2), fp32, of positions first, first + 1, ..."""
         channels = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
         positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
         angles = torch.outer(positions, 1.0 / ROPE_BASE ** (channels / self.head_dim))[:, None, :]
-        return angles.cos().bfloat16(), angles.sin().bfloat16()
+        return angles.cos(), angles.sin()
 
     def flops_per_token(self, seq_len: int) -> int:
         """Of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
