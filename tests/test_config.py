@@ -15,6 +15,7 @@ from chattrain.data.cache import prepare
 from chattrain.data.config import SourceConfig
 from chattrain.data.mixture import Mixture
 from chattrain.errors import UserError
+from chattrain.model.gpt import GPT
 from chattrain.prepare import build_part
 from chattrain.schema import to_yaml
 from tests.helpers import TINY, train, write_talk
@@ -60,7 +61,7 @@ def test_every_collator_yields_batches_of_shifted_rows(choice, workplace, tokeni
 
 
 def small_model():
-    return build_part(compose(["model.n_layer=2", "model.n_embd=64", "model.n_head=2"]).model, vocab_size=300)
+    return build_part(compose(["model.n_layer=2", "model.n_embd=64", "model.n_head=2"]).model, vocab_size=300, start=None, seed=0)
 
 
 @pytest.mark.parametrize("choice", choices("optimizer"))
@@ -83,11 +84,11 @@ def test_every_schedule_stays_within_its_init_lr_frac_and_never_wastes_a_step(ch
         assert [half(step, num_steps) for step in range(num_steps)] == pytest.approx([f / 2 for f in factors])
 
 
-@pytest.mark.parametrize("choice", choices("model"))
+@pytest.mark.parametrize("choice", [c for c in choices("model") if c != "hf"])
 def test_every_model_builds_with_as_many_layers_as_its_name_says(choice):
     cfg = compose([f"model={choice}"]).model
-    with torch.device("meta"):
-        model = build_part(cfg, vocab_size=65_536)
+    with torch.device("meta"):  # the largest would not fit otherwise
+        model = GPT(65_536, **{name: value for name, value in vars(cfg).items() if not name.startswith("_")})
     assert sum(p.numel() for p in model.parameters()) > 0
     if choice.startswith("d"):
         assert cfg.n_layer == int(choice[1:]) and cfg.n_embd == 64 * cfg.n_layer

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from chattrain.errors import UserError
 from chattrain.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ class CheckpointState:
     tokens_seen: int
     supervised_tokens: int
     stage: str
-    model: dict[str, Any]  # the shape of the model, vocab_size included
+    model: dict[str, Any]  # the model's `shape`: its sizes, vocab_size included
     data_fingerprint: str
     num_steps: int
     mlflow_run_id: str | None = None
@@ -45,33 +46,48 @@ class CheckpointState:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def save(run_dir: Path, state: CheckpointState, model: torch.nn.Module, optimizer_state: dict[str, torch.Tensor],
-         tokenizer: Tokenizer, config_yaml: str, keep: int) -> Path:
+def save(run_dir: Path, state: CheckpointState, model: nn.Module, optimizer_state: dict[str, Tensor], tokenizer: Tokenizer,
+         config_yaml: str, keep: int) -> Path:
     """Write the checkpoint of this step, then remove all but the newest `keep`. Returns its folder."""
     folder = run_dir / "checkpoints" / f"step_{state.step:06d}"
-    scratch = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, scratch / "model.safetensors")
-    save_file({k: v.detach().contiguous().cpu() for k, v in optimizer_state.items()},
-              scratch / "optimizer.safetensors")
-    tokenizer.save(scratch / "tokenizer")
-    (scratch / "config.yaml").write_text(config_yaml)
-    (scratch / "state.json").write_text(json.dumps(state.__dict__, indent=1))
-    files = sorted(f for f in scratch.rglob("*") if f.is_file())
-    manifest = {str(f.relative_to(scratch)): _sha256(f) for f in files}
-    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for f in [*files, scratch / "manifest.json"]:
-        _sync(f)
-    if folder.exists():
-        shutil.rmtree(folder)
-    scratch.rename(folder)
-    _sync(folder.parent)
+    write(folder, state, weights_of(model), optimizer_state, tokenizer, config_yaml, getattr(model, "files", {}))
     there = all_checkpoints(run_dir)
     newest = there.index(folder) + 1  # what lies beyond was damaged, or the run would have gone on from there
     for old in [*there[:newest][:-keep], *there[newest:]]:
         shutil.rmtree(old)
     return folder
+
+
+def write(folder: Path, state: CheckpointState, weights: dict[str, Tensor], optimizer_state: dict[str, Tensor],
+          tokenizer: Tokenizer, config_yaml: str, files: dict[str, str]) -> None:
+    """One checkpoint, whole or not at all, in the place of any that is there. `files`: more texts, by relative path."""
+    scratch = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, scratch / "model.safetensors")
+    save_file({k: v.detach().contiguous().cpu() for k, v in optimizer_state.items()},
+              scratch / "optimizer.safetensors")
+    tokenizer.save(scratch / "tokenizer")
+    (scratch / "config.yaml").write_text(config_yaml)
+    (scratch / "state.json").write_text(json.dumps(state.__dict__, indent=1))
+    for name, text in files.items():
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / name).write_text(text)
+    written = sorted(f for f in scratch.rglob("*") if f.is_file())
+    manifest = {str(f.relative_to(scratch)): _sha256(f) for f in written}
+    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for f in [*written, scratch / "manifest.json"]:
+        _sync(f)
+    if folder.exists():
+        shutil.rmtree(folder)
+    scratch.rename(folder)
+    _sync(folder.parent)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor, each tensor once: of weights that are tied, the first name."""
+    first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if first[id(tensor)] == name}
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
@@ -115,15 +131,18 @@ def load_state(folder: Path) -> CheckpointState:
     return CheckpointState(**state)
 
 
-def load_model(folder: Path, model: torch.nn.Module) -> None:
+def load_model(folder: Path, model: nn.Module) -> None:
     """Fill the model. Raises UserError naming tensors that are missing, unknown or of another shape."""
     file = folder / "model.safetensors"
     tensors = read_tensors(file)
-    require_shapes(str(file), tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
-    model.load_state_dict(tensors, strict=True)
+    weights = weights_of(model)
+    require_shapes(str(file), tensors, {name: tensor.shape for name, tensor in weights.items()})
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            tensor.copy_(tensors[name])
 
 
-def load_optimizer(folder: Path) -> dict[str, torch.Tensor]:
+def load_optimizer(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "optimizer.safetensors")
 
 
@@ -143,7 +162,7 @@ def resolve(path: Path) -> Path:
     return found
 
 
-def require_shapes(where: str, tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
+def require_shapes(where: str, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
     """Raises UserError that names tensors missing, unknown or of another shape than the model has."""
     wrong = [f"{n} is missing" for n in sorted(shapes.keys() - tensors.keys())]
     wrong += [f"{n} is unknown" for n in sorted(tensors.keys() - shapes.keys())]
@@ -154,7 +173,7 @@ def require_shapes(where: str, tensors: dict[str, torch.Tensor], shapes: dict[st
         raise UserError(f"{where} does not fit the model: {'; '.join(wrong[:3])}{more}")
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     """Raises UserError for a file that is no safetensors file."""
     try:
         return load_file(file)

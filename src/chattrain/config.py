@@ -125,7 +125,18 @@ def _nearest_multiple(value: int, unit: int) -> int:
 
 @dataclass
 class ModelConfig:
-    _target_: str = "chattrain.model.gpt.GPT"
+    _target_: str = MISSING
+
+    def check(self) -> None: ...
+
+    def misfit(self, saved: dict[str, Any]) -> str | None:
+        """How the model asked for differs from a saved one's `shape`, or None."""
+        raise NotImplementedError
+
+
+@dataclass
+class GPTConfig(ModelConfig):
+    _target_: str = "chattrain.model.gpt.build"
     n_layer: int = MISSING
     n_embd: int = MISSING
     n_head: int = MISSING  # query heads
@@ -140,6 +151,12 @@ class ModelConfig:
                             "make n_embd a multiple of 2 x n_head")
         if self.n_head % kv:
             raise UserError(f"model.n_head={self.n_head} is not a multiple of model.n_kv_head={kv}")
+
+    def misfit(self, saved: dict[str, Any]) -> str | None:
+        asked = {"n_layer": self.n_layer, "n_embd": self.n_embd, "n_head": self.n_head,
+                 "n_kv_head": self.n_kv_head or self.n_head}
+        return ", ".join(f"it has {k}={saved.get(k)}, the config asks for {v}" for k, v in asked.items()
+                         if saved.get(k) != v) or None
 
 
 @dataclass

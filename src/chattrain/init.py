@@ -83,8 +83,4 @@ def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path |
 
 def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
     """How the model asked for differs from the one saved, or None."""
-    saved = checkpoint.load_state(folder).model
-    asked = {"n_layer": model.n_layer, "n_embd": model.n_embd, "n_head": model.n_head,
-             "n_kv_head": model.n_kv_head or model.n_head}
-    return ", ".join(f"it has {k}={saved.get(k)}, the config asks for {v}" for k, v in asked.items()
-                     if saved.get(k) != v) or None
+    return model.misfit(checkpoint.load_state(folder).model)

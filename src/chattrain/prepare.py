@@ -31,7 +31,7 @@ from chattrain.files import make_folder, replace_text
 from chattrain.names import launch_name
 from chattrain.schema import to_yaml
 from chattrain.tasks import document, multiple_choice
-from chattrain.tokenizer import ASSISTANT_END, FORMAT_VERSION, Tokenizer
+from chattrain.tokenizer import FORMAT_VERSION, Tokenizer
 
 log = logging.getLogger("chattrain")
 
@@ -171,7 +171,7 @@ def _collator(cfg: Config, tokenizer: Tokenizer, sources: dict[str, SourceConfig
     caches = [prepare(name, source, tokenizer, cache_dir(cfg), skip, cfg.data.workers)
               for name, source in sources.items()]
     documents = Mixture(caches, list(sources.values()), seed)
-    return build_part(cfg.collator, documents, cfg.train.seq_len, tokenizer.special(ASSISTANT_END), last_epoch=last_epoch)
+    return build_part(cfg.collator, documents, cfg.train.seq_len, tokenizer.pad_id, last_epoch=last_epoch)
 
 
 def build_part(part: Any, *arguments: Any, **named: Any) -> Any:

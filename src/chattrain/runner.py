@@ -25,7 +25,6 @@ from chattrain.mlflow_sink import MLflowSink
 from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data, report_counts
 from chattrain.report import write_report
 from chattrain.schema import to_yaml
-from chattrain.tokenizer import ASSISTANT_END
 from chattrain.tracking import NullTracker, Tracker, setup_logging
 
 log = logging.getLogger("chattrain")
@@ -110,7 +109,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
                 saved: checkpoint.CheckpointState | None) -> tuple[loop.Parts, loop.State]:
     """Model, optimizer, data and evals of this process, and the state that they start in."""
     where = device.pick_device(cfg.train.device, ranks.local_rank)
-    model = build_model(cfg, data.tokenizer.vocab_size, plan.start.checkpoint).to(where)
+    model = build_part(cfg.model, vocab_size=data.tokenizer.vocab_size, start=plan.start.checkpoint, seed=cfg.run.seed).to(where)
     optimizer = build_part(cfg.optimizer, model)
     state = loop.State()
     if saved:
@@ -143,24 +142,11 @@ def forward_in(autocast, module):
     return losses_of
 
 
-def build_model(cfg: Config, vocab_size: int, start: Path | None) -> torch.nn.Module:
-    """The model on the CPU, with the checkpoint's weights, or random ones that follow from the seed alone."""
-    with torch.device("meta"):
-        model = build_part(cfg.model, vocab_size=vocab_size)
-    model.to_empty(device="cpu")
-    if start is None:
-        model.init_weights(torch.Generator().manual_seed(cfg.run.seed))
-    else:
-        checkpoint.load_model(start, model)
-    return model
-
-
 def build_evaluation(cfg: Config, data: RunData, model, losses_of, autocast, where: torch.device, ranks: Ranks):
     """One function from a step to all that the config asks to measure there: name -> value."""
-    pad_id = data.tokenizer.special(ASSISTANT_END)
     validation = Validation(data.validation, data.validation_rows, cfg.train.device_batch_size,
                             data.tokenizer.token_bytes(), where, ranks) if data.validation else None
-    choices = [MultipleChoice(name, asked, cfg.eval.batch_size, pad_id, cfg.train.seq_len, where, ranks)
+    choices = [MultipleChoice(name, asked, cfg.eval.batch_size, data.tokenizer.pad_id, cfg.train.seq_len, where, ranks)
                for name, asked in data.question_sets.items()]
 
     rarer = cfg.eval.multiple_choice_every
@@ -190,13 +176,10 @@ def build_tracker(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, saved: c
 
 def save_checkpoint(cfg: Config, plan: Plan, data: RunData, model, optimizer, tracker, ranks: Ranks,
                     state: loop.State) -> None:
-    shape = {"vocab_size": model.vocab_size, "n_layer": model.n_layer, "n_embd": model.n_embd, "n_head": model.n_head,
-             "n_kv_head": model.n_kv_head}
-
     def write() -> None:
         saved = checkpoint.CheckpointState(
             step=state.step, tokens_seen=state.tokens_seen, supervised_tokens=state.supervised_tokens, stage=cfg.stage,
-            model=shape, data_fingerprint=data.fingerprint, num_steps=data.num_steps, metrics=dict(tracker.last),
+            model=model.shape, data_fingerprint=data.fingerprint, num_steps=data.num_steps, metrics=dict(tracker.last),
             mlflow_run_id=tracker.mlflow_run_id)
         checkpoint.save(plan.run_dir, saved, model, optimizer.state(), data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep)
 

@@ -46,6 +46,16 @@ class Tokenizer:
         self.vocab_size: int = encoding.n_vocab
         self._special = {name: encoding._special_tokens[name] for name in SPECIAL_TOKENS}
 
+    @property
+    def pad_id(self) -> int:
+        """Fills up rows; such places carry no loss."""
+        return self._special[ASSISTANT_END]
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end a reply."""
+        return {self._special[ASSISTANT_END], self._special[BOS]}
+
     def special(self, name: str) -> int:
         """Id of a special token, such as `<|bos|>`. Raises KeyError for any other text."""
         return self._special[name]

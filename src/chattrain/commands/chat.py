@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from chattrain import device, runner
+from chattrain import device
 from chattrain.chat import render_prompt
 from chattrain.commands.evaluate import find_checkpoint
 from chattrain.config import Config
 from chattrain.model.generate import generate
-from chattrain.tokenizer import ASSISTANT_END, BOS, Tokenizer
+from chattrain.prepare import build_part
+from chattrain.tokenizer import Tokenizer
 from chattrain.tracking import setup_logging
 
 
@@ -19,7 +20,7 @@ def main(cfg: Config) -> dict:
     folder = find_checkpoint(cfg)
     tokenizer = Tokenizer.load(folder)
     where = device.pick_device(cfg.train.device)
-    model = runner.build_model(cfg, tokenizer.vocab_size, folder).to(where).eval()
+    model = build_part(cfg.model, vocab_size=tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(where).eval()
     print(f"model {folder}", file=sys.stderr)
     asked = cfg.chat.prompt if isinstance(cfg.chat.prompt, list) else [cfg.chat.prompt]
     prompts = [str(text) for text in asked if text is not None]
@@ -51,6 +52,5 @@ def _converse(cfg: Config, model, tokenizer: Tokenizer) -> None:
 
 def _answer(cfg: Config, model, tokenizer: Tokenizer, messages: list[dict]) -> str:
     prompt = render_prompt({"messages": messages}, tokenizer)
-    stop = {tokenizer.special(ASSISTANT_END), tokenizer.special(BOS)}
-    ids = generate(model, prompt, cfg.chat.max_tokens, stop, cfg.chat.temperature, cfg.chat.top_k, cfg.run.seed)
+    ids = generate(model, prompt, cfg.chat.max_tokens, tokenizer.stop_ids, cfg.chat.temperature, cfg.chat.top_k, cfg.run.seed)
     return tokenizer.decode(ids)

@@ -11,7 +11,7 @@ from chattrain.config import Config
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
 from chattrain.names import is_first
-from chattrain.prepare import open_data
+from chattrain.prepare import build_part, open_data
 from chattrain.tracking import setup_logging
 
 log = logging.getLogger("chattrain")
@@ -51,7 +51,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     data = _open_on_all(cfg, folder, ranks)
     log.info("evaluating %s on %s", folder, ", ".join([*cfg.data.mixture(cfg.stage).val, *data.question_sets]))
     where = device.pick_device(cfg.train.device, ranks.local_rank)
-    model = runner.build_model(cfg, data.tokenizer.vocab_size, folder).to(where)
+    model = build_part(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(where)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
     losses_of = runner.forward_in(autocast, model)  # a single pass is over before a compilation would pay
     metrics = runner.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks)(0)

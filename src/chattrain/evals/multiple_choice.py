@@ -1,6 +1,6 @@
 """Accuracy on lettered questions: which letter does the model find likeliest at the answer's place?
 
-Only the letters of the question compete, and only at the answer position, so the head is computed there alone. Rows are
+Only the letters of the question compete, and only at the answer position, so the head is computed for them alone. Rows are
 batched by length. The prompt is `chat.py`'s, up to and with `<|assistant_start|>`.
 """
 
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from chattrain.chat import Malformed, render_prompt
 from chattrain.data.packing import bucket, pad_rows
 from chattrain.data.sources import Rows
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
-from chattrain.model.gpt import GPT, soft_cap
 from chattrain.tasks import multiple_choice
 from chattrain.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ class MultipleChoice:
         self.seq_len = max(seq_len, max(len(q.ids) for q in asked))
 
     @torch.no_grad()
-    def __call__(self, model: GPT, autocast: AbstractContextManager) -> dict[str, float]:
+    def __call__(self, model: nn.Module, autocast: AbstractContextManager) -> dict[str, float]:
         right = 0
         starts = range(0, len(self.questions), self.batch_size)
         for start in starts[self.ranks.rank :: self.ranks.world_size]:
@@ -64,7 +64,7 @@ class MultipleChoice:
         (right,) = self.ranks.sum([right])
         return {f"eval/{self.name}_acc": right / len(self.questions)}
 
-    def _right(self, model: GPT, batch: list[Question], autocast: AbstractContextManager) -> int:
+    def _right(self, model: nn.Module, batch: list[Question], autocast: AbstractContextManager) -> int:
         """Right answers in a batch of B questions, of at most L choices."""
         width = bucket(max(len(q.ids) for q in batch), self.seq_len)
         empty = np.empty(0, np.int64)
@@ -74,9 +74,7 @@ class MultipleChoice:
         letters = torch.tensor([q.letter_ids + [0] * (L - len(q.letter_ids)) for q in batch], device=self.device)
         there = torch.tensor([[i < len(q.letter_ids) for i in range(L)] for q in batch], device=self.device)
         with autocast:
-            features = model.features(torch.from_numpy(inputs).to(self.device))
-            features = features[torch.arange(len(batch), device=self.device), last]  # (B, C)
-        logits = torch.einsum("bc,blc->bl", features.float(), model.lm_head.weight[letters].float())
-        logits = soft_cap(logits).masked_fill(~there, float("-inf"))
+            logits = model.choice_logits(torch.from_numpy(inputs).to(self.device), last, letters)
+        logits = logits.masked_fill(~there, float("-inf"))
         answers = torch.tensor([q.answer for q in batch], device=self.device)
         return int((logits.argmax(dim=1) == answers).sum())

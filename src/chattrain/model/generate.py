@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-
-from chattrain.model.gpt import GPT, KVCache
+from torch import nn
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompt: list[int], max_tokens: int, stop_ids: set[int], temperature: float = 0.0,
+def generate(model: nn.Module, prompt: list[int], max_tokens: int, stop_ids: set[int], temperature: float = 0.0,
              top_k: int | None = None, seed: int = 0) -> Iterator[int]:
     """Token ids after the prompt until a stop id (which is not yielded) or `max_tokens`.
 
     temperature 0 takes the likeliest token; above, tokens are drawn from the top_k likeliest (None: all).
     """
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
-    cache = KVCache(model, batch_size=1, max_tokens=len(prompt) + max_tokens)
+    cache = model.new_cache(batch_size=1, max_tokens=len(prompt) + max_tokens)
     inputs = torch.tensor([prompt], device=device)
     for _ in range(max_tokens):
-        logits = model.logits(model.features(inputs, cache)[:, -1])[0]  # (V,)
-        token = _draw(logits, temperature, top_k, generator)
+        token = _draw(model.next_logits(inputs, cache)[0], temperature, top_k, generator)
         if token in stop_ids:
             return
         yield token

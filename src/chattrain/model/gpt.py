@@ -10,11 +10,13 @@ B rows, T tokens, V vocabulary, C = n_embd channels, H heads of D channels.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chattrain import checkpoint
 from chattrain.data.packing import IGNORE_INDEX
 
 ROPE_BASE = 10_000.0
@@ -119,6 +121,11 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """The arguments that make a model of this shape."""
+        return {name: getattr(self, name) for name in ("vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head")}
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Scaled normal matrices (https://arxiv.org/abs/2310.17813), zero output projections and head, normal embedding."""
@@ -154,6 +161,23 @@ class GPT(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view(targets.shape)
 
+    @torch.no_grad()
+    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
+        """Logits, fp32 (B, L), that the tokens choices (B, L) come after positions (B,) of inputs (B, T).
+
+        The head is computed for these tokens alone, and in fp32: bf16 would make ties.
+        """
+        features = self.features(inputs)[torch.arange(len(inputs), device=inputs.device), positions]  # (B, C)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return soft_cap(torch.einsum("bc,blc->bl", features.float(), self.lm_head.weight[choices].float()))
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
+        return KVCache(self, batch_size, max_tokens)
+
+    def next_logits(self, inputs: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) of the token after inputs (B, T), which stand behind what the cache holds."""
+        return self.logits(self.features(inputs, cache)[:, -1])
+
     def _rotary(self, first: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, D/2), fp32, of positions first, first + 1, ..."""
         channels = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
@@ -165,6 +189,18 @@ class GPT(nn.Module):
         """Of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
         matmul_weights = sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight.numel()
         return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * seq_len
+
+
+def build(vocab_size: int, start: Path | None, seed: int, **sizes: int) -> GPT:
+    """The model on the CPU, with the weights of the checkpoint `start`, or random ones that follow from the seed alone."""
+    with torch.device("meta"):
+        model = GPT(vocab_size, **sizes)
+    model.to_empty(device="cpu")
+    if start is None:
+        model.init_weights(torch.Generator().manual_seed(seed))
+    else:
+        checkpoint.load_model(start, model)
+    return model
 
 
 def soft_cap(logits: Tensor) -> Tensor:
