@@ -3,7 +3,8 @@
     <|bos|> <|user_start|> ... <|user_end|> <|assistant_start|> ... <|assistant_end|> <|user_start|> ...
 
 Supervised are the assistant's text, its Python calls (with their start and end tokens) and `<|assistant_end|>`: all that
-the model must produce itself. BOS, user turns, role tokens and tool output are given to it, so they carry no loss.
+the model must produce itself. BOS, user turns, role tokens and tool output are given to it, so they carry no loss. A
+tokenizer that brings a chat template of its own is rendered by that, to the same rule (chat_template.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Rendered(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered conversation: ordinary text, or one special token by its name."""
+    """A stretch of a rendered document: text, or one special token by its name."""
 
     text: str
     special: bool
@@ -52,16 +53,33 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int |
     `{"type": "text" | "python" | "python_output", "text": ...}`. Raises Malformed where roles do not alternate
     from user, a turn is missing, or content has another shape. A conversation may end with a user turn.
     """
-    return encode_pieces([pieces(conversation)], tokenizer, max_tokens)[0]
+    return encode_pieces([lay_out(conversation, tokenizer)], tokenizer, max_tokens)[0]
 
 
 def render_prompt(conversation: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
     """Ids up to and with `<|assistant_start|>` of the reply to come; a last assistant turn is left out."""
-    messages = _messages(conversation)
+    messages = messages_of(conversation)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
+    if tokenizer.template is not None:
+        return tokenizer.template.prompt(messages)
     ids, _ = render({"messages": messages}, tokenizer, max_tokens=None)
     return [*ids, tokenizer.special(ASSISTANT_START)]
+
+
+def lay_out(document: dict[str, Any], tokenizer: Tokenizer | None = None) -> list[Piece]:
+    """Pieces in order of a conversation, or of a text `{"text": ...}`. Raises Malformed.
+
+    Without a tokenizer, or with one of ours, in nanochat's format; else by the tokenizer's own template.
+    """
+    if tokenizer is not None and tokenizer.template is not None:
+        return tokenizer.template.lay_out(document)
+    return render_document(document["text"]) if is_text(document) else pieces(document)
+
+
+def is_text(document: Any) -> bool:
+    """Is it `{"text": ...}` and not a conversation?"""
+    return isinstance(document, dict) and document.keys() == {"text"}
 
 
 def render_document(text: str) -> list[Piece]:
@@ -72,7 +90,7 @@ def render_document(text: str) -> list[Piece]:
 def pieces(conversation: dict[str, Any]) -> list[Piece]:
     """The conversation as pieces in order; raises Malformed."""
     out = [Piece(BOS, special=True, supervised=False)]
-    messages = _messages(conversation)
+    messages = messages_of(conversation)
     turns = _merge_system(messages)
     first = len(messages) - len(turns)  # messages are counted as they were given
     for i, message in enumerate(turns, first):
@@ -112,7 +130,8 @@ def _assistant_pieces(content: Any, i: int) -> list[Piece]:
     return out
 
 
-def _messages(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+def messages_of(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages, each with a role and content; raises Malformed."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise Malformed("a conversation needs a non-empty list `messages`")
@@ -136,6 +155,8 @@ def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def encode_pieces(documents: list[list[Piece]], tokenizer: Tokenizer, max_tokens: int | None) -> list[Rendered]:
     """Ids and mask of each document; the texts of all of them go through the tokenizer in one batch."""
+    if tokenizer.template is not None:
+        return [Rendered(ids[:max_tokens], mask[:max_tokens]) for ids, mask in tokenizer.template.encode(documents)]
     encoded = iter(tokenizer.encode_batch([p.text for document in documents for p in document if not p.special]))
     rendered = []
     for document in documents:

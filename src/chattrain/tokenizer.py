@@ -37,6 +37,8 @@ class Tokenizer:
     from `special` alone.
     """
 
+    template = None  # conversations are laid out by chat.py; a Hugging Face tokenizer brings a template of its own
+
     def __init__(self, encoding: tiktoken.Encoding):
         missing = [name for name in SPECIAL_TOKENS if name not in encoding._special_tokens]
         if missing:
@@ -116,16 +118,24 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer of a folder: one saved here, or a run or checkpoint that holds one in `tokenizer/`.
+        """The tokenizer of a folder: one saved here, nanochat's, a Hugging Face model's, or a folder that holds one of
+        them in `tokenizer/`.
 
+        A Hugging Face tokenizer that no tiktoken encoding expresses comes as an `HFTokenizer`, with the same methods.
         Raises UserError where there is none or a file of it is damaged.
         """
+        from chattrain import formats
+
         folder = Path(folder)
-        if (folder / "tokenizer" / ENCODING_FILE).is_file():
+        if (folder / "tokenizer").is_dir():
             folder = folder / "tokenizer"
         if not (folder / ENCODING_FILE).is_file():
-            raise UserError(f"no tokenizer in {folder}: {ENCODING_FILE} and {RANKS_FILE} are not there; "
-                            "give the tokenizer folder of a run's checkpoint")
+            found = formats.read_tokenizer(folder)
+            if found is None:
+                raise UserError(f"no tokenizer in {folder}: neither {ENCODING_FILE} and {RANKS_FILE}, nor nanochat's "
+                                "tokenizer.pkl, nor a Hugging Face tokenizer.json; give the tokenizer folder of a run's "
+                                "checkpoint")
+            return found
         try:
             spec = json.loads((folder / ENCODING_FILE).read_text())
             raw = (folder / RANKS_FILE).read_bytes()

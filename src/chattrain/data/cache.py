@@ -185,7 +185,7 @@ def _render(name: str, source: SourceConfig, rows: Iterator[tuple[int, dict]], t
     documents, numbers, malformed = [], [], []
     for number, row in rows:
         try:
-            documents.append(document(row, source.schema.name))
+            documents.append(document(row, source.schema.name, tokenizer))
             numbers.append(number)
         except chat.Malformed as error:
             if not skip_malformed:

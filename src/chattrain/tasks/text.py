@@ -1,14 +1,14 @@
 """Plain text documents: any data set with a `text` column."""
 
-from chattrain.chat import Malformed, Piece, render_document
+from chattrain.chat import Malformed
 
 
-def document(row: dict) -> list[Piece]:
-    """BOS and the text. Raises Malformed for a row without text.
+def text(row: dict) -> dict:
+    """Row to `{"text": ...}`. Raises Malformed for a row without text.
 
-    >>> [piece.text for piece in document({"text": "Once upon a time"})]
-    ['<|bos|>', 'Once upon a time']
+    >>> text({"text": "Once upon a time", "url": "x"})
+    {'text': 'Once upon a time'}
     """
     if not isinstance(row["text"], str) or not row["text"]:
         raise Malformed("`text` is empty or no string")
-    return render_document(row["text"])
+    return {"text": row["text"]}

@@ -1,0 +1,203 @@
+"""nanochat's model folders (December 2025): weights, sizes and tokenizer, without unpickling anything freely.
+
+    model_021400.pt  meta_021400.json  tokenizer.pkl  token_bytes.pt
+
+The tokenizer lies in the folder itself (as on the hub), in its tokenizer/, or in nanochat's base directory beside
+base_checkpoints/.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from chattrain.errors import UserError
+from chattrain.formats import Foreign
+from chattrain.tokenizer import Tokenizer
+
+MODEL_FILE = re.compile(r"model_(\d+)\.pt")
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # what model_config holds
+STAGES = {"base_checkpoints": "base", "mid_checkpoints": "mid", "chatsft_checkpoints": "sft"}
+# Tensors of later versions, which compute something else.
+NEWER = {"value_embeds.": "value embeddings", "ve_gate": "gates of value embeddings", "resid_lambdas": "residual scalars",
+         "x0_lambdas": "scalars of the first embedding", "smear": "smeared embeddings", "backout": "a backed-out residual"}
+
+
+def holds(folder: Path) -> bool:
+    """Is there a `model_NNNNNN.pt`?"""
+    return bool(_model_files(folder))
+
+
+def stage_of(folder: Path) -> str | None:
+    """base, mid or sft by nanochat's own folder names; None where they say nothing."""
+    return next((STAGES[part] for part in reversed(folder.resolve().parts) if part in STAGES), None)
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Where the tokenizer of a model folder lies, or None."""
+    return next((place for place in _places(folder) if (place / "tokenizer.pkl").is_file()), None)
+
+
+def read(folder: Path, tokenizer_dir: Path | None = None) -> Foreign:
+    """The newest step of the folder. Raises UserError for files that are missing, broken, or of another architecture."""
+    file = _model_files(folder)[-1]
+    step = int(MODEL_FILE.fullmatch(file.name)[1])
+    sizes = _read_sizes(file.with_name(f"meta_{MODEL_FILE.fullmatch(file.name)[1]}.json"))
+    weights = _read_weights(file)
+    seq_len = sizes.pop("sequence_len")
+    place = tokenizer_dir or tokenizer_folder(folder)
+    if place is None:
+        raise UserError(f"{folder} has no tokenizer: no tokenizer.pkl in {', '.join(map(str, _places(folder)))}; name its "
+                        "folder with tokenizer.path=<folder>")
+    tokenizer = read_tokenizer(place) if (place / "tokenizer.pkl").is_file() else Tokenizer.load(place)
+    if tokenizer.vocab_size != sizes["vocab_size"]:
+        raise UserError(f"the tokenizer in {place} has {tokenizer.vocab_size} tokens, the model in {file} "
+                        f"{sizes['vocab_size']}; name the right one with tokenizer.path=<folder>")
+    model = Foreign(sizes, weights, tokenizer, step, seq_len)
+    model.check(str(file))
+    return model
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the folder that holds `tokenizer.pkl`. Raises UserError where it is broken or asks for more than a
+    tokenizer needs, and where `token_bytes.pt` belongs to another."""
+    file = folder / "tokenizer.pkl"
+    tokenizer = Tokenizer(_encoding(file, _unpickle(file)))
+    if (folder / "token_bytes.pt").is_file():
+        _check_token_bytes(folder / "token_bytes.pt", tokenizer)
+    return tokenizer
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """By step, oldest first."""
+    found = [f for f in folder.glob("model_*.pt") if MODEL_FILE.fullmatch(f.name)]
+    return sorted(found, key=lambda f: int(MODEL_FILE.fullmatch(f.name)[1]))
+
+
+def _read_sizes(file: Path) -> dict[str, int]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))["model_config"]
+        missing = [name for name in SIZES if name not in config]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; it belongs to the weights of the same number") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} holds no model_config: {error!r}") from error
+    if unknown := sorted(set(config) - set(SIZES)):
+        raise UserError(f"{file} is of a newer nanochat: its model_config has {', '.join(unknown)}. chattrain reads the "
+                        "architecture of December 2025")
+    if missing:
+        raise UserError(f"{file}: model_config lacks {', '.join(missing)}")
+    if wrong := [f"{name}={value!r}" for name, value in config.items() if type(value) is not int or value < 1]:
+        raise UserError(f"{file}: {', '.join(wrong)} in model_config must be whole numbers above 0")
+    n_embd, n_head, n_kv_head = config["n_embd"], config["n_head"], config["n_kv_head"]
+    if n_embd % (2 * n_head) or n_head % n_kv_head:
+        raise UserError(f"{file}: n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and n_head of "
+                        f"n_kv_head={n_kv_head}")
+    return dict(config)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    state = _load(file)
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{file} holds no weights: a dictionary of tensors by name is wanted")
+    state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    found = {kind: name for name in reversed(sorted(state)) for mark, kind in NEWER.items() if mark in name}
+    if found:
+        raise UserError(f"{file} is of a newer nanochat: {', '.join(f'{kind} ({name})' for kind, name in found.items())}. "
+                        "chattrain reads the architecture of December 2025")
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def _load(file: Path) -> Any:
+    """torch.load of tensors and plain values, nothing else."""
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} asks for more than tensors, which is refused: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of zip files, of pickles, of the disk: many kinds, one meaning
+        raise UserError(f"{file} cannot be read as weights: {error}") from error
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+class _Recorded:
+    """Stands in for tiktoken's Encoding: keeps the state it is given, does nothing."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits an Encoding (as _Recorded) and plain values; any other class or function is refused by name."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
+            return _Recorded
+        raise UserError(f"tokenizer.pkl asks for {module}.{name}, which a tokenizer does not need: refused")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise UserError("tokenizer.pkl asks for an object outside the file, which a tokenizer does not need: refused")
+
+
+def _unpickle(file: Path) -> Any:
+    try:
+        with file.open("rb") as stream:
+            found = _Unpickler(stream).load()
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise UserError(f"{file} is no pickle of a tokenizer: {error!r}") from error
+    if type(found) is not _Recorded:
+        raise UserError(f"{file} holds no tokenizer but a {type(found).__name__}")
+    return found.state
+
+
+def _encoding(file: Path, state: Any) -> tiktoken.Encoding:
+    """A fresh Encoding from plain values that are checked one by one."""
+    if isinstance(state, str):
+        raise UserError(f"{file} names tiktoken's encoding {state!r} instead of holding one; save the encoding itself")
+    if not isinstance(state, dict) or not {"pat_str", "mergeable_ranks", "special_tokens"} <= state.keys():
+        raise UserError(f"{file} holds no pattern, ranks and special tokens")
+    pattern, ranks, special = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+    if not isinstance(pattern, str) or not _is_table(ranks, bytes) or not _is_table(special, str):
+        raise UserError(f"{file}: pattern, ranks or special tokens are of another type than a tokenizer's")
+    ids = [*ranks.values(), *special.values()]
+    if len(set(ids)) != len(ids) or min(ids, default=0) < 0:
+        raise UserError(f"{file}: two tokens have one id, or an id is below 0")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise UserError(f"{file}: {len(missing)} of the 256 single bytes have no token")
+    try:
+        return tiktoken.Encoding(name="chattrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    except Exception as error:  # of the regular expression, mostly
+        raise UserError(f"{file}: tiktoken refuses it: {error}") from error
+
+
+def _is_table(table: Any, key: type) -> bool:
+    return isinstance(table, dict) and all(type(k) is key and type(v) is int for k, v in table.items())
+
+
+def _check_token_bytes(file: Path, tokenizer: Tokenizer) -> None:
+    """nanochat counts the bytes of the decoded token: 3 for each U+FFFD that stands for part of a character."""
+    saved = _load(file)
+    special = set(tokenizer.encoding._special_tokens.values())
+    unused = set(range(tokenizer.vocab_size)) - special - set(tokenizer.encoding._mergeable_ranks.values())
+    counted = [0 if i in special or i in unused else len(tokenizer.decode([i]).encode()) for i in range(tokenizer.vocab_size)]
+    if not isinstance(saved, Tensor) or saved.is_floating_point() or saved.flatten().tolist() != counted:
+        raise UserError(f"{file} counts other bytes than the tokens beside it have: it belongs to another tokenizer")
+
+
+def _places(folder: Path) -> list[Path]:
+    return [folder, folder / "tokenizer", folder.resolve().parent.parent / "tokenizer"]

@@ -1,0 +1,246 @@
+"""nanochat's folders: read to the bit, and nothing that is unpickled does anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from chattrain.errors import UserError
+from chattrain.formats import nanochat
+from chattrain.tokenizer import Tokenizer
+from tests.foreign import random_gpt, write_nanochat
+
+SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return random_gpt(tokenizer.vocab_size, **SIZES)
+
+
+@pytest.fixture
+def folder(tmp_path, model, tokenizer) -> Path:
+    return write_nanochat(tmp_path / "d2", model, tokenizer)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_sizes_and_tokenizer_come_back_as_they_were(folder, model, tokenizer):
+    read = nanochat.read(folder)
+    assert read.sizes == model.shape and (read.step, read.seq_len) == (650, 64)
+    assert same(read.weights, model.state_dict())
+    assert read.tokenizer.fingerprint() == tokenizer.fingerprint()
+    assert read.tokenizer.encode("Grüße 🙂 <|bos|>") == tokenizer.encode("Grüße 🙂 <|bos|>")
+
+
+def test_weights_of_a_compiled_model_and_in_bf16_are_read_exactly(folder, model):
+    state = {f"_orig_mod.{name}": t.bfloat16() if "wte" in name else t for name, t in model.state_dict().items()}
+    torch.save(state, folder / "model_000650.pt")
+    weights = nanochat.read(folder).weights
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    expected = {name: t.bfloat16().float() if "wte" in name else t for name, t in model.state_dict().items()}
+    assert same(weights, expected)
+
+
+def test_the_newest_step_is_read(folder, model, tokenizer):
+    later = random_gpt(tokenizer.vocab_size, seed=5, **SIZES)
+    write_nanochat(folder, later, tokenizer, step=1000)
+    write_nanochat(folder, model, tokenizer, step=999)
+    read = nanochat.read(folder)
+    assert read.step == 1000 and same(read.weights, later.state_dict())
+
+
+@pytest.mark.parametrize("place", ["base_checkpoints/d2", "base_checkpoints/d2/tokenizer", "tokenizer"])
+def test_the_tokenizer_is_found_where_nanochat_and_the_hub_put_it(tmp_path, model, tokenizer, place):
+    folder = write_nanochat(tmp_path / "base_checkpoints" / "d2", model, tokenizer, tokenizer_dir=tmp_path / place)
+    assert nanochat.tokenizer_folder(folder).resolve() == (tmp_path / place).resolve()
+    assert nanochat.read(folder).tokenizer.fingerprint() == tokenizer.fingerprint()
+
+
+def test_a_tokenizer_folder_is_one_for_tokenizer_load(folder, tokenizer):
+    assert Tokenizer.load(folder).fingerprint() == tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("name, stage", [("base_checkpoints/d20", "base"), ("mid_checkpoints/d20", "mid"),
+                                         ("chatsft_checkpoints/d20", "sft"), ("downloads/d20", None)])
+def test_the_stage_is_told_by_nanochats_own_folders(tmp_path, name, stage):
+    assert nanochat.stage_of(tmp_path / name) == stage
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_tokenizer_of_any_usual_pickle_protocol_is_read(folder, tokenizer, protocol):
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer.encoding, protocol))
+    assert nanochat.read_tokenizer(folder).fingerprint() == tokenizer.fingerprint()
+
+
+# --- refused: pickles ------------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("make, named", [
+    (lambda canary: Calls(os.system, f"touch {canary}"), "system"),
+    (lambda canary: Calls(eval, f"open({str(canary)!r}, 'w')"), "eval"),
+    (lambda canary: Calls(exec, f"open({str(canary)!r}, 'w')"), "exec"),
+    (lambda canary: {"pat_str": Calls(os.mkdir, str(canary))}, "mkdir"),
+    (lambda canary: Calls(Path, str(canary)), "Path"),
+    (lambda canary: Calls(getattr, os, "system"), "getattr"),
+])
+def test_a_pickle_that_asks_for_anything_else_is_refused_by_name_and_does_nothing(folder, tmp_path, make, named):
+    canary = tmp_path / "canary"
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(make(canary)) if named != "getattr" else
+                                           b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR.")
+    with pytest.raises(UserError, match=f"asks for .*{named}.*refused"):
+        nanochat.read_tokenizer(folder)
+    assert not canary.exists()
+
+
+def test_a_pickle_that_names_an_object_outside_is_refused(folder):
+    (folder / "tokenizer.pkl").write_bytes(b"Pabc\n.")
+    with pytest.raises(UserError, match="outside the file"):
+        nanochat.read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("raw", [b"", b"garbage", pickle.dumps([1, 2]), pickle.dumps({"pat_str": "x"}), pickle.dumps("gpt2"),
+                                 b"ctiktoken.core\nEncoding\n.", b"ctiktoken.core\nEncoding\n(I1\ntR.",
+                                 b"ctiktoken.core\nEncoding\n)R."],
+                         ids=["empty", "garbage", "a list", "a dictionary", "a text", "the class", "a call", "no state"])
+def test_a_pickle_of_something_else_is_refused(folder, raw):
+    (folder / "tokenizer.pkl").write_bytes(raw)
+    with pytest.raises(UserError, match=r"tokenizer\.pkl"):
+        nanochat.read_tokenizer(folder)
+
+
+def test_a_truncated_pickle_is_refused(folder):
+    whole = (folder / "tokenizer.pkl").read_bytes()
+    for length in (1, len(whole) // 2, len(whole) - 1):
+        (folder / "tokenizer.pkl").write_bytes(whole[:length])
+        with pytest.raises(UserError, match="no pickle of a tokenizer"):
+            nanochat.read_tokenizer(folder)
+
+
+def faked(state) -> bytes:
+    """What pickle writes for an Encoding of this state, assembled by hand: the class, no arguments, the state."""
+    return b"\x80\x04ctiktoken.core\nEncoding\n)\x81" + pickle.dumps(state, 4)[2:-1] + b"b."
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda s: "gpt2", "names tiktoken's encoding 'gpt2'"),
+    (lambda s: s | {"pat_str": 3}, "another type"),
+    (lambda s: {"pat_str": "x"}, "no pattern, ranks"),
+    (lambda s: s | {"pat_str": "("}, "tiktoken refuses it"),
+    (lambda s: s | {"mergeable_ranks": {"a": 1}}, "another type"),
+    (lambda s: s | {"mergeable_ranks": {b"a": True}}, "another type"),
+    (lambda s: s | {"mergeable_ranks": {k: v for k, v in s["mergeable_ranks"].items() if k != b"A"}}, "1 of the 256"),
+    (lambda s: s | {"mergeable_ranks": s["mergeable_ranks"] | {b"A": 0}}, "two tokens have one id"),
+    (lambda s: s | {"mergeable_ranks": s["mergeable_ranks"] | {b"A": -1}}, "below 0"),
+    (lambda s: s | {"special_tokens": {"<|bos|>": 399}}, "lacks the special tokens"),
+])
+def test_a_state_that_is_no_tokenizers_is_refused(folder, tokenizer, change, named):
+    state = pickle.loads(pickle.dumps(tokenizer.encoding)).__getstate__()
+    (folder / "tokenizer.pkl").write_bytes(faked(change(state)))
+    with pytest.raises(UserError, match=named):
+        nanochat.read_tokenizer(folder)
+
+
+def test_the_state_assembled_by_hand_is_read(folder, tokenizer):
+    (folder / "tokenizer.pkl").write_bytes(faked(tokenizer.encoding.__getstate__()))
+    assert nanochat.read_tokenizer(folder).fingerprint() == tokenizer.fingerprint()
+
+
+def test_token_bytes_of_another_tokenizer_are_refused_and_may_be_missing(folder, tokenizer):
+    counts = torch.load(folder / "token_bytes.pt")
+    for other in (counts + 1, counts[:-1], counts.float(), {"a": counts}):
+        torch.save(other, folder / "token_bytes.pt")
+        with pytest.raises(UserError, match="belongs to another tokenizer"):
+            nanochat.read_tokenizer(folder)
+    (folder / "token_bytes.pt").unlink()
+    assert nanochat.read_tokenizer(folder).vocab_size == tokenizer.vocab_size
+
+
+# --- refused: models -------------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        nanochat.read(folder)
+    return str(refused.value)
+
+
+def change(folder: Path, weights=lambda w: w, config=lambda c: c) -> Path:
+    torch.save(weights(torch.load(folder / "model_000650.pt")), folder / "model_000650.pt")
+    meta = json.loads((folder / "meta_000650.json").read_text())
+    (folder / "meta_000650.json").write_text(json.dumps(meta | {"model_config": config(meta["model_config"])}))
+    return folder
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("value_embeds.1.weight", "value embeddings"), ("transformer.h.0.attn.ve_gate.weight", "gates of value embeddings"),
+    ("resid_lambdas", "residual scalars"), ("x0_lambdas", "first embedding"), ("smear_gate.weight", "smeared"),
+    ("backout_lambda", "backed-out")])
+def test_a_newer_architecture_is_named(folder, name, kind):
+    message = refusal(change(folder, weights=lambda w: w | {name: torch.zeros(2)}))
+    assert "newer nanochat" in message and kind in message and name in message
+
+
+def test_a_newer_configuration_is_named(folder):
+    assert "window_pattern" in refusal(change(folder, config=lambda c: c | {"window_pattern": "SSSL"}))
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(folder, model):
+    head = "lm_head.weight"
+    assert f"{head} is missing" in refusal(change(folder, weights=lambda w: {k: v for k, v in w.items() if k != head}))
+    assert "odd is unknown" in refusal(change(folder, weights=lambda w: model.state_dict() | {"odd": torch.zeros(1)}))
+    assert f"{head} is (5, 64)" in refusal(change(folder, weights=lambda w: model.state_dict() | {head: torch.zeros(5, 64)}))
+
+
+@pytest.mark.parametrize("config, named", [
+    (lambda c: {k: v for k, v in c.items() if k != "n_head"}, "lacks n_head"), (lambda c: c | {"n_layer": 0}, "n_layer=0"),
+    (lambda c: c | {"n_layer": "2"}, "n_layer='2'"), (lambda c: c | {"n_head": 3, "n_kv_head": 3}, "n_head=3"),
+    (lambda c: c | {"n_kv_head": 3}, "n_kv_head=3"), (lambda c: None, "model_config"),
+    (lambda c: c | {"vocab_size": 500}, "500")])
+def test_sizes_that_cannot_be_are_refused(folder, config, named):
+    assert named in refusal(change(folder, config=config))
+
+
+def test_a_missing_or_broken_meta_file_is_refused(folder):
+    (folder / "meta_000650.json").write_text("{")
+    assert "meta_000650.json" in refusal(folder)
+    (folder / "meta_000650.json").unlink()
+    assert "meta_000650.json cannot be read" in refusal(folder)
+
+
+def test_weights_that_are_code_or_garbage_are_refused_and_do_nothing(folder, tmp_path):
+    canary = tmp_path / "canary"
+    torch.save({"a": Calls(os.system, f"touch {canary}")}, folder / "model_000650.pt")
+    assert "more than tensors" in refusal(folder) and not canary.exists()
+    (folder / "model_000650.pt").write_bytes(pickle.dumps(Calls(os.system, f"touch {canary}")))
+    assert "model_000650.pt" in refusal(folder) and not canary.exists()
+    (folder / "model_000650.pt").write_bytes(b"garbage")
+    assert "model_000650.pt" in refusal(folder)
+    torch.save([1, 2], folder / "model_000650.pt")
+    assert "holds no weights" in refusal(folder)
+
+
+def test_a_folder_without_a_tokenizer_names_the_places_and_the_way_out(folder):
+    (folder / "tokenizer.pkl").unlink()
+    message = refusal(folder)
+    assert str(folder / "tokenizer") in message and "tokenizer.path=" in message
