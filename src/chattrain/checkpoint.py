@@ -50,7 +50,7 @@ def save(run_dir: Path, state: CheckpointState, model: nn.Module, optimizer_stat
          config_yaml: str, keep: int) -> Path:
     """Write the checkpoint of this step, then remove all but the newest `keep`. Returns its folder."""
     folder = run_dir / "checkpoints" / f"step_{state.step:06d}"
-    write(folder, state, weights_of(model), optimizer_state, tokenizer, config_yaml, getattr(model, "files", {}))
+    write(folder, state, model.weights(), optimizer_state, tokenizer, config_yaml, model.files)
     there = all_checkpoints(run_dir)
     newest = there.index(folder) + 1  # what lies beyond was damaged, or the run would have gone on from there
     for old in [*there[:newest][:-keep], *there[newest:]]:
@@ -64,7 +64,8 @@ def write(folder: Path, state: CheckpointState, weights: dict[str, Tensor], opti
     scratch = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, scratch / "model.safetensors")
+    save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, scratch / "model.safetensors",
+              metadata={"format": "pt"})
     save_file({k: v.detach().contiguous().cpu() for k, v in optimizer_state.items()},
               scratch / "optimizer.safetensors")
     tokenizer.save(scratch / "tokenizer")
@@ -84,8 +85,8 @@ def write(folder: Path, state: CheckpointState, weights: dict[str, Tensor], opti
     _sync(folder.parent)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor, each tensor once: of weights that are tied, the first name."""
+def each_once(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of all that a module saves, each tensor once: of weights that are tied, the first name."""
     first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if first[id(tensor)] == name}
 
@@ -135,7 +136,7 @@ def load_model(folder: Path, model: nn.Module) -> None:
     """Fill the model. Raises UserError naming tensors that are missing, unknown or of another shape."""
     file = folder / "model.safetensors"
     tensors = read_tensors(file)
-    weights = weights_of(model)
+    weights = model.weights()
     require_shapes(str(file), tensors, {name: tensor.shape for name, tensor in weights.items()})
     with torch.no_grad():
         for name, tensor in weights.items():

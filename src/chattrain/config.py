@@ -17,7 +17,8 @@ from omegaconf import MISSING
 from chattrain.data.config import DataConfig
 from chattrain.errors import UserError
 
-Command = Enum("Command", ["train", "evaluate", "chat", "inspect", "report"])
+Command = Enum("Command", ["train", "evaluate", "chat", "inspect", "report", "import", "export"])
+Format = Enum("Format", ["hf"])
 Resume = Enum("Resume", ["auto", "never", "must"])
 DType = Enum("DType", ["auto", "bf16", "fp32"])
 Device = Enum("Device", ["auto", "cuda", "mps", "cpu"])
@@ -127,7 +128,8 @@ def _nearest_multiple(value: int, unit: int) -> int:
 class ModelConfig:
     _target_: str = MISSING
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        """Raises UserError for sizes that do not go together."""
 
     def misfit(self, saved: dict[str, Any]) -> str | None:
         """How the model asked for differs from a saved one's `shape`, or None."""
@@ -153,10 +155,20 @@ class GPTConfig(ModelConfig):
             raise UserError(f"model.n_head={self.n_head} is not a multiple of model.n_kv_head={kv}")
 
     def misfit(self, saved: dict[str, Any]) -> str | None:
+        if "model_type" in saved:
+            return f"it has a Hugging Face model of type {saved['model_type']}, which is model=hf"
         asked = {"n_layer": self.n_layer, "n_embd": self.n_embd, "n_head": self.n_head,
                  "n_kv_head": self.n_kv_head or self.n_head}
         return ", ".join(f"it has {k}={saved.get(k)}, the config asks for {v}" for k, v in asked.items()
                          if saved.get(k) != v) or None
+
+
+@dataclass
+class HFModelConfig(ModelConfig):
+    _target_: str = "chattrain.model.hf.build"
+
+    def misfit(self, saved: dict[str, Any]) -> str | None:
+        return None if "model_type" in saved else "it is none of Hugging Face's but one of model=tiny, d6, d12, d20, d32"
 
 
 @dataclass
@@ -192,13 +204,14 @@ class MuonAdamWConfig(OptimizerConfig):
     matrix_lr: float = 0.02  # Muon, matrices of the blocks
     embed_lr: float = 0.2  # AdamW, at n_embd 768; scaled by (n_embd / 768)^-0.5
     lm_head_lr: float = 0.004  # AdamW, likewise
+    vector_lr: float | None = None  # AdamW, norms and biases of a Hugging Face model; our own has none
     momentum: float = 0.95  # Muon, after the warm-up
     momentum_start: float = 0.85
     momentum_warmup_steps: int = 300
     ns_steps: int = 5  # Newton-Schulz iterations
     betas: list[float] = field(default_factory=lambda: [0.8, 0.95])
     eps: float = 1e-10
-    weight_decay: float = 0.0  # AdamW groups
+    weight_decay: float = 0.0  # AdamW groups but vectors
 
 
 @dataclass
@@ -316,8 +329,14 @@ class InspectConfig:
 
 
 @dataclass
+class ExportConfig:
+    dir: str | None = None  # folder to write; null: <run>/hf/<step>
+
+
+@dataclass
 class Config:
     command: Command = Command.train
+    format: Format = Format.hf  # of command=export
     stage: str = MISSING
     run: RunConfig = field(default_factory=RunConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -335,6 +354,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def check(self) -> None:
         """Raises UserError for values that are wrong alone or together."""

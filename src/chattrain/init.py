@@ -7,8 +7,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from chattrain import checkpoint
-from chattrain.config import InitConfig, ModelConfig
+from chattrain import checkpoint, importing
+from chattrain.config import HFModelConfig, InitConfig, ModelConfig
 from chattrain.errors import UserError
 
 log = logging.getLogger("chattrain")
@@ -23,21 +23,33 @@ class Start:
     warning: str | None = None  # what auto fell back to, said when all else is known to be right
 
 
-def resolve(init: InitConfig, root: Path, model: ModelConfig) -> Start:
-    """Raises UserError for a folder that is no checkpoint or of another shape, and where strict forbids a fallback."""
-    if init.source == "scratch":
-        return Start(None, "random weights (init.from=scratch)")
-    if init.source != "auto":
-        try:
-            folder = checkpoint.resolve(Path(init.source).expanduser())
-        except UserError as error:
-            raise UserError(f"init.from={init.source}: {error}") from error
-        misfit = shape_misfit(folder, model)
-        if misfit:
-            raise UserError(f"init.from={init.source} holds another model: {misfit}; choose the model it holds "
-                            "(model=...) or another checkpoint")
-        return Start(folder.resolve(), str(folder.resolve()))
-    return _auto(init, root, model)
+def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_path: str | None, cache: Path) -> Start:
+    """`model` None: any will do. A folder of another program is converted into a checkpoint, kept in `cache`; one of
+    Hugging Face under model=hf is taken as it is.
+
+    Raises UserError for a folder that is no model or of another shape, and where strict forbids a fallback.
+    """
+    if init.source in ("scratch", "auto"):
+        start = _auto(init, root, model) if init.source == "auto" else Start(None, "random weights (init.from=scratch)")
+        if start.checkpoint is None and isinstance(model, HFModelConfig):
+            raise UserError(f"init.from={init.source} finds no weights, and model=hf has none of its own; name a Hugging Face "
+                            "folder or hub name with init.from")
+        return start
+    try:
+        folder = importing.find_folder(init.source).resolve()
+        if isinstance(model, HFModelConfig) and importing.is_huggingface(folder):
+            return Start(folder, str(folder))
+        if importing.is_foreign(folder):
+            found = importing.as_checkpoint(folder, tokenizer_path, cache)
+        else:
+            found = checkpoint.resolve(Path(init.source).expanduser())
+    except UserError as error:
+        raise UserError(f"init.from={init.source}: {error}") from error
+    misfit = shape_misfit(found, model) if model is not None else None
+    if misfit:
+        raise UserError(f"init.from={init.source} holds another model: {misfit}; choose the model it holds "
+                        "(model=...) or another checkpoint")
+    return Start(found.resolve(), str(folder if importing.is_foreign(folder) else found.resolve()))
 
 
 def _auto(init: InitConfig, root: Path, model: ModelConfig) -> Start:

@@ -69,7 +69,7 @@ def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     distributed.check_devices(pick_device(cfg.train.device), world_size)
     run_dir = choose_run_dir(cfg)
     resume = _find_resume(cfg, run_dir)
-    start = init.Start(resume, f"{resume} (resumed)") if resume else init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
+    start = init.Start(resume, f"{resume} (resumed)") if resume else find_start(cfg)
     tokenizer_dir = choose_tokenizer(cfg, start.checkpoint)
     data = open_data(cfg, tokenizer_dir, world_size)
     plan = Plan(run_dir, start, resume, tokenizer_dir)
@@ -82,6 +82,11 @@ def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
         replace_text(run_dir / "config.yaml", to_yaml(cfg))
         (run_dir / "summary.json").unlink(missing_ok=True)  # of an earlier part of the run: it is true no longer
     return plan, data
+
+
+def find_start(cfg: Config, any_model: bool = False) -> init.Start:
+    """What init.from means. Raises UserError where it is nothing, or (without any_model) another model than cfg.model."""
+    return init.resolve(cfg.init, Path(cfg.run.root), None if any_model else cfg.model, cfg.tokenizer.path, cache_dir(cfg))
 
 
 def choose_run_dir(cfg: Config) -> Path:
@@ -230,7 +235,7 @@ def cache_dir(cfg: Config) -> Path:
 
 
 def choose_tokenizer(cfg: Config, start: Path | None) -> Path:
-    """Folder of the tokenizer: the checkpoint's, else tokenizer.path, else one trained on this data and kept.
+    """Where the tokenizer is loaded from: the checkpoint, else tokenizer.path, else one trained on this data and kept.
 
     Raises UserError where a checkpoint is given a tokenizer.path whose ids differ.
     """
@@ -242,7 +247,7 @@ def choose_tokenizer(cfg: Config, start: Path | None) -> Path:
             if other.fingerprint() != saved.fingerprint():
                 raise UserError(f"tokenizer.path={given} (vocabulary of {other.vocab_size}) is not the tokenizer that "
                                 f"{start} was trained with (vocabulary of {saved.vocab_size}); leave tokenizer.path out")
-        return start / "tokenizer"
+        return start
     if given is not None:
         Tokenizer.load(given)
         return given

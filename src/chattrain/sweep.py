@@ -54,11 +54,12 @@ class Sweep:
                 raise ChainBroken from error
 
     def show_table(self) -> None:
-        trained = [r for r in self.results if "steps" in r]
+        run_dirs = [Path(r["run_dir"]) for r in self.results if "steps" in r]
+        trained = [run_dir for run_dir in run_dirs if (run_dir / "metrics.jsonl").is_file()]
         if self.multirun and trained and is_first():
             from chattrain.table import show_runs
 
-            show_runs([Path(r["run_dir"]) for r in trained])
+            show_runs(trained)
 
 
 def _swept_keys(overrides: list[str]) -> set[str]:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from chattrain.errors import UserError
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw, muon_adamw
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.muon_adamw import Muon, orthogonalize
 
-MUON = {"lr_scale": 1.0, "matrix_lr": 0.02, "embed_lr": 0.2, "lm_head_lr": 0.004, "momentum": 0.95,
+MUON = {"lr_scale": 1.0, "matrix_lr": 0.02, "embed_lr": 0.2, "lm_head_lr": 0.004, "vector_lr": None, "momentum": 0.95,
         "momentum_start": 0.85, "momentum_warmup_steps": 300, "ns_steps": 5, "betas": [0.8, 0.95], "eps": 1e-10,
         "weight_decay": 0.0}
 ADAMW = {"lr": 1e-3, "lr_scale": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -95,11 +96,20 @@ def test_a_parameter_of_three_dimensions_is_refused():
         parameter_groups(model)
 
 
-def test_muon_adamw_refuses_vector_parameters_by_name():
+def test_muon_adamw_refuses_vector_parameters_by_name_unless_they_have_a_learning_rate():
     model = small_gpt()
     model.gain = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="gain"):
+    with pytest.raises(UserError, match="gain"):
         muon_adamw.build(model, **MUON)
+    optimizer = muon_adamw.build(model, **MUON | {"vector_lr": 0.01, "lr_scale": 0.5, "weight_decay": 0.1})
+    assert optimizer.learning_rates()["lr/vector"] == pytest.approx(0.005)
+    assert {group["name"]: group.get("weight_decay") for group in optimizer.param_groups} == \
+        {"matrix": None, "embed": 0.1, "lm_head": 0.1, "vector": 0.0}
+
+
+def test_a_learning_rate_for_vectors_that_are_not_there_is_refused():
+    with pytest.raises(UserError, match=r"vector_lr=0.01 has no effect"):
+        muon_adamw.build(small_gpt(), **MUON | {"vector_lr": 0.01})
 
 
 @pytest.mark.parametrize("build, settings", [(muon_adamw.build, MUON), (adamw.build, ADAMW)])

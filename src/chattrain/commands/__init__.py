@@ -9,4 +9,5 @@ from chattrain.config import Config
 
 def execute(cfg: Config) -> dict:
     """Run the command of the configuration; returns its result (for train: the summary)."""
-    return importlib.import_module(f"chattrain.commands.{cfg.command.name}").main(cfg)
+    module = "import_" if cfg.command.name == "import" else cfg.command.name  # import is a word of Python's own
+    return importlib.import_module(f"chattrain.commands.{module}").main(cfg)

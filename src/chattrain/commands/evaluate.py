@@ -6,12 +6,12 @@ import json
 import logging
 from pathlib import Path
 
-from chattrain import checkpoint, device, distributed, init, runner
+from chattrain import device, distributed, init, runner
 from chattrain.config import Config
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
 from chattrain.names import is_first
-from chattrain.prepare import build_part, open_data
+from chattrain.prepare import build_part, find_start, open_data
 from chattrain.tracking import setup_logging
 
 log = logging.getLogger("chattrain")
@@ -33,13 +33,16 @@ def main(cfg: Config) -> dict:
         close_log()
 
 
-def find_checkpoint(cfg: Config) -> Path:
-    """Raises UserError where there is none, or where it holds another model than the configuration."""
+def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
+    """What init.from names; auto: of the newest finished run of this stage.
+
+    Raises UserError where there is none, or (without any_model) where it holds another model than the configuration.
+    """
     if cfg.init.source == "scratch":
         raise UserError(f"command={cfg.command.name} needs a trained model; name a run or checkpoint with init.from")
     if cfg.init.source != "auto":
-        return init.resolve(cfg.init, Path(cfg.run.root), cfg.model).checkpoint
-    found = init.newest_finished(Path(cfg.run.root), cfg.stage, cfg.model)
+        return find_start(cfg, any_model).checkpoint
+    found = init.newest_finished(Path(cfg.run.root), cfg.stage, None if any_model else cfg.model)
     if found is None:
         raise UserError(f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
                         "a run or checkpoint with init.from")
@@ -58,9 +61,8 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     if not metrics:
         raise UserError("there is nothing to evaluate: eval=none, or no question set and no validation; "
                         "use eval=bpb, eval=mmlu_arc or eval=full")
-    state = checkpoint.load_state(folder)
     if ranks.is_main:
-        print(f"{folder} (stage {state.stage}, step {state.step})")
+        print(folder)
         for name, value in metrics.items():
             print(f"  {name:28s} {value:.4f}")
         print(json.dumps({"checkpoint": str(folder), "metrics": metrics}))
@@ -70,8 +72,8 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
 def _open_on_all(cfg: Config, folder: Path, ranks: Ranks):
     """Rank 0 makes the caches (or says what is wrong, on all ranks); the others then find them."""
     opened = []
-    ranks.first(lambda: opened.append(open_data(cfg, folder / "tokenizer", ranks.world_size, train=False)))
-    return opened[0] if opened else open_data(cfg, folder / "tokenizer", ranks.world_size, train=False)
+    ranks.first(lambda: opened.append(open_data(cfg, folder, ranks.world_size, train=False)))
+    return opened[0] if opened else open_data(cfg, folder, ranks.world_size, train=False)
 
 
 def _evaluate_as_rank(cfg: Config) -> dict:

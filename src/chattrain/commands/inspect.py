@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from chattrain import distributed, init
+from chattrain import distributed
 from chattrain.config import Config
 from chattrain.data.packing import IGNORE_INDEX
-from chattrain.prepare import choose_tokenizer, open_data, report_counts
+from chattrain.prepare import choose_tokenizer, find_start, open_data, report_counts
 from chattrain.tracking import setup_logging
 
 
 def main(cfg: Config) -> dict:
     """Print inspect.rows rows, supervised targets in green, and the counts of the mixture. Starts no training."""
     close_log = setup_logging(None, console=True, resume=False)
-    start = init.resolve(cfg.init, Path(cfg.run.root), cfg.model)
+    start = find_start(cfg)
     world_size = distributed.world_size(cfg.distributed.nproc, cfg.train.device)
     cfg.eval.validation = cfg.eval.multiple_choice = False  # only the training rows are looked at
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)

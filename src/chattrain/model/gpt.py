@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,12 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(n_embd, n_head, self.n_kv_head) for _ in range(n_layer)),
         })
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+
+    files: ClassVar[dict[str, str]] = {}  # texts that a checkpoint carries beside the weights: none
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds."""
+        return checkpoint.each_once(self)
 
     @property
     def shape(self) -> dict[str, int]:

@@ -1,10 +1,11 @@
-"""Muon on the matrices of the blocks, AdamW on embeddings and head: nanochat's optimizer."""
+"""Muon on the matrices of the blocks, AdamW on all else: nanochat's optimizer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from chattrain.errors import UserError
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.named import NamedOptimizer
 
@@ -72,23 +73,26 @@ class Muon(torch.optim.Optimizer):
         p.add_(update, alpha=-group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
 
 
-def build(model: nn.Module, lr_scale: float, matrix_lr: float, embed_lr: float, lm_head_lr: float, momentum: float,
-          momentum_start: float, momentum_warmup_steps: int, ns_steps: int, betas: list[float], eps: float,
+def build(model: nn.Module, lr_scale: float, matrix_lr: float, embed_lr: float, lm_head_lr: float, vector_lr: float | None,
+          momentum: float, momentum_start: float, momentum_warmup_steps: int, ns_steps: int, betas: list[float], eps: float,
           weight_decay: float) -> NamedOptimizer:
     """Learning rates of embeddings and head are scaled by (n_embd / 768)^-0.5, all by lr_scale.
 
-    Raises ValueError for a model with vector parameters: this recipe has no learning rate for them.
+    Raises UserError where the model has vector parameters and there is no learning rate for them, or the reverse.
     """
     groups = parameter_groups(model)
-    if groups["vector"]:
-        raise ValueError(f"muon_adamw has no group for {groups['vector'][0][0]}; use optimizer=adamw")
+    if bool(groups["vector"]) != (vector_lr is not None):
+        raise UserError(f"optimizer.vector_lr=null, but the model has {groups['vector'][0][0]}: give a learning rate for such "
+                        "norms and biases, or use optimizer=adamw" if groups["vector"] else
+                        f"optimizer.vector_lr={vector_lr} has no effect: the model has no norms and biases to learn")
     params = {name: [p for _, p in members] for name, members in groups.items()}
     width = (model.n_embd / WIDTH_OF_TUNING) ** -0.5
     device = params["lm_head"][0].device.type
-    rates = {"embed": embed_lr, "lm_head": lm_head_lr}
+    rates = {"embed": embed_lr * width, "lm_head": lm_head_lr * width, "vector": vector_lr}
     adamw = torch.optim.AdamW(
-        [{"name": name, "params": params[name], "lr": lr * width * lr_scale} for name, lr in rates.items()],
-        betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=device in ("cuda", "cpu"))
+        [{"name": name, "params": params[name], "lr": lr * lr_scale, "weight_decay": 0.0 if name == "vector" else weight_decay}
+         for name, lr in rates.items() if params[name]],
+        betas=tuple(betas), eps=eps, fused=device in ("cuda", "cpu"))
     muon = Muon([{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}], momentum=momentum,
                 momentum_start=momentum_start, momentum_warmup_steps=momentum_warmup_steps, ns_steps=ns_steps)
     return NamedOptimizer([muon, adamw], groups)

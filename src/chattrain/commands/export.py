@@ -1,0 +1,74 @@
+"""command=export: a trained model as a folder that other programs load (format=hf: Hugging Face transformers)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from chattrain import checkpoint
+from chattrain.commands.evaluate import find_checkpoint
+from chattrain.config import Config
+from chattrain.errors import UserError
+from chattrain.files import make_folder
+from chattrain.formats import huggingface
+from chattrain.tokenizer import Tokenizer
+from chattrain.tracking import setup_logging
+
+MARK = "chattrain_export.json"  # says that the folder is an export and may be replaced by the next one
+
+
+def main(cfg: Config) -> dict:
+    """Write the checkpoint that init.from means (auto: of the newest finished run of this stage) to export.dir.
+
+    Returns {"folder", "checkpoint"}. Raises UserError where the folder holds anything but an earlier export.
+    """
+    close_log = setup_logging(None, console=True, resume=False)
+    try:
+        source = find_checkpoint(cfg, any_model=True)
+        folder = _target(cfg, source)
+        if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+            raise UserError(f"export.dir={folder} is in use and holds no earlier export; name another folder")
+        shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder, lambda scratch: _write(scratch, source))
+        print(folder)
+        return {"folder": str(folder), "checkpoint": str(source)}
+    finally:
+        close_log()
+
+
+def _target(cfg: Config, source: Path) -> Path:
+    """export.dir, else <run>/hf/<step>."""
+    if cfg.export.dir:
+        return Path(cfg.export.dir).expanduser().resolve()
+    if source.parent.name != "checkpoints":
+        raise UserError(f"{source} belongs to no run of ours; say where to write with export.dir=<folder>")
+    return source.parents[1] / cfg.format.name / source.name
+
+
+def _write(folder: Path, source: Path) -> None:
+    state = checkpoint.load_state(source)
+    weights = checkpoint.read_tensors(source / "model.safetensors")
+    tokenizer = Tokenizer.load(source)
+    if "model_type" in state.model:
+        _write_as_it_came(folder, source, weights, tokenizer)
+    else:
+        seq_len = yaml.safe_load((source / "config.yaml").read_text())["train"]["seq_len"]
+        huggingface.write(folder, state.model, weights, tokenizer, seq_len)
+    (folder / MARK).write_text(json.dumps({"checkpoint": str(source), "stage": state.stage, "step": state.step}, indent=1))
+
+
+def _write_as_it_came(folder: Path, source: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+    """A model of model=hf: the files it came with, the weights in the number format that its config.json names."""
+    tokenizer.save(folder)
+    for name in ("config.json", "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})

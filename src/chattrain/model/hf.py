@@ -1,0 +1,121 @@
+"""Any Hugging Face causal model in the loop (extra `hf`): what the GPT offers, on top of a transformers model.
+
+B rows, T tokens, V vocabulary, L choices.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chattrain import checkpoint
+from chattrain.data.packing import IGNORE_INDEX
+from chattrain.errors import UserError
+
+# Texts beside the weights, which a checkpoint carries along: with them transformers loads the checkpoint itself.
+FILES = ("config.json", "generation_config.json")
+
+
+class HFModel(nn.Module):
+    """`model(inputs, targets)` gives the loss of every target, `model(inputs)` the logits. Weights are fp32."""
+
+    def __init__(self, inner: nn.Module, files: dict[str, str]):
+        super().__init__()
+        self.inner, self.files = inner, files
+        config = inner.config.get_text_config()
+        self.vocab_size, self.n_embd, self.n_layer = config.vocab_size, config.hidden_size, config.num_hidden_layers
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, under the names that transformers uses."""
+        return checkpoint.each_once(self.inner)
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.inner.get_output_embeddings()
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {"model_type": self.inner.config.model_type, "vocab_size": self.vocab_size, "n_layer": self.n_layer,
+                "n_embd": self.n_embd}
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """With targets (B, T): their losses in nats, fp32 (B, T), 0 where ignored. Without: logits (B, T, V)."""
+        logits = self.inner(input_ids=inputs, use_cache=False).logits.float()
+        if targets is None:
+            return logits
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+        return losses.view(targets.shape)
+
+    @torch.no_grad()
+    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
+        """Logits, fp32 (B, L), that the tokens choices (B, L) come after positions (B,) of inputs (B, T)."""
+        kept, place = positions.unique(return_inverse=True)
+        with self._head_in_fp32():
+            logits = self.inner(input_ids=inputs, use_cache=False, logits_to_keep=kept).logits  # (B, kept, V)
+        return logits[torch.arange(len(inputs), device=inputs.device), place].float().gather(1, choices)
+
+    @contextmanager
+    def _head_in_fp32(self):
+        """Under autocast the head would round to bf16 and make ties."""
+        def again(head: nn.Linear, arguments: tuple[Tensor, ...], rounded: Tensor) -> Tensor:
+            with torch.autocast(rounded.device.type, enabled=False):
+                return F.linear(arguments[0].float(), head.weight.float(), None if head.bias is None else head.bias.float())
+
+        hook = self.lm_head.register_forward_hook(again)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def new_cache(self, batch_size: int, max_tokens: int):
+        """The kind of cache that this architecture wants; it grows by itself."""
+        return {}
+
+    def next_logits(self, inputs: Tensor, cache: dict) -> Tensor:
+        """Logits (B, V) of the token after inputs (B, T), which stand behind what the cache holds."""
+        out = self.inner(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache)
+        cache["past_key_values"] = out.past_key_values
+        return out.logits[:, -1].float()
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
+        looked_up = self.inner.get_input_embeddings().weight
+        tied = looked_up is self.lm_head.weight
+        matmul_weights = sum(p.numel() for p in self.parameters()) - (0 if tied else looked_up.numel())
+        return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * seq_len
+
+
+def build(vocab_size: int, start: Path, seed: int) -> HFModel:
+    """The model on the CPU from a Hugging Face folder or a checkpoint of one. `vocab_size` is the tokenizer's.
+
+    Raises UserError where transformers cannot load the folder as a causal model, weights are missing, or the tokenizer
+    has ids that the model lacks.
+    """
+    model = HFModel(_load(start), {name: (start / name).read_text() for name in FILES if (start / name).is_file()})
+    if vocab_size > model.vocab_size:
+        raise UserError(f"the tokenizer of {start} has {vocab_size} tokens, its model only {model.vocab_size}")
+    return model.train()
+
+
+def _load(folder: Path) -> nn.Module:
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError:
+        raise UserError("model=hf needs transformers: pip install 'chattrain[hf]'") from None
+    disable_progress_bar()
+    try:
+        inner, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
+                                                            trust_remote_code=False, output_loading_info=True)
+    except Exception as error:  # whatever transformers raises about files that are not its own
+        raise UserError(f"{folder} cannot be loaded by transformers as a causal model: {error}") from error
+    wrong = [f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, found[kind]))[:3])}"
+             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]]
+    if wrong:
+        raise UserError(f"the weights in {folder} do not fit the model of its config.json: {'; '.join(wrong)}")
+    return inner
