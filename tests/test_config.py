@@ -26,8 +26,9 @@ def choices(group: str) -> list[str]:
 
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
-NEEDED = {"data=local": ["data.train_path=some.jsonl"],
-          "data=nanochat": ["data.identity_path=identity.jsonl", "data.words_path=words.txt"]}
+NANOCHAT = ["data.identity_path=identity.jsonl", "data.words_path=words.txt"]
+NEEDED = {"data=local": ["data.train_path=some.jsonl"], "data=nanochat": NANOCHAT,
+          "experiment=nanochat_mid_d20": NANOCHAT, "experiment=nanochat_sft_d20": NANOCHAT}
 STAGES = ("base", "mid", "sft")
 
 
@@ -157,7 +158,8 @@ def test_the_command_line_wins_over_the_stage(order):
 @pytest.mark.parametrize("experiment", choices("experiment"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_command_line_wins_over_an_experiment(experiment, stage):
-    cfg = compose([f"experiment={experiment}", f"stage={stage}", "model=d6", "init.strict=false", "train.seq_len=512"])
+    cfg = compose([f"experiment={experiment}", f"stage={stage}", "model=d6", "init.strict=false", "train.seq_len=512",
+                   *NEEDED.get(f"experiment={experiment}", [])])
     assert (cfg.stage, cfg.model.n_layer, cfg.init.strict, cfg.train.seq_len) == (stage, 6, False, 512)
 
 
