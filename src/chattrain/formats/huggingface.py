@@ -18,7 +18,7 @@ from chattrain.tokenizer import ASSISTANT_END, BOS, Tokenizer
 
 MODEL_TYPE = "nanochat"
 EPS = torch.finfo(torch.float32).eps  # of rms_norm in fp32
-DEFAULT_EPS = 1e-6  # transformers' default, in folders of nanochat's own conversion: nanochat trains with EPS as we do
+DEFAULT_EPS = 1e-6  # of transformers, read as EPS: the models train with EPS, and the logits of random ones move by 2e-4 at most
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Our names and theirs, within a block and outside.
 BLOCK_NAMES = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
@@ -26,8 +26,7 @@ BLOCK_NAMES = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "
 OUTER_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
 
 # Renders what chat.py renders. Text stands between special tokens, so the ids are the same too; two parts of plain text in a
-# row become one text. Text that looks like a special token is refused, unless transformers has marked it (which
-# sanitize_control_tokens=True does) and keeps it apart.
+# row become one text. Text that looks like a special token is refused: a template cannot keep it apart.
 #
 # What is supervised up to the next tool output stands in one `generation` block: of a character that is several tokens,
 # transformers takes the first one alone for the end of a block. So a block should end with a special token; it does, but where
@@ -35,7 +34,7 @@ OUTER_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.w
 CHAT_TEMPLATE = """\
 {%- macro text(content, i) -%}
 {%- for name in [SPECIAL_TOKENS] -%}
-{%- if name in content.replace('\\U000f0000' ~ name ~ '\\U000f0001', '') -%}
+{%- if name in content -%}
 {{- raise_exception('message ' ~ i ~ ' holds the text ' ~ name ~ ', which the tokenizer would take for the special token') -}}
 {%- endif -%}
 {%- endfor -%}
@@ -143,7 +142,7 @@ def write(folder: Path, sizes: dict[str, int], weights: dict[str, Tensor], token
         "num_attention_heads": sizes["n_head"], "num_key_value_heads": sizes["n_kv_head"],
         "max_position_embeddings": seq_len, "rms_norm_eps": EPS, **tokens})
     _write_json(folder / "generation_config.json", {
-        "do_sample": False, "bos_token_id": bos, "pad_token_id": end, "eos_token_id": sorted(tokenizer.stop_ids)})
+        "do_sample": False, "bos_token_id": bos, "pad_token_id": end, "eos_token_id": end})
     _write_json(folder / "tokenizer.json", tokenizer_json.write(tokenizer))
     _write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": ASSISTANT_END, "pad_token": ASSISTANT_END,

@@ -72,14 +72,15 @@ def _what_decides(content: dict[str, Any]) -> dict[str, Any]:
     """The content without what decides neither ids nor text: the places that tokens are said to have, the order of one
     token's merges, and the cut and the filling, which transformers sets with each call."""
     split, byte_level = content["pre_tokenizer"]["pretokenizers"]
-    after = content.get("post_processor")
+    after = content.get("post_processor") or {"type": "ByteLevel"}
+    adds_nothing = after["type"] == "ByteLevel" or (after["type"] == "TemplateProcessing" and after["special_tokens"] == {})
     model = content["model"]
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     return {
         "added_tokens": sorted(content["added_tokens"], key=lambda token: token["id"]),
         "normalizer": content.get("normalizer"),
         "pre_tokenizer": [content["pre_tokenizer"]["type"], split, {**byte_level, "trim_offsets": True}],
-        "post_processor": None if after and after["type"] == "ByteLevel" else after,
+        "post_processor": None if adds_nothing else after,
         "decoder": content["decoder"]["type"],
         "model": {**model, "merges": sorted(merges), "ranks of merges": [model["vocab"][a + b] for a, b in merges]},
     }
