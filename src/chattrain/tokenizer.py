@@ -56,7 +56,7 @@ class Tokenizer:
     @property
     def stop_ids(self) -> set[int]:
         """Tokens that end a reply."""
-        return {self._special[ASSISTANT_END], self._special[BOS]}
+        return {self._special[ASSISTANT_END]}
 
     def special(self, name: str) -> int:
         """Id of a special token, such as `<|bos|>`. Raises KeyError for any other text."""
