@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.chat import Malformed, render, render_prompt
+from chattrain.chat import Malformed, render, render_choices, render_prompt
 from chattrain.errors import UserError
 from chattrain.tasks import document
 from chattrain.tokenizer import Tokenizer
@@ -84,6 +84,39 @@ def test_a_python_call_is_written_as_gsm8k_writes_it_and_its_result_is_given(tok
     pieces = document(row, "gsm8k", tokenizers["chatml"])
     assert "It is <<4/2=2>>2.\n#### 2<|im_end|>" in "".join(piece.text for piece in pieces)
     assert "".join(piece.text for piece in pieces if piece.supervised) == "It is <<4/2=>>2.\n#### 2<|im_end|>"
+
+
+def test_spaces_of_an_answer_are_supervised_whatever_the_tokenizer_says_of_its_places(tmp_path):
+    code = [TALK[1], {"role": "assistant", "content": "if x:\n\n        A  =   12\n"}]
+    kept, trimmed = (Tokenizer.load(tiny_hf.write_tokenizer(tmp_path / str(trim), trim_offsets=trim)) for trim in (False, True))
+    assert supervised_text(trimmed, code) == supervised_text(kept, code) == "if x:\n\n        A  =   12\n<|im_end|>"
+
+
+def test_a_token_that_reaches_over_from_the_prompt_is_not_supervised(tokenizers):
+    """The line's end of the turn's head and the one that the answer begins with are one token."""
+    messages = [TALK[1], {"role": "assistant", "content": "\n\n\n A"}]
+    tokens = [tokenizers["chatml"].decode([i]) for i in render({"messages": messages}, tokenizers["chatml"]).ids]
+    assert "\n\n\n\n" in tokens
+    assert supervised_text(tokenizers["chatml"], messages) == " A<|im_end|>"
+
+
+def test_choices_are_scored_where_training_puts_them(tokenizers, style):
+    talk, letters = {"messages": [TALK[1], {"role": "assistant", "content": "A"}]}, ["A", "B", "C"]
+    ids, tokens = render_choices(talk, letters, tokenizers[style])
+    for letter, token in zip(letters, tokens, strict=True):
+        whole = render({"messages": [TALK[1], {"role": "assistant", "content": letter}]}, tokenizers[style], None)
+        assert whole.ids[: len(ids) + 1] == [*ids, token] and whole.loss_mask[len(ids)] == 1
+
+
+def test_choices_of_several_tokens_are_refused(tokenizers):
+    with pytest.raises(Malformed, match="one token"):
+        render_choices({"messages": TALK[1:3]}, ["A", "x y"], tokenizers["chatml"])
+
+
+def test_a_prompt_that_no_rendered_reply_begins_with_is_warned_of(tmp_path, caplog):
+    template = tiny_hf.CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+    Tokenizer.load(tiny_hf.write_tokenizer(tmp_path, template))
+    assert "what is trained on is not what the model will be prompted with" in caplog.text
 
 
 def test_plain_text_stands_behind_bos_or_before_the_end_of_text(tokenizers):

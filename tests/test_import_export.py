@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 import chattrain
 from chattrain import checkpoint, importing
+from chattrain.formats import huggingface
 from chattrain.tokenizer import Tokenizer
 from tests import tiny_hf
 from tests.foreign import random_gpt, write_nanochat
-from tests.helpers import TINY, command_line, contents, process, standing_in, write_talk
+from tests.helpers import TINY, command_line, contents, damage, process, standing_in, write_talk
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2}
 
@@ -91,6 +93,28 @@ def test_a_folder_is_converted_once_and_anew_when_it_changes(place, model, token
     write_nanochat(folder, random_gpt(tokenizer.vocab_size, seed=1, **SIZES), tokenizer, step=700)
     changed = one_step("stage=mid", f"init.from={folder}", "run.name=c")
     assert len(read) == 2 and not same(weights("runs/mid/a"), weights(changed["run_dir"]))
+
+
+def test_a_damaged_conversion_is_made_anew(place, model, tokenizer, tmp_path, cache):
+    folder = write_nanochat(tmp_path / "flat", model, tokenizer)
+    one_step("stage=mid", f"init.from={folder}", "run.name=a")
+    newest = max((cache / "imported").glob("*/*/model.safetensors"), key=lambda f: f.stat().st_mtime)
+    damage(newest)
+    one_step("stage=mid", f"init.from={folder}", "run.name=b")
+    assert same(weights("runs/mid/a"), weights("runs/mid/b"))
+
+
+def test_a_chain_starts_from_init_from_and_goes_on_from_stage_to_stage(place, nanochat, capsys):
+    outcome = command_line(capsys, "-m", "stage=mid,sft", *TINY, "train.max_steps=1", f"init.from={nanochat}", "run.name=chain")
+    assert outcome.status == 0, outcome.err
+    mid, sft = (json.loads(Path(f"runs/{stage}/chain/summary.json").read_text()) for stage in ("mid", "sft"))
+    assert (mid["init"], sft["init"]) == (str(nanochat.resolve()), mid["checkpoint"])
+
+
+def test_a_launcher_with_several_processes_is_refused_where_one_works(place, nanochat, capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "leave torchrun out" in refused(capsys, "command=import", "stage=base", f"init.from={nanochat}")
 
 
 def test_two_processes_start_from_one_conversion(place, model, tokenizer, tmp_path):
@@ -199,6 +223,42 @@ def test_a_second_export_replaces_the_first_and_nothing_else(place, capsys):
     (place / "mine").mkdir()
     (place / "mine" / "notes.txt").write_text("keep me")
     assert "is in use" in refused(capsys, "command=export", "stage=mid", "export.dir=mine")
+
+
+def test_an_export_that_fails_leaves_the_one_before(place, monkeypatch):
+    one_step("stage=mid", "init.from=scratch", "run.name=first")
+    folder = Path(run("export", "stage=mid", "export.dir=out")["folder"])
+    before = contents(place)
+    monkeypatch.setattr(huggingface, "write_tokenizer", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        run("export", "stage=mid", "export.dir=out")
+    assert contents(place) == before and folder.is_dir()
+
+
+def test_an_import_that_fails_leaves_nothing(place, nanochat, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        run("import", "stage=base", f"init.from={nanochat}")
+    assert not list((place / "runs").rglob("*.json")) and not Path("runs/base/d2").exists()
+
+
+def test_an_export_is_readable_by_whom_the_umask_lets(exported):
+    assert exported.stat().st_mode & 0o077 == 0o777 & ~umask() & 0o077
+
+
+def umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def test_our_own_export_trained_through_transformers_is_exported_whole(place, exported):
+    transformers = pytest.importorskip("transformers")
+    settings = [o for o in TINY if not o.startswith(("model.", "tokenizer."))]
+    chattrain.run(["stage=sft", *settings, "model=hf", "train.max_steps=1", f"init.from={exported}", "run.name=via"])
+    made = Path(run("export", "stage=sft", *settings)["folder"])
+    assert transformers.AutoTokenizer.from_pretrained(made).get_chat_template()
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(made)).__name__ == "NanoChatForCausalLM"
 
 
 def test_export_without_a_run_is_refused(place, nanochat, capsys):

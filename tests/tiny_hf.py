@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TEXTS = ["What is 12 + 34? The answer is 46. Choose A, B, C or D. ", "user assistant system question answer\n"]
+TEXTS = ["What is 12 + 34? The answer is 46. Choose A, B, C or D. ", "user assistant system question answer\n",
+         "if x:\n\n        A  = 12\n\n\n\n" + "\n\n " * 9]
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -29,9 +30,9 @@ SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|hea
 
 
 def write_tokenizer(folder: Path, template: str | None = CHATML, eos: str = "<|im_end|>", bos: str | None = "<|bos|>",
-                    special: tuple[str, ...] = SPECIAL) -> Path:
+                    special: tuple[str, ...] = SPECIAL, trim_offsets: bool = False) -> Path:
     """A byte-level BPE tokenizer as transformers saves it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
@@ -40,6 +41,8 @@ def write_tokenizer(folder: Path, template: str | None = CHATML, eos: str = "<|i
     raw.train_from_iterator(TEXTS * 20, trainers.BpeTrainer(
         vocab_size=340, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
+    if trim_offsets:
+        raw.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token=special[0], bos_token=bos)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)

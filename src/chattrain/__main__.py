@@ -51,11 +51,14 @@ def main() -> None:
 def run_job(composed: DictConfig, sweep: Sweep) -> dict:
     """One job of a launch: the command of one composed configuration."""
     from chattrain.commands import execute
+    from chattrain.config import InitConfig
 
     cfg = schema.from_hydra(composed)
     if sweep.swept:
         suffix = names.sweep_suffix(list(HydraConfig.get().overrides.task), sweep.swept)
         cfg.run.name = (cfg.run.name or names.launch_name()) + suffix
+    if sweep.goes_on(cfg.stage) and cfg.command.name == "train":
+        cfg.init = InitConfig(strict=cfg.init.strict, after=cfg.init.after)
     result = execute(cfg)
     if result.get("status") == "interrupted":
         raise KeyboardInterrupt

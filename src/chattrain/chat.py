@@ -67,6 +67,29 @@ def render_prompt(conversation: dict[str, Any], tokenizer: Tokenizer) -> list[in
     return [*ids, tokenizer.special(ASSISTANT_START)]
 
 
+def render_choices(conversation: dict[str, Any], replies: list[str], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """(ids up to where one-token replies differ, the token of each). The last turn is an assistant's, which is replaced.
+
+    For our own tokenizers that is the prompt of the reply, and each reply's own token. By a template the turns are rendered as
+    they are in training, with whatever it puts before a reply. Raises Malformed where a reply is not one token.
+    """
+    if tokenizer.template is not None:
+        messages = messages_of(conversation)[:-1]
+        rendered = [render({"messages": [*messages, {"role": "assistant", "content": reply}]}, tokenizer, None).ids
+                    for reply in replies]
+        at = next((i for i, tokens in enumerate(zip(*rendered, strict=False)) if len(set(tokens)) > 1), 0)
+        tokens = [ids[at] for ids in rendered]
+        whole = all(ids[at + 1 :] == rendered[0][at + 1 :] for ids in rendered)
+        ids = rendered[0][:at]
+    else:
+        encoded = tokenizer.encode_batch(replies)
+        whole = all(len(t) == 1 for t in encoded)
+        ids, tokens = render_prompt(conversation, tokenizer), [t[0] for t in encoded]
+    if not whole or len(set(tokens)) != len(replies):
+        raise Malformed(f"each of {replies} must be one token of the tokenizer")
+    return ids, tokens
+
+
 def lay_out(document: dict[str, Any], tokenizer: Tokenizer | None = None) -> list[Piece]:
     """Pieces in order of a conversation, or of a text `{"text": ...}`. Raises Malformed.
 

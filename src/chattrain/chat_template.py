@@ -8,6 +8,7 @@ between the generation prompt of an assistant turn and its end-of-turn token, an
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from chattrain.errors import UserError
 
 if TYPE_CHECKING:
     from chattrain.hf_tokenizer import HFTokenizer
+
+log = logging.getLogger("chattrain")
 
 FORMAT_VERSION = 1  # part of the token cache's key; raised when rendering changes
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
@@ -53,6 +56,10 @@ class ChatTemplate:
             raise UserError(f"the chat template of {self.tokenizer.source} ends an assistant turn without a special token: a "
                             f"model trained on it would never stop. It renders {whole!r}")
         self.end_of_turn = found[0][2]
+        if not whole.startswith(opened):
+            log.warning("the chat template of %s prompts for a reply with %r, but renders a reply that was given as %r: what is "
+                        "trained on is not what the model will be prompted with", self.tokenizer.source,
+                        opened[len(question):], whole[len(question):])
 
     def lay_out(self, document: dict[str, Any]) -> list[Piece]:
         """Pieces of a conversation or of a text `{"text": ...}`. Raises Malformed with the turn that does not fit."""
@@ -77,14 +84,15 @@ class ChatTemplate:
         return self.tokenizer.encode_rendered([self._render(filled, add_generation_prompt=True)])[0][0]
 
     def encode(self, documents: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
-        """(ids, loss mask) of each document. A token is supervised where any of its characters is."""
+        """(ids, loss mask) of each document. A token is supervised where all of its characters are: one that reaches over
+        from what is given is no token that the model would have to say."""
         out = []
         encoded = self.tokenizer.encode_rendered(["".join(piece.text for piece in document) for document in documents])
         for document, (ids, offsets) in zip(documents, encoded, strict=True):
             marks = np.repeat([piece.supervised for piece in document], [len(piece.text) for piece in document])
             before = np.concatenate([[0], np.cumsum(marks)])  # supervised characters before each place
             first, last = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-            out.append((ids, (before[last] > before[first]).astype(int).tolist()))
+            out.append((ids, ((last > first) & (before[last] - before[first] == last - first)).astype(int).tolist()))
         return out
 
     def _text(self, text: str) -> list[Piece]:
@@ -104,7 +112,7 @@ class ChatTemplate:
         try:
             return self.tokenizer.backend.apply_chat_template(messages, tokenize=False,
                                                               add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise Malformed(f"the chat template refuses it: {error}") from None
 
     def _refuse_look_alikes(self, texts: list[str]) -> None:

@@ -135,6 +135,9 @@ class ModelConfig:
         """How the model asked for differs from a saved one's `shape`, or None."""
         raise NotImplementedError
 
+    def check_start(self, folder: Path | None, seq_len: int) -> None:
+        """Raises UserError where a run with rows of seq_len tokens cannot start from the folder."""
+
 
 @dataclass
 class GPTConfig(ModelConfig):
@@ -169,6 +172,11 @@ class HFModelConfig(ModelConfig):
 
     def misfit(self, saved: dict[str, Any]) -> str | None:
         return None if "model_type" in saved else "it is none of Hugging Face's but one of model=tiny, d6, d12, d20, d32"
+
+    def check_start(self, folder: Path | None, seq_len: int) -> None:
+        from chattrain.model.hf import check_start
+
+        check_start(folder, seq_len)
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,14 +19,39 @@ def replace_text(file: Path, text: str) -> None:
 
 def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """`fill` a folder beside its place, then put it there. Another process may have been faster: its folder stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    try:
-        fill(scratch)
+    with _filled(folder, fill) as scratch:
         try:
             scratch.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """The same in the place of a folder that is there, which goes only when the new one is whole."""
+    with _filled(folder, fill) as scratch:
+        before = scratch.with_name(f"{scratch.name}.before")
+        if folder.exists():
+            folder.rename(before)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if before.exists():
+                before.rename(folder)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def _filled(folder: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
+    """A filled folder beside the place, gone at the end unless it was renamed; readable by whom the umask lets read."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        fill(scratch)
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o777 & ~umask)
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -12,10 +12,11 @@ import numpy as np
 
 from chattrain.chat_template import FORMAT_VERSION, ChatTemplate
 from chattrain.errors import UserError
+from chattrain.formats import huggingface
 
 # What AutoTokenizer reads; config.json names the class where tokenizer_config.json does not.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-         "vocab.json", "merges.txt", "tokenizer.model", "config.json", "generation_config.json")
+         "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "config.json", "generation_config.json")
 
 
 class HFTokenizer:
@@ -28,6 +29,7 @@ class HFTokenizer:
     def __init__(self, folder: Path):
         self.source = Path(folder)
         self.backend = _load(self.source)
+        self._whole = _with_whole_places(self.backend)
         self.has_template = self.backend.chat_template is not None
         special = {str(t) for t in self.backend.added_tokens_decoder.values() if t.special}
         self.special_texts = sorted(special | set(self.backend.all_special_tokens))
@@ -65,10 +67,7 @@ class HFTokenizer:
 
     def encode_rendered(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, place of each token in the text) of rendered texts, whose special tokens are taken for such."""
-        if not texts:
-            return []
-        encoded = self.backend(texts, add_special_tokens=False, return_offsets_mapping=True)
-        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        return [(e.ids, e.offsets) for e in self._whole.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -124,13 +123,25 @@ def _load(folder: Path):
     return backend
 
 
+def _with_whole_places(backend):
+    """A copy of the fast tokenizer that neither cuts, fills nor adds, and leaves no space out of a token's place: a place
+    without it would leave the token without loss."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(backend.backend_tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps(content | {"post_processor": None, "truncation": None, "padding": None}))
+
+
 def _eos_of_generation(folder: Path) -> set[int]:
-    """eos_token_id of generation_config.json: one id, several, or none."""
-    try:
-        ids = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError):
+    """eos_token_id of generation_config.json: one id, several, or none. Raises UserError where it is something else."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
         return set()
-    return set(ids) if isinstance(ids, list) else {ids}
+    ids = huggingface.read_json(file).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int for i in ids):
+        raise UserError(f"{file}: eos_token_id={ids} must be an id or a list of ids")
+    return set(ids)
 
 
 def _is_byte(token: str) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 from chattrain import checkpoint
@@ -65,9 +66,13 @@ def write(folder: Path, model: Foreign, stage: str, config_yaml: str) -> None:
 
 
 def as_checkpoint(folder: Path, tokenizer_path: str | None, cache: Path) -> Path:
-    """The model of another program's folder as a checkpoint, converted once and kept in the cache."""
+    """The model of another program's folder as a checkpoint, converted once and kept in the cache. Raises UserError where it
+    cannot be read."""
     kept = cache / "imported" / _key(folder, tokenizer_path)
-    if not kept.is_dir() or checkpoint.find_damage(_only(kept)):
+    if kept.is_dir() and (damage := checkpoint.find_damage(_only(kept))):
+        log.warning("%s is damaged (%s) and made anew", kept, damage)
+        shutil.rmtree(kept)
+    if not kept.is_dir():
         model = read(folder, tokenizer_path)
         stage = nanochat.stage_of(folder) or "imported"
         make_folder(kept, lambda scratch: write(scratch / f"step_{model.step:06d}", model, stage, _config_yaml(model)))
@@ -86,7 +91,8 @@ def _config_yaml(model: Foreign) -> str:
 
 def _key(folder: Path, tokenizer_path: str | None) -> str:
     """Of what the files are: names, sizes, times. The hash of the bytes would read a large model twice."""
-    places = [folder, folder / "tokenizer", nanochat.tokenizer_folder(folder), tokenizer_path and Path(tokenizer_path)]
+    given = Path(tokenizer_path).expanduser() if tokenizer_path else None
+    places = [folder, folder / "tokenizer", nanochat.tokenizer_folder(folder), given]
     files = {f.resolve() for place in places if place and place.is_dir() for f in place.iterdir() if f.is_file()}
     facts = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
     return hashlib.sha256(json.dumps([FORMAT_VERSION, facts]).encode()).hexdigest()[:24]

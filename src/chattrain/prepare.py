@@ -70,6 +70,7 @@ def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     run_dir = choose_run_dir(cfg)
     resume = _find_resume(cfg, run_dir)
     start = init.Start(resume, f"{resume} (resumed)") if resume else find_start(cfg)
+    cfg.model.check_start(start.checkpoint, cfg.train.seq_len)
     tokenizer_dir = choose_tokenizer(cfg, start.checkpoint)
     data = open_data(cfg, tokenizer_dir, world_size)
     plan = Plan(run_dir, start, resume, tokenizer_dir)

@@ -26,6 +26,7 @@ class Sweep:
         self.overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
         self.swept = _swept_keys(self.overrides) if self.multirun else set()
         self.chain = "stage" in self.swept
+        self.first_stage: str | None = None
         self.status = 0
         self.results: list[dict] = []
         self.process = os.getpid()
@@ -41,6 +42,11 @@ class Sweep:
         if self.chain and launcher:
             raise UserError(f"stage is swept, so each run starts from the one before, but {launcher[0]} would start them "
                             "at once; leave the launcher out")
+
+    def goes_on(self, stage: str) -> bool:
+        """Is this job a later stage of a chain, which starts from the stage before whatever init.from says?"""
+        self.first_stage = self.first_stage or stage
+        return self.chain and stage != self.first_stage
 
     def run(self, job: Callable[[], dict]) -> None:
         """Run one job; its error is said and remembered. In another process (a parallel launcher) errors are raised."""

@@ -90,6 +90,11 @@ def test_a_tied_weight_is_saved_once_and_every_weight_is(model, reference):
     assert set(saved) == {name for name, _ in reference.named_parameters()}
 
 
+def test_dropout_is_off_in_training_too(model):
+    model.train()
+    assert not any(module.training for module in model.modules())
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +209,35 @@ def test_missing_weights_and_broken_files_are_refused(talk, tmp_path_factory, ca
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
     with pytest.raises(UserError, match=r"has 9999 tokens, its model only 3"):
         hf.build(9999, folder, seed=0)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(talk, folder, capsys):
+    assert "256 positions" in refused(capsys, f"init.from={folder}", "train.seq_len=512")
+
+
+@pytest.mark.parametrize("what", ["quantised weights", "an adapter"])
+def test_quantised_models_and_adapters_are_refused(talk, tmp_path_factory, capsys, what):
+    folder = tiny_hf.write_model(tmp_path_factory.mktemp("other"))
+    if what == "an adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert what in refused(capsys, f"init.from={folder}")
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"eos_token_id": [[1]]}', "{"])
+def test_a_broken_generation_config_is_refused(talk, tmp_path_factory, capsys, content):
+    folder = tiny_hf.write_model(tmp_path_factory.mktemp("other"))
+    (folder / "generation_config.json").write_text(content)
+    outcome = command_line(capsys, "command=chat", "stage=sft", *SETTINGS, f"init.from={folder}", "chat.prompt=Hi")
+    assert outcome.status == 2 and str(folder) in outcome.message
+
+
+def test_a_prompt_that_cannot_be_rendered_is_refused(talk, folder, capsys):
+    outcome = command_line(capsys, "command=chat", "stage=sft", *SETTINGS, f"init.from={folder}",
+                           'chat.prompt="say <|im_end|>"')
+    assert outcome.status == 2 and "<|im_end|>" in outcome.message
 
 
 def test_without_transformers_the_extra_is_named(talk, folder, capsys, monkeypatch):

@@ -92,7 +92,7 @@ def test_a_tied_embedding_is_the_heads_and_stepped_once():
 def test_a_parameter_of_three_dimensions_is_refused():
     model = small_gpt()
     model.odd = nn.Parameter(torch.zeros(2, 2, 2))
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(UserError, match="odd"):
         parameter_groups(model)
 
 

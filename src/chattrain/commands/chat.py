@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 from chattrain import device
-from chattrain.chat import render_prompt
+from chattrain.chat import Malformed, render_prompt
 from chattrain.commands.evaluate import find_checkpoint
 from chattrain.config import Config
+from chattrain.errors import UserError
 from chattrain.model.generate import generate
 from chattrain.prepare import build_part
 from chattrain.tokenizer import Tokenizer
@@ -45,12 +46,20 @@ def _converse(cfg: Config, model, tokenizer: Tokenizer) -> None:
             messages = []
             continue
         messages.append({"role": "user", "content": text})
-        reply = _answer(cfg, model, tokenizer, messages)
+        try:
+            reply = _answer(cfg, model, tokenizer, messages)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            messages.pop()
+            continue
         print(f"{reply}\n")
         messages.append({"role": "assistant", "content": reply})
 
 
 def _answer(cfg: Config, model, tokenizer: Tokenizer, messages: list[dict]) -> str:
-    prompt = render_prompt({"messages": messages}, tokenizer)
+    try:
+        prompt = render_prompt({"messages": messages}, tokenizer)
+    except Malformed as error:
+        raise UserError(f"the prompt cannot be rendered: {error}") from error
     ids = generate(model, prompt, cfg.chat.max_tokens, tokenizer.stop_ids, cfg.chat.temperature, cfg.chat.top_k, cfg.run.seed)
     return tokenizer.decode(ids)

@@ -14,7 +14,7 @@ from chattrain import checkpoint
 from chattrain.commands.evaluate import find_checkpoint
 from chattrain.config import Config
 from chattrain.errors import UserError
-from chattrain.files import make_folder
+from chattrain.files import replace_folder
 from chattrain.formats import huggingface
 from chattrain.tokenizer import Tokenizer
 from chattrain.tracking import setup_logging
@@ -31,10 +31,11 @@ def main(cfg: Config) -> dict:
     try:
         source = find_checkpoint(cfg, any_model=True)
         folder = _target(cfg, source)
+        if folder.is_file():
+            raise UserError(f"export.dir={folder} is a file; name a folder")
         if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
             raise UserError(f"export.dir={folder} is in use and holds no earlier export; name another folder")
-        shutil.rmtree(folder, ignore_errors=True)
-        make_folder(folder, lambda scratch: _write(scratch, source))
+        replace_folder(folder, lambda scratch: _write(scratch, source))
         print(folder)
         return {"folder": str(folder), "checkpoint": str(source)}
     finally:
@@ -64,7 +65,10 @@ def _write(folder: Path, source: Path) -> None:
 
 def _write_as_it_came(folder: Path, source: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
     """A model of model=hf: the files it came with, the weights in the number format that its config.json names."""
-    tokenizer.save(folder)
+    if isinstance(tokenizer, Tokenizer):  # of nanochat's architecture, trained through transformers
+        huggingface.write_tokenizer(folder, tokenizer, huggingface.read_json(source / "config.json")["max_position_embeddings"])
+    else:
+        tokenizer.save(folder)
     for name in ("config.json", "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

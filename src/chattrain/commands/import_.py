@@ -10,7 +10,7 @@ from pathlib import Path
 from chattrain import importing
 from chattrain.config import Config, GPTConfig
 from chattrain.errors import UserError
-from chattrain.files import replace_text
+from chattrain.files import replace_folder, replace_text
 from chattrain.formats import nanochat
 from chattrain.schema import to_yaml
 from chattrain.tracking import setup_logging
@@ -36,7 +36,8 @@ def main(cfg: Config) -> dict:
         stage = nanochat.stage_of(folder)
         if stage not in (None, cfg.stage):
             raise UserError(f"{folder} holds a {stage} model, stage={cfg.stage} would file it as another; write stage={stage}")
-        run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / (cfg.run.name or folder.name)).expanduser().resolve()
+        name = cfg.run.name or Path(cfg.init.source).name
+        run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / name).expanduser().resolve()
         if run_dir.exists() and any(run_dir.iterdir()):
             raise UserError(f"{run_dir} is in use; choose another run.name, or remove the folder")
         return _write_run(cfg, folder, run_dir)
@@ -49,13 +50,17 @@ def _write_run(cfg: Config, folder: Path, run_dir: Path) -> dict:
     sizes = {name: size for name, size in model.sizes.items() if name != "vocab_size"}
     cfg.model, cfg.train.seq_len = GPTConfig(**sizes), model.seq_len or cfg.train.seq_len
     saved = run_dir / "checkpoints" / f"step_{model.step:06d}"
-    importing.write(saved, model, cfg.stage, to_yaml(cfg))
-    replace_text(run_dir / "config.yaml", to_yaml(cfg))
     summary = {"status": "completed", "stage": cfg.stage, "run_dir": str(run_dir), "steps": model.step,
                "num_steps": model.step, "tokens_seen": 0, "supervised_tokens": 0, "tokens_per_second": None, "metrics": {},
                "checkpoint": str(saved), "init": f"imported from {folder}", "mlflow_run_id": None, "finished_at": time.time(),
                "data": {}}
-    replace_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def fill(scratch: Path) -> None:
+        importing.write(scratch / saved.relative_to(run_dir), model, cfg.stage, to_yaml(cfg))
+        replace_text(scratch / "config.yaml", to_yaml(cfg))
+        replace_text(scratch / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+    replace_folder(run_dir, fill)
     shape = " ".join(f"model.{name}={size}" for name, size in sizes.items())
     log.info("%s is now the %s run %s (%s)", folder, cfg.stage, run_dir, shape)
     return summary

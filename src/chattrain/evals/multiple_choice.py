@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from chattrain.chat import Malformed, render_prompt
+from chattrain.chat import Malformed, render_choices
 from chattrain.data.packing import bucket, pad_rows
 from chattrain.data.sources import Rows
 from chattrain.distributed import Ranks
@@ -34,15 +34,11 @@ def questions(name: str, rows: Rows, tokenizer: Tokenizer) -> list[Question]:
     for number, row in rows.read(0, len(rows)):
         try:
             _, _, letters, answer = multiple_choice.question(row)
-            ids = render_prompt(multiple_choice.conversation(row), tokenizer)
+            ids, tokens = render_choices(multiple_choice.conversation(row), letters, tokenizer)
         except (KeyError, ValueError, TypeError, Malformed) as error:
             raise UserError(f"question set {name}, row {number}: {error!r}; a row needs question, choices and "
                             "answer (or answerKey)") from error
-        tokens = [tokenizer.encode(letter) for letter in letters]
-        if any(len(t) != 1 for t in tokens):
-            raise UserError(f"question set {name}, row {number}: each of the letters {letters} must be one token of "
-                            "the tokenizer")
-        out.append(Question(ids, [t[0] for t in tokens], answer))
+        out.append(Question(ids, tokens, answer))
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from chattrain import checkpoint
-from chattrain.errors import UserError
 from chattrain.model.gpt import GPT
 from chattrain.tokenizer import Tokenizer
 
@@ -34,25 +32,16 @@ class Foreign:
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder in another program's form, or None where there is none. Raises UserError if it is broken."""
-    from chattrain.formats import nanochat, tokenizer_json
+    from chattrain.formats import huggingface, nanochat, tokenizer_json
 
     if (folder / "tokenizer.pkl").is_file():
         return nanochat.read_tokenizer(folder)
     if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
-        content = _read_json(folder / "tokenizer.json")
-        native = tokenizer_json.read(content) if content is not None else None
+        file = folder / "tokenizer.json"
+        native = tokenizer_json.read(huggingface.read_json(file)) if file.is_file() else None
         if native is not None:
             return native
         from chattrain.hf_tokenizer import HFTokenizer
 
         return HFTokenizer(folder)
     return None
-
-
-def _read_json(file: Path) -> dict | None:
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}") from error

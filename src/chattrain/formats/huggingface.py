@@ -123,7 +123,7 @@ def holds(folder: Path) -> bool:
 
 def model_type(folder: Path) -> str:
     """Raises UserError for a config.json that cannot be read or names no type."""
-    kind = _read_json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{folder / 'config.json'} names no model_type")
     return kind
@@ -143,6 +143,11 @@ def write(folder: Path, sizes: dict[str, int], weights: dict[str, Tensor], token
         "max_position_embeddings": seq_len, "rms_norm_eps": EPS, **tokens})
     _write_json(folder / "generation_config.json", {
         "do_sample": False, "bos_token_id": bos, "pad_token_id": end, "eos_token_id": end})
+    write_tokenizer(folder, tokenizer, seq_len)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> None:
+    """What AutoTokenizer loads, chat template included."""
     _write_json(folder / "tokenizer.json", tokenizer_json.write(tokenizer))
     _write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": ASSISTANT_END, "pad_token": ASSISTANT_END,
@@ -153,7 +158,7 @@ def write(folder: Path, sizes: dict[str, int], weights: dict[str, Tensor], token
 def read(folder: Path) -> Foreign:
     """A folder of model type `nanochat`. Raises UserError for settings that our model does not compute, weights that do not
     fit, and a tokenizer that tiktoken cannot express or that has another number of tokens than the model."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type") != MODEL_TYPE:
         raise UserError(f"{folder} is of model type {config.get('model_type')}, not {MODEL_TYPE}")
     sizes = _sizes(folder / "config.json", config)
@@ -161,7 +166,7 @@ def read(folder: Path) -> Foreign:
     weights = {ours.get(name, name): tensor for name, tensor in _read_weights(folder).items()}
     if wrong := sorted(name for name, tensor in weights.items() if not tensor.is_floating_point()):
         raise UserError(f"{folder} does not fit the model: {wrong[0]} is {weights[wrong[0]].dtype}, not a floating-point format")
-    tokenizer = tokenizer_json.read(_read_json(folder / "tokenizer.json"))
+    tokenizer = tokenizer_json.read(read_json(folder / "tokenizer.json"))
     if tokenizer is None:
         raise UserError(f"{folder / 'tokenizer.json'} is none that chattrain or nanochat wrote: no tiktoken encoding with "
                         f"nanochat's special tokens gives its ids; model=hf init.from={folder} trains with it as it is")
@@ -228,7 +233,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Of one file or of several that an index names."""
     if (folder / WEIGHTS).is_file():
         return read_tensors(folder / WEIGHTS)
-    places = _read_json(folder / INDEX).get("weight_map")
+    places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise UserError(f"{folder / INDEX} holds no weight_map: the file of each tensor by name is wanted")
     files = sorted(set(places.values()))
@@ -237,7 +242,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises UserError where the file is not there or holds no JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

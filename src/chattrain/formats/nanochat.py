@@ -115,6 +115,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     if found:
         raise UserError(f"{file} is of a newer nanochat: {', '.join(f'{kind} ({name})' for kind, name in found.items())}. "
                         "chattrain reads the architecture of December 2025")
+    if wrong := [f"{name} is {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise UserError(f"{file}: {wrong[0]}, not a floating-point format")
     return {name: tensor.float() for name, tensor in state.items()}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from chattrain import checkpoint
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
+from chattrain.formats import huggingface
 
 # Texts beside the weights, which a checkpoint carries along: with them transformers loads the checkpoint itself.
 FILES = ("config.json", "generation_config.json")
@@ -33,6 +34,10 @@ class HFModel(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds, under the names that transformers uses."""
         return checkpoint.each_once(self.inner)
+
+    def train(self, mode: bool = True) -> HFModel:
+        """Always as in evaluation: dropout would make a run depend on more than its seed and its batches."""
+        return super().train(False)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -96,10 +101,24 @@ def build(vocab_size: int, start: Path, seed: int) -> HFModel:
     Raises UserError where transformers cannot load the folder as a causal model, weights are missing, or the tokenizer
     has ids that the model lacks.
     """
-    model = HFModel(_load(start), {name: (start / name).read_text() for name in FILES if (start / name).is_file()})
+    files = {name: (start / name).read_text(encoding="utf-8") for name in FILES if (start / name).is_file()}
+    model = HFModel(_load(start), files)
     if vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer of {start} has {vocab_size} tokens, its model only {model.vocab_size}")
     return model.train()
+
+
+def check_start(folder: Path, seq_len: int) -> None:
+    """Raises UserError for a folder that holds no weights to train, or a model whose positions end before seq_len does."""
+    config = huggingface.read_json(folder / "config.json")
+    partial = "quantised weights" if config.get("quantization_config") else \
+        "an adapter" if (folder / "adapter_config.json").is_file() else None
+    if partial:
+        raise UserError(f"{folder} holds {partial}: only whole floating-point weights are trained; merge or dequantise it first")
+    longest = (config.get("text_config") or config).get("max_position_embeddings") or config.get("n_positions") or seq_len
+    if seq_len > longest:
+        raise UserError(f"train.seq_len={seq_len} is more than the {longest} positions of the model in {folder}; set "
+                        f"train.seq_len={longest} or less")
 
 
 def _load(folder: Path) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from chattrain.errors import UserError
+
 GROUPS = ("matrix", "vector", "embed", "lm_head")
 
 
@@ -11,7 +13,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     """(name, parameter) pairs by group: the head's weight (an embedding tied to it included), then embeddings, then 2-D
     weights as `matrix` and smaller ones as `vector`.
 
-    Raises ValueError if a parameter fits no group.
+    Raises UserError if a parameter fits no group.
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in GROUPS}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -26,5 +28,6 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
         elif p.ndim < 2:
             groups["vector"].append((name, p))
         else:
-            raise ValueError(f"{name} of shape {tuple(p.shape)} fits no parameter group")
+            raise UserError(f"{name} of shape {tuple(p.shape)} fits no parameter group: models with stacked experts or "
+                            "convolutions are not trained here")
     return groups
