@@ -192,6 +192,11 @@ class CollatorConfig:
 
 
 @dataclass
+class JoiningCollatorConfig(CollatorConfig):
+    isolate_documents: bool = False  # attention stays within a document, positions restart
+
+
+@dataclass
 class OptimizerConfig:
     _target_: str = MISSING
     lr_scale: float = 1.0  # multiplies every group's learning rate: the key for sweeps

@@ -47,7 +47,7 @@ class Parts:
     """What the loop runs on."""
 
     model: nn.Module
-    losses_of: Callable[[Tensor, Tensor], Tensor]  # (inputs, targets), both (B, T) -> nats (B, T); compiled, autocast
+    losses_of: Callable[..., Tensor]  # a batch's arguments -> nats (B, T); compiled, autocast
     optimizer: NamedOptimizer
     lr_factor: Callable[[int], float]  # step -> factor on every learning rate
     loader: Loader
@@ -124,7 +124,7 @@ def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
         raise RunFailed(f"step {step} has no supervised token in its rows: {parts.loader.describe(step)}")
     total = torch.zeros((), device=batches[0].inputs.device)
     for batch in batches:
-        loss = parts.losses_of(batch.inputs, batch.targets).sum() / supervised
+        loss = parts.losses_of(*batch.arguments).sum() / supervised
         loss.backward()
         total += loss.detach()
     parameters = list(parts.model.parameters())

@@ -17,7 +17,7 @@ from chattrain import checkpoint, device, distributed, loop
 from chattrain.config import Config
 from chattrain.data.loader import Loader
 from chattrain.distributed import Ranks
-from chattrain.errors import UserError
+from chattrain.errors import RunFailed, UserError
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.validation import Validation
 from chattrain.files import replace_text
@@ -122,6 +122,8 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
     losses_of = forward_in(autocast, device.compiled(model, cfg.train.compile, where))
     # On a CPU the few passes of an evaluation are over before compiling them would be.
     measured = losses_of if where.type == "cuda" else forward_in(autocast, model)
+    if getattr(cfg.collator, "isolate_documents", False):
+        check_isolation(losses_of, (cfg.train.device_batch_size, cfg.train.seq_len), data.tokenizer.vocab_size, where)
     schedule = build_part(cfg.schedule)
     return loop.Parts(
         model=model, losses_of=losses_of, optimizer=optimizer,
@@ -135,11 +137,27 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
 
 
 def forward_in(autocast, module):
-    """(inputs, targets) -> losses, in the number format of the run."""
-    def losses_of(inputs, targets):
+    """A batch's arguments -> losses, in the number format of the run."""
+    def losses_of(*arguments):
         with autocast:
-            return module(inputs, targets)
+            return module(*arguments)
     return losses_of
+
+
+def check_isolation(losses_of, shape: tuple[int, int], vocab_size: int, where: torch.device) -> None:
+    """Change the first document of each row, and see that the losses of the second stay what they are, on this very device,
+    compilation and number format. Raises RunFailed otherwise."""
+    B, T = shape
+    random = torch.Generator().manual_seed(0)
+    inputs, targets, others = (torch.randint(0, vocab_size, (B, T), generator=random) for _ in range(3))
+    cut = T // 2
+    positions = torch.cat([torch.arange(cut), torch.arange(T - cut)]).expand(B, T).contiguous()
+    changed = torch.cat([others[:, :cut], inputs[:, cut:]], dim=1)
+    before, after = (losses_of(*(t.to(where) for t in (ids, targets, positions))).detach()[:, cut:] for ids in (inputs, changed))
+    if not torch.equal(before, after):
+        most = float((before - after).abs().max())
+        raise RunFailed(f"documents are not isolated on {where}: changing one moves the losses of its neighbour by up to "
+                        f"{most:.2g}. Use train.compile=false, or collator.isolate_documents=false")
 
 
 def build_evaluation(cfg: Config, data: RunData, model, losses_of, autocast, where: torch.device, ranks: Ranks):

@@ -8,12 +8,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from chattrain.config import AdamWConfig, Config, DecayScheduleConfig, GPTConfig, HFModelConfig, MuonAdamWConfig, ScheduleConfig
+from chattrain.config import (
+    AdamWConfig,
+    Config,
+    DecayScheduleConfig,
+    GPTConfig,
+    HFModelConfig,
+    JoiningCollatorConfig,
+    MuonAdamWConfig,
+    ScheduleConfig,
+)
 from chattrain.data.config import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.errors import UserError
 
 # Choices of a group that have keys of their own.
 VARIANTS = {**{f"model={size}": GPTConfig for size in ("tiny", "d6", "d12", "d20", "d32")},
+            "collator=packed": JoiningCollatorConfig, "collator=best_fit": JoiningCollatorConfig,
             "model=hf": HFModelConfig, "optimizer=muon_adamw": MuonAdamWConfig, "optimizer=adamw": AdamWConfig,
             "schedule=constant_then_linear": DecayScheduleConfig, "schedule=wsd": DecayScheduleConfig,
             "data=local": LocalDataConfig, "data=nanochat": NanochatDataConfig}
@@ -26,7 +36,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, name, node in [
-        ("model", "gpt", GPTConfig), ("model", "hf", HFModelConfig),
+        ("collator", "joining", JoiningCollatorConfig), ("model", "gpt", GPTConfig), ("model", "hf", HFModelConfig),
         ("optimizer", "muon_adamw", MuonAdamWConfig), ("optimizer", "adamw", AdamWConfig),
         ("schedule", "plain", ScheduleConfig), ("schedule", "decay", DecayScheduleConfig),
         ("data", "mixtures", DataConfig), ("data", "local", LocalDataConfig), ("data", "nanochat", NanochatDataConfig),

@@ -90,6 +90,14 @@ def test_a_tied_weight_is_saved_once_and_every_weight_is(model, reference):
     assert set(saved) == {name for name, _ in reference.named_parameters()}
 
 
+def test_a_token_sees_its_own_document_only(model):
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(3, 12)
+    with torch.no_grad():
+        together = model(IDS, None, positions)
+        torch.testing.assert_close(together[:, :5], model(IDS[:, :5]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[:, 5:], model(IDS[:, 5:]), rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_is_off_in_training_too(model):
     model.train()
     assert not any(module.training for module in model.modules())
@@ -98,10 +106,12 @@ def test_dropout_is_off_in_training_too(model):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage, optimizer", [("sft", "adamw"), ("mid", "adamw"), ("sft", "muon_adamw")])
-def test_a_run_lowers_the_loss_and_its_checkpoint_is_itself_a_hugging_face_model(talk, folder, stage, optimizer):
-    settings = ["optimizer=muon_adamw", "optimizer.vector_lr=0.01", "optimizer.lr_scale=1"] if "muon" in optimizer else []
-    summary = run(stage, folder, f"{stage}-{optimizer}", "train.max_steps=8", *settings)
+MUON = ["optimizer=muon_adamw", "optimizer.vector_lr=0.01", "optimizer.lr_scale=1"]
+
+
+@pytest.mark.parametrize("stage, others", [("sft", []), ("mid", []), ("sft", MUON), ("sft", ["collator=best_fit"])])
+def test_a_run_lowers_the_loss_and_its_checkpoint_is_itself_a_hugging_face_model(talk, folder, stage, others):
+    summary = run(stage, folder, "trained", "train.max_steps=8", *others)
     losses = [line["val/loss"] for line in metrics(summary["run_dir"]) if "val/loss" in line]
     assert summary["status"] == "completed" and losses[-1] < losses[0] - 0.1
     assert summary["init"] == str(folder)

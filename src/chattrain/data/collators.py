@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import bucket, pad_rows, shift, stretch
+from chattrain.data.packing import IGNORE_INDEX, best_fit, bucket, pad_rows, positions_of, shift, stretch
 from chattrain.errors import UserError
 
 EMPTY = -1
@@ -28,11 +30,21 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     num_tokens: int  # inputs that are no padding
     num_targets: int  # targets that are not ignored
+    positions: torch.Tensor | None = None  # (B, T) int64, from 0 in each document, where documents are isolated
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        """What the model is called with."""
+        return (self.inputs, self.targets, *([] if self.positions is None else [self.positions]))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with every tensor changed."""
+        inputs, targets, *positions = map(change, self.arguments)
+        return self._replace(inputs=inputs, targets=targets, positions=positions[0] if positions else None)
 
     def to(self, device: torch.device) -> Batch:
         pinned = device.type == "cuda"  # elsewhere an asynchronous copy may read memory that is gone
-        return self._replace(inputs=self.inputs.to(device, non_blocking=pinned),
-                             targets=self.targets.to(device, non_blocking=pinned))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=pinned))
 
 
 @dataclass
@@ -75,10 +87,13 @@ class Packed(Collator):
 
     Row r has inputs stream[rT : rT + T] and targets one further, so each token is an input once and a target once.
     With `last_epoch` the stream ends there (for evaluation): what lies behind is padding without targets.
+    `isolate_documents`: attention stays within a document, and the first token of one is no target.
     """
 
-    def __init__(self, documents: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None):
+    def __init__(self, documents: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None,
+                 isolate_documents: bool = False):
         self.documents, self.seq_len, self.pad_id, self.last_epoch = documents, seq_len, pad_id, last_epoch
+        self.isolate_documents = isolate_documents
         self.counts = Counts(documents=documents.epoch_size)
         self._starts = [0]  # of each epoch known so far, in tokens of the stream
         self._ends: dict[int, np.ndarray] = {}
@@ -92,20 +107,22 @@ class Packed(Collator):
         return max(1, math.ceil((tokens - 1) / self.seq_len))
 
     def batch(self, rows: np.ndarray) -> Batch:
-        pairs = []
+        pairs, sizes = [], []
         for row in rows:
             start = int(row) * self.seq_len
-            ids = self._tokens(start, start + self.seq_len + 1) if row != EMPTY else np.empty(0, np.int64)
-            pairs.append(shift(ids) if len(ids) > 1 else (ids[:0], ids[:0]))
-        return _as_batch(pairs, self.seq_len, self.pad_id)
+            parts = self._parts(start, start + self.seq_len + 1) if row != EMPTY else []
+            ids = np.concatenate([self.documents.document(i)[0][a:b] for i, a, b in parts]) if parts else np.empty(0, np.int64)
+            inputs, targets = shift(ids) if len(ids) > 1 else (ids[:0], ids[:0])
+            lengths = [b - a for _, a, b in parts]
+            sizes.append(_within(lengths, len(inputs)))
+            if self.isolate_documents:
+                targets[np.cumsum(lengths, dtype=np.int64)[:-1] - 1] = IGNORE_INDEX  # the next document's first token
+            pairs.append((inputs, targets))
+        return _as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
 
     def describe(self, row: int) -> str:
         parts = self._parts(row * self.seq_len, (row + 1) * self.seq_len + 1)
         return " + ".join(self.documents.describe(document) for document, _, _ in parts)
-
-    def _tokens(self, start: int, stop: int) -> np.ndarray:
-        pieces = [self.documents.document(i)[0][a:b] for i, a, b in self._parts(start, stop)]
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(document, from, to) of a stretch of the stream, which may run over the end of epochs."""
@@ -134,8 +151,8 @@ class Packed(Collator):
         return self._ends[epoch]
 
 
-class Masked(Collator):
-    """One conversation a row, padded; only supervised tokens are targets.
+class Conversations(Collator):
+    """Whole conversations in rows; only supervised tokens are targets.
 
     A conversation is cut after seq_len + 1 tokens (seq_len inputs and their targets), which is counted; one without a
     supervised token before the cut is left out, counted too. Raises UserError where that leaves none.
@@ -153,6 +170,15 @@ class Masked(Collator):
                              truncated_tokens=int((documents.lengths[usable][long] - seq_len - 1).sum()),
                              left_out=int((~usable).sum()))
 
+    def _pair(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of one conversation."""
+        ids, loss_mask = self.documents.document(document)
+        return shift(ids[: self.seq_len + 1], loss_mask[: self.seq_len + 1])
+
+
+class Masked(Conversations):
+    """One conversation a row, padded to the longest of the micro-batch."""
+
     def rows_in(self, epochs: float) -> int:
         return max(1, _up(epochs * self.documents.epoch_size))
 
@@ -163,8 +189,7 @@ class Masked(Collator):
             if document is None:
                 pairs.append((np.empty(0, np.int64), np.empty(0, np.int64)))
                 continue
-            ids, loss_mask = self.documents.document(document)
-            pairs.append(shift(ids[: self.seq_len + 1], loss_mask[: self.seq_len + 1]))
+            pairs.append(self._pair(document))
         width = bucket(max(len(x) for x, _ in pairs), self.seq_len)
         return _as_batch(pairs, width, self.pad_id)
 
@@ -184,6 +209,70 @@ class Masked(Collator):
         return int(self.documents.order(epoch)[i])
 
 
+class BestFit(Conversations):
+    """Conversations side by side in rows of seq_len, packed so that little is left free; none that fits a row is cut.
+
+    Each epoch is packed anew, whole, by best-fit decreasing, and its rows are shuffled: a function of (seed, epoch) alone.
+    With isolated documents (the default) a conversation's loss is what it is in a row of its own.
+    """
+
+    def __init__(self, documents: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None,
+                 isolate_documents: bool = True):
+        super().__init__(documents, seq_len, pad_id, last_epoch)
+        self.isolate_documents = isolate_documents
+        self.plan = lru_cache(maxsize=3)(self._plan)
+        self._starts = [0]  # first row of each epoch known so far
+
+    def rows_in(self, epochs: float) -> int:
+        whole, part = divmod(epochs, 1)
+        rows = self._start(int(whole))
+        return max(1, rows + (_up(part * len(self.plan(int(whole)))) if part else 0))
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        pairs, sizes = [], []
+        for row in rows:
+            found = [self._pair(i) for i in self._documents(int(row))]
+            empty = np.empty(0, np.int64)
+            pairs.append(tuple(np.concatenate([empty, *(pair[side] for pair in found)]) for side in (0, 1)))
+            sizes.append([len(inputs) for inputs, _ in found])
+        return _as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
+
+    def describe(self, row: int) -> str:
+        return " + ".join(self.documents.describe(i) for i in self._documents(row))
+
+    def _documents(self, row: int) -> list[int]:
+        epoch = 0
+        while row != EMPTY and self._start(epoch + 1) <= row:
+            epoch += 1
+        if row == EMPTY or (self.last_epoch is not None and epoch > self.last_epoch):
+            return []
+        return self.plan(epoch)[row - self._start(epoch)].tolist()
+
+    def _start(self, epoch: int) -> int:
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
+        return self._starts[epoch]
+
+    def _plan(self, epoch: int) -> list[np.ndarray]:
+        """Documents of each row of an epoch."""
+        order = self.documents.order(epoch)
+        row_of = best_fit(np.clip(self.documents.lengths[order] - 1, 1, self.seq_len), self.seq_len)
+        by_row = np.argsort(row_of, kind="stable")
+        rows = np.split(order[by_row], np.flatnonzero(np.diff(row_of[by_row])) + 1)
+        shuffled = np.random.default_rng([self.documents.seed, epoch, len(rows)]).permutation(len(rows))
+        return [rows[i] for i in shuffled]
+
+
+def _within(sizes: list[int], total: int) -> list[int]:
+    """Sizes cut so that they add up to the total at most.
+
+    >>> _within([3, 3, 1], 5)
+    [3, 2]
+    """
+    ends = np.minimum(np.cumsum([0, *sizes]), total)
+    return [size for size in np.diff(ends).tolist() if size]
+
+
 def _has_targets(documents: Mixture, length: int) -> np.ndarray:
     """(documents,) bool: is one of the first `length` tokens supervised? Only the masks of longer documents are read."""
     has = np.concatenate([cache.supervised > 0 for cache in documents.caches])
@@ -201,7 +290,10 @@ def _up(count: float) -> int:
     return math.ceil(round(count, 6))
 
 
-def _as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int) -> Batch:
+def _as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int,
+              sizes: list[list[int]] | None = None) -> Batch:
+    """`sizes`: of the documents of each row, where they are isolated."""
     inputs, targets = pad_rows(pairs, width, pad_id)
+    positions = None if sizes is None else torch.from_numpy(np.stack([positions_of(row, width) for row in sizes]))
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), num_tokens=sum(len(x) for x, _ in pairs),
-                 num_targets=int((targets >= 0).sum()))
+                 num_targets=int((targets >= 0).sum()), positions=positions)

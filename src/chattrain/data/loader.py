@@ -47,7 +47,7 @@ class Loader:
         groups = self.rows(step).reshape(-1, self.device_batch_size)
         batches = [self.collator.batch(rows) for rows in groups[self.rank :: self.world_size]]
         if self.device.type == "cuda":
-            batches = [b._replace(inputs=b.inputs.pin_memory(), targets=b.targets.pin_memory()) for b in batches]
+            batches = [batch.each(torch.Tensor.pin_memory) for batch in batches]
         return batches
 
 

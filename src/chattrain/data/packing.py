@@ -42,6 +42,60 @@ def stretch(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int
     return out
 
 
+def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """(items,) the row that each item goes to. Sizes are from 1 to the capacity.
+
+    A row begins with the largest item that is left and takes the largest that fits, until one or two items fill it exactly,
+    which best-fit decreasing would find by chance only. It is closed when nothing that is left fits. Of equal sizes the
+    first item comes first; rows are numbered from 0.
+
+    >>> best_fit(np.array([3, 5, 2, 4, 1]), 6)
+    array([2, 0, 1, 1, 0])
+    """
+    by_size = np.argsort(sizes, kind="stable")
+    counts = np.bincount(sizes, minlength=capacity + 1)
+    ends = np.cumsum(counts)
+    rows = np.empty(len(sizes), dtype=np.int64)
+    there = counts > 0  # (capacity + 1,) sizes that are left
+    row, free, left = 0, capacity, len(sizes)
+    while left:
+        taken = _fill(there, counts, free) or _largest(there, free)
+        if not taken:
+            row, free = row + 1, capacity
+        for size in taken:
+            rows[by_size[ends[size] - counts[size]]] = row
+            counts[size] -= 1
+            there[size] = counts[size] > 0
+            free, left = free - size, left - 1
+    return rows
+
+
+def _fill(there: np.ndarray, counts: np.ndarray, free: int) -> list[int]:
+    """One or two sizes that are left and fill what is free exactly, the largest possible; [] where there are none."""
+    if not free or there[free]:
+        return [free] if free else []
+    pairs = np.flatnonzero(there[1:free] & there[free - 1 : 0 : -1]) + 1
+    for size in pairs[::-1].tolist():  # of a size and its partner, the larger comes first
+        if 2 * size != free or counts[size] > 1:
+            return [size, free - size]
+    return []
+
+
+def _largest(there: np.ndarray, free: int) -> list[int]:
+    """The largest size that is left and fits; [] where there is none."""
+    size = free - int(there[free::-1].argmax())
+    return [size] if there[size] else []
+
+
+def positions_of(sizes: list[int], width: int) -> np.ndarray:
+    """(width,) each token's place in its document, for documents of these sizes in a row; what is left over is one more.
+
+    >>> positions_of([3, 2], 7)
+    array([0, 1, 2, 0, 1, 0, 1])
+    """
+    return np.concatenate([np.arange(size) for size in [*sizes, width - sum(sizes)]])
+
+
 def bucket(length: int, seq_len: int) -> int:
     """The width that rows of up to `length` tokens are padded to: a power of two, or seq_len. Few widths, few compilations.
 

@@ -27,15 +27,15 @@ class Validation:
         self.device, self.ranks = device, ranks
 
     @torch.no_grad()
-    def __call__(self, losses_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """`losses_of(inputs, targets)` gives the loss in nats of each target, fp32 (B, T)."""
+    def __call__(self, losses_of: Callable[..., torch.Tensor]) -> dict[str, float]:
+        """`losses_of` gives the loss in nats of each target, fp32 (B, T), from a batch's arguments."""
         nats = counted_nats = torch.zeros((), dtype=torch.float64)
         targets = bytes_ = 0
         batches = evaluation_batches(self.collator, self.num_rows, self.device_batch_size, self.ranks.rank,
                                      self.ranks.world_size)
         for batch in batches:
             batch = batch.to(self.device)
-            losses = losses_of(batch.inputs, batch.targets)
+            losses = losses_of(*batch.arguments)
             sizes = self.token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
             nats = nats + losses.sum().cpu().double()
             counted_nats = counted_nats + (losses * (sizes > 0)).sum().cpu().double()

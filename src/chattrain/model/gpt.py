@@ -66,12 +66,11 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(n_embd, n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
         q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-        mask = None
         if cache is not None:
             k, v = cache.append(layer, k, v)
             mask = _causal_mask(q.size(2), k.size(2), q.device)
@@ -100,8 +99,8 @@ class Block(nn.Module):
         self.attn = Attention(n_embd, n_head, n_kv_head)
         self.mlp = MLP(n_embd)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, cache, layer)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin, mask, cache, layer)
         return x + self.mlp(norm(x))
 
 
@@ -145,13 +144,16 @@ class GPT(nn.Module):
                 fan_out, fan_in = p.shape
                 p.normal_(std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
 
-    def features(self, inputs: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) token ids to (B, T, C): what the head reads."""
+    def features(self, inputs: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """(B, T) token ids to (B, T, C): what the head reads. positions (B, T): see `forward`."""
         first = cache.length if cache is not None else 0
         cos, sin = self._rotary(first, inputs.size(1), inputs.device)
+        mask = None
+        if positions is not None:
+            cos, sin, mask = cos[positions], sin[positions], document_mask(positions)  # (B, T, 1, D/2)
         x = norm(self.transformer.wte(inputs))
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, cos, sin, cache, layer)
+            x = block(x, cos, sin, mask, cache, layer)
         if cache is not None:
             cache.length += inputs.size(1)
         return norm(x)
@@ -160,9 +162,12 @@ class GPT(nn.Module):
         """(..., C) to fp32 (..., V), capped softly: 15 tanh(x / 15)."""
         return soft_cap(self.lm_head(features))
 
-    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        """With targets (B, T): their losses in nats, fp32 (B, T), 0 where ignored. Without: logits (B, T, V)."""
-        logits = self.logits(self.features(inputs))
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """With targets (B, T): their losses in nats, fp32 (B, T), 0 where ignored. Without: logits (B, T, V).
+
+        positions (B, T) begin at 0 with each document of a row: attention then stays within a document.
+        """
+        logits = self.logits(self.features(inputs, positions=positions))
         if targets is None:
             return logits
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -208,6 +213,13 @@ def build(vocab_size: int, start: Path | None, seed: int, **sizes: int) -> GPT:
     else:
         checkpoint.load_model(start, model)
     return model
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """(B, 1, T, T) bool: each token sees those before it in its document, which begins where positions (B, T) are 0."""
+    document = (positions == 0).cumsum(1)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same & _causal_mask(positions.size(1), positions.size(1), positions.device)
 
 
 def soft_cap(logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from chattrain import checkpoint
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.formats import huggingface
+from chattrain.model.gpt import document_mask
 
 # Texts beside the weights, which a checkpoint carries along: with them transformers loads the checkpoint itself.
 FILES = ("config.json", "generation_config.json")
@@ -48,9 +49,13 @@ class HFModel(nn.Module):
         return {"model_type": self.inner.config.model_type, "vocab_size": self.vocab_size, "n_layer": self.n_layer,
                 "n_embd": self.n_embd}
 
-    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        """With targets (B, T): their losses in nats, fp32 (B, T), 0 where ignored. Without: logits (B, T, V)."""
-        logits = self.inner(input_ids=inputs, use_cache=False).logits.float()
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """With targets (B, T): their losses in nats, fp32 (B, T), 0 where ignored. Without: logits (B, T, V).
+
+        positions (B, T) begin at 0 with each document of a row: attention then stays within a document.
+        """
+        packed = {} if positions is None else {"position_ids": positions, "attention_mask": document_mask(positions)}
+        logits = self.inner(input_ids=inputs, use_cache=False, **packed).logits.float()
         if targets is None:
             return logits
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
