@@ -49,17 +49,17 @@ def can_compile(device: torch.device) -> bool:
     return any(shutil.which(name) for name in compilers.get(device.type, ()))
 
 
-def compiled(module: torch.nn.Module, asked: bool, device: torch.device):
-    """The module compiled for static shapes, or as it is, with a warning where compilation was asked for in vain."""
+def compiles(asked: bool, device: torch.device) -> bool:
+    """Is the model to be compiled? With a warning where that was asked for in vain; readies torch.compile otherwise."""
     if asked and not can_compile(device):
         reason = "it is not used on mps" if device.type == "mps" else "no C and C++ compiler is installed"
         log.warning("train.compile=true, but %s: running without torch.compile, slower", reason)
-        return module
+        return False
     if not asked:
-        return module
+        return False
     torch.compiler.reset()  # what an earlier run of this process compiled would count against the limit
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)  # one entry a row width
-    return torch.compile(module, dynamic=False)
+    return True
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -47,7 +47,7 @@ class Parts:
     """What the loop runs on."""
 
     model: nn.Module
-    losses_of: Callable[..., Tensor]  # a batch's arguments -> nats (B, T); compiled, autocast
+    loss_of: Callable[[Batch], Tensor]  # summed nats of a batch's targets; compiled, autocast
     optimizer: NamedOptimizer
     lr_factor: Callable[[int], float]  # step -> factor on every learning rate
     loader: Loader
@@ -124,7 +124,7 @@ def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
         raise RunFailed(f"step {step} has no supervised token in its rows: {parts.loader.describe(step)}")
     total = torch.zeros((), device=batches[0].inputs.device)
     for batch in batches:
-        loss = parts.losses_of(*batch.arguments).sum() / supervised
+        loss = parts.loss_of(batch) / supervised
         loss.backward()
         total += loss.detach()
     parameters = list(parts.model.parameters())

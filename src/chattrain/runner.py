@@ -119,14 +119,17 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
         except ValueError as error:
             raise UserError(f"{plan.resume}: {error}; use the optimizer that the run began with") from error
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
-    losses_of = forward_in(autocast, device.compiled(model, cfg.train.compile, where))
+    compiles = device.compiles(cfg.train.compile, where)
+    if compiles:
+        model.compile_trunk()
     # On a CPU the few passes of an evaluation are over before compiling them would be.
-    measured = losses_of if where.type == "cuda" else forward_in(autocast, model)
+    measured = inside(autocast, torch.compile(model, dynamic=False) if compiles and where.type == "cuda" else model)
     if getattr(cfg.collator, "isolate_documents", False):
-        check_isolation(losses_of, (cfg.train.device_batch_size, cfg.train.seq_len), data.tokenizer.vocab_size, where)
+        shape = (cfg.train.device_batch_size, cfg.train.seq_len)
+        check_isolation(inside(autocast, model.trunk), shape, data.tokenizer.vocab_size, where)
     schedule = build_part(cfg.schedule)
     return loop.Parts(
-        model=model, losses_of=losses_of, optimizer=optimizer,
+        model=model, loss_of=inside(autocast, model.loss), optimizer=optimizer,
         lr_factor=lambda step: schedule(step, data.num_steps),
         loader=Loader(data.train, data.rows_per_step, cfg.train.device_batch_size, where, ranks.rank, ranks.world_size),
         evaluate=build_evaluation(cfg, data, model, measured, autocast, where, ranks),
@@ -136,27 +139,27 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
         peak_flops=device.peak_flops(where)), state
 
 
-def forward_in(autocast, module):
-    """A batch's arguments -> losses, in the number format of the run."""
-    def losses_of(*arguments):
-        with autocast:
-            return module(*arguments)
-    return losses_of
+def inside(context, function):
+    """The function, each call of it in the number format of the run."""
+    def called(*arguments):
+        with context:
+            return function(*arguments)
+    return called
 
 
-def check_isolation(losses_of, shape: tuple[int, int], vocab_size: int, where: torch.device) -> None:
-    """Change the first document of each row, and see that the losses of the second stay what they are, on this very device,
-    compilation and number format. Raises RunFailed otherwise."""
+def check_isolation(trunk, shape: tuple[int, int], vocab_size: int, where: torch.device) -> None:
+    """Change the first document of each row, and see that what the model makes of the second stays what it is, on this very
+    device, compilation and number format. Raises RunFailed otherwise."""
     B, T = shape
     random = torch.Generator().manual_seed(0)
-    inputs, targets, others = (torch.randint(0, vocab_size, (B, T), generator=random) for _ in range(3))
+    inputs, others = (torch.randint(0, vocab_size, (B, T), generator=random) for _ in range(2))
     cut = T // 2
     positions = torch.cat([torch.arange(cut), torch.arange(T - cut)]).expand(B, T).contiguous()
     changed = torch.cat([others[:, :cut], inputs[:, cut:]], dim=1)
-    before, after = (losses_of(*(t.to(where) for t in (ids, targets, positions))).detach()[:, cut:] for ids in (inputs, changed))
+    before, after = (trunk(ids.to(where), None, positions.to(where)).detach()[:, cut:] for ids in (inputs, changed))
     if not torch.equal(before, after):
         most = float((before - after).abs().max())
-        raise RunFailed(f"documents are not isolated on {where}: changing one moves the losses of its neighbour by up to "
+        raise RunFailed(f"documents are not isolated on {where}: changing one moves the features of its neighbour by up to "
                         f"{most:.2g}. Use train.compile=false, or collator.isolate_documents=false")
 
 

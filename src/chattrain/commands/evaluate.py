@@ -56,7 +56,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     where = device.pick_device(cfg.train.device, ranks.local_rank)
     model = build_part(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(where)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
-    losses_of = runner.forward_in(autocast, model)  # a single pass is over before a compilation would pay
+    losses_of = runner.inside(autocast, model)  # a single pass is over before a compilation would pay
     metrics = runner.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks)(0)
     if not metrics:
         raise UserError("there is nothing to evaluate: eval=none, or no question set and no validation; "

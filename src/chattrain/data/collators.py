@@ -31,16 +31,17 @@ class Batch(NamedTuple):
     num_tokens: int  # inputs that are no padding
     num_targets: int  # targets that are not ignored
     positions: torch.Tensor | None = None  # (B, T) int64, from 0 in each document, where documents are isolated
+    supervised: torch.Tensor | None = None  # (N,) int64, places of targets in the flattened batch; None: all of it
 
     @property
     def arguments(self) -> tuple[torch.Tensor, ...]:
-        """What the model is called with."""
+        """What the model is called with for the losses of single targets."""
         return (self.inputs, self.targets, *([] if self.positions is None else [self.positions]))
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The batch with every tensor changed."""
-        inputs, targets, *positions = map(change, self.arguments)
-        return self._replace(inputs=inputs, targets=targets, positions=positions[0] if positions else None)
+        tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        return self._replace(**{name: change(tensor) for name, tensor in tensors.items()})
 
     def to(self, device: torch.device) -> Batch:
         pinned = device.type == "cuda"  # elsewhere an asynchronous copy may read memory that is gone
@@ -295,5 +296,7 @@ def _as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: in
     """`sizes`: of the documents of each row, where they are isolated."""
     inputs, targets = pad_rows(pairs, width, pad_id)
     positions = None if sizes is None else torch.from_numpy(np.stack([positions_of(row, width) for row in sizes]))
+    places = np.flatnonzero(targets >= 0)
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), num_tokens=sum(len(x) for x, _ in pairs),
-                 num_targets=int((targets >= 0).sum()), positions=positions)
+                 num_targets=len(places), positions=positions,
+                 supervised=torch.from_numpy(places) if len(places) < targets.size else None)

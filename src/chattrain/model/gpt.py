@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chattrain import checkpoint
+from chattrain.data.collators import Batch
 from chattrain.data.packing import IGNORE_INDEX
+from chattrain.model.head import summed_loss
 
 ROPE_BASE = 10_000.0
 LOGIT_CAP = 15.0
@@ -120,6 +122,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(n_embd, n_head, self.n_kv_head) for _ in range(n_layer)),
         })
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.trunk, self.compiles = self.features, False  # what training runs; see compile_trunk
 
     files: ClassVar[dict[str, str]] = {}  # texts that a checkpoint carries beside the weights: none
 
@@ -172,6 +175,18 @@ class GPT(nn.Module):
             return logits
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view(targets.shape)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum in nats, fp32, of the losses of the batch's targets. The head is computed for the supervised places alone."""
+        features = self.trunk(batch.inputs, None, batch.positions).flatten(0, 1)
+        targets = batch.targets.flatten()
+        if batch.supervised is not None:
+            features, targets = features[batch.supervised], targets[batch.supervised]
+        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self.compiles)
+
+    def compile_trunk(self) -> None:
+        """Compile what `loss` runs, for static shapes (one compilation a width of rows)."""
+        self.trunk, self.compiles = torch.compile(self.features, dynamic=False), True
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chattrain import checkpoint
+from chattrain.data.collators import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.formats import huggingface
@@ -29,6 +30,7 @@ class HFModel(nn.Module):
     def __init__(self, inner: nn.Module, files: dict[str, str]):
         super().__init__()
         self.inner, self.files = inner, files
+        self.trunk = self._logits  # what training runs; see compile_trunk
         config = inner.config.get_text_config()
         self.vocab_size, self.n_embd, self.n_layer = config.vocab_size, config.hidden_size, config.num_hidden_layers
 
@@ -54,12 +56,26 @@ class HFModel(nn.Module):
 
         positions (B, T) begin at 0 with each document of a row: attention then stays within a document.
         """
-        packed = {} if positions is None else {"position_ids": positions, "attention_mask": document_mask(positions)}
-        logits = self.inner(input_ids=inputs, use_cache=False, **packed).logits.float()
+        logits = self._logits(inputs, None, positions).float()
         if targets is None:
             return logits
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view(targets.shape)
+
+    def _logits(self, inputs: Tensor, cache: None = None, positions: Tensor | None = None) -> Tensor:
+        packed = {} if positions is None else {"position_ids": positions, "attention_mask": document_mask(positions)}
+        return self.inner(input_ids=inputs, use_cache=False, **packed).logits
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum in nats, fp32, of the losses of the batch's targets."""
+        logits, targets = self.trunk(batch.inputs, None, batch.positions).flatten(0, 1), batch.targets.flatten()
+        if batch.supervised is not None:
+            logits, targets = logits[batch.supervised], targets[batch.supervised]
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def compile_trunk(self) -> None:
+        """Compile what `loss` runs, for static shapes (one compilation a width of rows)."""
+        self.trunk = torch.compile(self._logits, dynamic=False)
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:

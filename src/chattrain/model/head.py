@@ -1,0 +1,74 @@
+"""Head and loss in one, in chunks: logits of all tokens are never there at once.
+
+A head of V tokens on N features wants N x V logits, their exponentials and their gradients; at 4,096 tokens and a vocabulary of
+65,536 that is a gigabyte each. Here a chunk of rows goes through head, soft cap, cross-entropy and the gradients of all of them
+before the next one begins, as in Liger (https://arxiv.org/abs/2410.10989). The gradients wait for backward, which multiplies
+them by that of the sum.
+
+N tokens, C channels, V vocabulary, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits of a chunk, R x V: what a CPU's last cache holds, 1 GiB on a GPU
+
+
+def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, compile: bool) -> Tensor:
+    """Sum of the cross-entropies in nats, fp32, of features (N, C) against targets (N,), all of them token ids.
+
+    Logits are cap x tanh(x / cap) of features times weight (V, C). Under autocast the matrix products are in its format.
+    """
+    return _SummedLoss.apply(features, weight, targets, cap, compile)
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, cap: float, compile: bool) -> Tensor:
+        device = features.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        x, w = features.detach().to(dtype), weight.detach().to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x)
+        grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        chunk_of = _compiled() if compile else _loss_and_gradient
+        size = max(64, CHUNK_ELEMENTS.get(device, 1 << 22) // len(w))
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(x), size):
+                rows = x[start : start + size]
+                logits, wanted = rows @ w.T, targets[start : start + size]
+                if compile:
+                    for tensor in (logits, wanted):
+                        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one compilation for all numbers of rows
+                loss, grad = chunk_of(logits, wanted, cap)
+                total += loss
+                grad_x[start : start + size] = grad @ w
+                grad_w += grad.T @ rows
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.dtypes = features.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        grad_x, grad_w = ctx.saved_tensors
+        return (grad_x * upstream).to(ctx.dtypes[0]), (grad_w * upstream).to(ctx.dtypes[1]), None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Of logits (R, V) before the cap: the summed loss, fp32, and its gradient on them, in their format."""
+    turned = torch.tanh(logits.float() / cap)
+    capped = turned * cap
+    log_sum = capped.logsumexp(dim=1, keepdim=True)
+    loss = (log_sum[:, 0] - capped.gather(1, targets[:, None])[:, 0]).sum()
+    hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
+    grad = ((capped - log_sum).exp() - hit.float()) * (1 - turned * turned)
+    return loss, grad.to(logits.dtype)
+
+
+@lru_cache(maxsize=1)
+def _compiled():
+    return torch.compile(_loss_and_gradient)
