@@ -186,7 +186,15 @@ def test_a_message_that_the_template_changes_is_refused(tmp_path):
 
 
 def test_what_the_template_itself_refuses_is_refused_with_its_words(tmp_path):
-    assert "roles must alternate" in refusal(tmp_path, tiny_hf.INSTRUCT, [TALK[1], TALK[1]])
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}" + tiny_hf.CHATML
+    assert "no system turn here" in refusal(tmp_path, template)
+
+
+@pytest.mark.parametrize("messages, reason", [
+    ([TALK[1], {"role": "asistant", "content": "x"}], "message 1 is from 'asistant' where 'assistant' must speak"),
+    ([TALK[0], TALK[2]], "message 1 is from 'assistant' where 'user'"), ([TALK[1], TALK[1]], "message 1 is from 'user'")])
+def test_roles_that_do_not_take_turns_are_refused(tmp_path, messages, reason):
+    assert reason in refusal(tmp_path, tiny_hf.CHATML, messages)
 
 
 def test_text_that_looks_like_a_special_token_is_refused(tmp_path):

@@ -179,6 +179,15 @@ def test_import_of_another_architecture_names_the_way_out(place, tmp_path, capsy
     assert "model=hf" in message
 
 
+@pytest.mark.parametrize("command", ["import", "train"])
+def test_a_folder_above_the_model_and_its_file_are_refused_with_a_hint(place, nanochat, capsys, command):
+    for above in (nanochat.parent, nanochat.parents[1]):
+        message = refused(capsys, f"command={command}", "stage=base", *TINY, f"init.from={above}")
+        assert f"did you mean {nanochat.resolve()}?" in message
+    assert "name its folder" in refused(capsys, f"command={command}", "stage=base", *TINY,
+                                        f"init.from={nanochat}/model_000650.pt")
+
+
 def test_a_model_of_other_sizes_is_refused_with_the_sizes(place, nanochat, capsys):
     assert "n_layer=2" in refused(capsys, "stage=mid", *TINY, "model.n_layer=3", f"init.from={nanochat}")
 
@@ -213,6 +222,16 @@ def test_export_takes_the_newest_finished_run_of_the_stage_whatever_its_model(pl
     assert Path(made["folder"]) == Path(trained["run_dir"]) / "hf" / "step_000001"
     assert capsys.readouterr().out.strip().endswith(made["folder"])
     assert json.loads((Path(made["folder"]) / "config.json").read_text())["max_position_embeddings"] == 64
+
+
+def test_export_takes_the_run_of_the_model_asked_for_before_a_newer_one(place):
+    pytest.importorskip("transformers")
+    ours = one_step("stage=sft", "init.from=scratch", "run.name=ours")
+    settings = [o for o in TINY if not o.startswith(("model.", "tokenizer."))]
+    llama = tiny_hf.write_model(place / "llama")
+    theirs = chattrain.run(["stage=sft", *settings, "model=hf", "train.max_steps=1", f"init.from={llama}", "run.name=theirs"])
+    assert run("export", "stage=sft", *TINY)["checkpoint"] == ours["checkpoint"]
+    assert run("export", "stage=sft", "model=hf")["checkpoint"] == theirs["checkpoint"]
 
 
 def test_a_second_export_replaces_the_first_and_nothing_else(place, capsys):

@@ -130,6 +130,20 @@ def test_more_steps_go_on_from_where_it_ended(short, caplog):
     assert any("planned for 4 steps, now for 6" in r.message for r in caplog.records if r.levelname == "WARNING")
 
 
+def test_an_interrupted_run_is_not_finished_by_asking_for_fewer_steps(short):
+    file = Path(short["run_dir"]) / "summary.json"
+    file.write_text(json.dumps(short | {"status": "interrupted"}))
+    before = contents(Path(short["run_dir"]))
+    with pytest.raises(UserError, match="at step 4, beyond the 2 steps asked for"):
+        again(short, "train.max_steps=2")
+    assert contents(Path(short["run_dir"])) == before
+
+
+def test_another_start_is_no_start_for_a_run_that_goes_on_and_warned_of(short, caplog):
+    again(short, "train.max_steps=6", "init.from=auto")
+    assert any("init.from" in r.message and "-> auto" in r.message for r in caplog.records if r.levelname == "WARNING")
+
+
 @pytest.mark.parametrize("changed", ["data.train_path=other.jsonl", "run.seed=5", "train.seq_len=32",
                                      "train.rows_per_step=8", "collator=masked", "model.n_layer=3", "optimizer=adamw"])
 def test_a_run_does_not_go_on_with_other_settings_and_stays_as_it_was(short, changed):

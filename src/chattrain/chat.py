@@ -116,11 +116,9 @@ def pieces(conversation: dict[str, Any]) -> list[Piece]:
     messages = messages_of(conversation)
     turns = _merge_system(messages)
     first = len(messages) - len(turns)  # messages are counted as they were given
+    check_turns(turns, first)
     for i, message in enumerate(turns, first):
         role, content = message["role"], message["content"]
-        expected = "user" if (i - first) % 2 == 0 else "assistant"
-        if role != expected:
-            raise Malformed(f"message {i} is from {role!r} where {expected!r} must speak")
         if role == "user":
             if not isinstance(content, str):
                 raise Malformed(f"message {i}: a user's content must be a string, not {type(content).__name__}")
@@ -130,6 +128,14 @@ def pieces(conversation: dict[str, Any]) -> list[Piece]:
             out += _assistant_pieces(content, i)
             out.append(Piece(ASSISTANT_END, True, True))
     return out
+
+
+def check_turns(turns: list[dict[str, Any]], first: int) -> None:
+    """Raises Malformed where user and assistant do not take turns, the user first. `first`: number of the first message."""
+    for i, message in enumerate(turns, first):
+        expected = "user" if (i - first) % 2 == 0 else "assistant"
+        if message["role"] != expected:
+            raise Malformed(f"message {i} is from {message['role']!r} where {expected!r} must speak")
 
 
 def _assistant_pieces(content: Any, i: int) -> list[Piece]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chattrain.chat import Malformed, Piece, is_text, messages_of
+from chattrain.chat import Malformed, Piece, check_turns, is_text, messages_of
 from chattrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class ChatTemplate:
         if is_text(document):
             return self._text(document["text"])
         messages = messages_of(document)
+        first = int(messages[0]["role"] == "system")
+        check_turns(messages[first:], first)
         segments = [_segments(message["content"], i) for i, message in enumerate(messages)]
         texts = ["".join(text for text, _ in parts) for parts in segments]
         self._refuse_look_alikes(texts)

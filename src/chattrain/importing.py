@@ -24,8 +24,11 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "model_*.
 def find_folder(name: str) -> Path:
     """The folder that a name means: itself, or a snapshot of the hub's repository. Raises UserError where there is neither."""
     folder = Path(name).expanduser()
-    if folder.is_dir() or not HUB_NAME.fullmatch(name):
+    if folder.is_dir():
         return folder
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"{folder} is a file; name its folder" if folder.is_file() else
+                        f"no folder {folder}; the path is looked up from {Path.cwd()}, and a hub name is owner/name")
     from huggingface_hub import snapshot_download
 
     try:
@@ -34,6 +37,12 @@ def find_folder(name: str) -> Path:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"there is no folder {name} (looked up from {Path.cwd()}), and the hub gives no repository of that "
                         f"name: {reason[0]}") from error
+
+
+def hint(folder: Path) -> str:
+    """`; did you mean ...?` where a model of nanochat lies one or two folders further down."""
+    below = sorted(f for pattern in ("*/model_*.pt", "*/*/model_*.pt") for f in folder.glob(pattern))
+    return f"; did you mean {below[0].parent}?" if below else ""
 
 
 def is_foreign(folder: Path) -> bool:
@@ -53,8 +62,8 @@ def read(folder: Path, tokenizer_path: str | None) -> Foreign:
         return nanochat.read(folder, given)
     kind = huggingface.model_type(folder)
     if kind != "nanochat":
-        raise UserError(f"{folder} holds a Hugging Face model of type {kind}, which is trained as it is: model=hf "
-                        f"init.from={folder}")
+        raise UserError(f"{folder} holds a Hugging Face model of type {kind}, which is trained as it is, without an import: "
+                        f"model=hf init.from={folder}")
     return huggingface.read(folder)
 
 

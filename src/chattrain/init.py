@@ -41,6 +41,8 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
             return Start(folder, str(folder))
         if importing.is_foreign(folder):
             found = importing.as_checkpoint(folder, tokenizer_path, cache)
+        elif hint := importing.hint(folder):
+            raise UserError(f"it holds no model{hint}")
         else:
             found = checkpoint.resolve(Path(init.source).expanduser())
     except UserError as error:

@@ -121,8 +121,8 @@ def _resumed_plan(cfg: Config, plan: Plan, data: RunData) -> Plan:
     if before["optimizer"]["_target_"] != now["optimizer"]["_target_"]:
         raise UserError(f"{plan.run_dir} was begun with the optimizer {before['optimizer']['_target_']}, so it cannot go on "
                         f"with {cfg.optimizer._target_}; use another run.name, or run.resume=never to start anew")
-    changed = [f"{group}.{key} {before[group].get(key)} -> {value}" for group in ("optimizer", "schedule", "train")
-               for key, value in now[group].items() if before[group].get(key) != value]
+    changed = [f"{group}.{key} {before[group].get(key)} -> {value}" for group in ("init", "optimizer", "schedule", "train")
+               for key, value in now[group].items() if before[group].get(key) != value and (group != "init" or key == "from")]
     if changed:
         log.warning("the run goes on with other settings than it began with: %s", ", ".join(changed))
     if state.num_steps != data.num_steps:
@@ -135,6 +135,9 @@ def _resumed_plan(cfg: Config, plan: Plan, data: RunData) -> Plan:
             log.info("%s is complete (step %d of %d): nothing to do. run.resume=never starts anew",
                      plan.run_dir, state.step, data.num_steps)
             return Plan(**{**plan.__dict__, "finished": finished})
+    if state.step > data.num_steps:
+        raise UserError(f"{plan.run_dir} is at step {state.step}, beyond the {data.num_steps} steps asked for; ask for more "
+                        "(train.max_steps, train.num_epochs), or use another run.name")
     log.info("going on from %s (step %d of %d)", plan.resume, state.step, data.num_steps)
     return plan
 

@@ -15,6 +15,7 @@ from chattrain.errors import UserError
 from chattrain.formats import nanochat
 from chattrain.tokenizer import Tokenizer
 from tests.foreign import random_gpt, write_nanochat
+from tests.helpers import damage
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2}
 
@@ -380,6 +381,11 @@ def test_weights_that_are_no_dense_tensors_are_refused(folder, make):
 def test_a_tensor_with_and_without_the_prefix_is_refused(folder):
     twice = {"_orig_mod.lm_head.weight": torch.zeros(1)}
     assert "_orig_mod." in refusal(change(folder, weights=lambda w: w | twice))
+
+
+def test_one_flipped_byte_of_the_weights_is_found(folder):
+    damage(folder / "model_000650.pt")
+    assert "is damaged" in refusal(folder)
 
 
 def test_a_folder_without_a_tokenizer_names_the_places_and_the_way_out(folder):

@@ -34,7 +34,7 @@ def main(cfg: Config) -> dict:
 
 
 def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
-    """What init.from names; auto: of the newest finished run of this stage.
+    """What init.from names; auto: of the newest finished run of this stage and model (any_model: else of any).
 
     Raises UserError where there is none, or (without any_model) where it holds another model than the configuration.
     """
@@ -42,7 +42,9 @@ def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
         raise UserError(f"command={cfg.command.name} needs a trained model; name a run or checkpoint with init.from")
     if cfg.init.source != "auto":
         return find_start(cfg, any_model).checkpoint
-    found = init.newest_finished(Path(cfg.run.root), cfg.stage, None if any_model else cfg.model)
+    found = init.newest_finished(Path(cfg.run.root), cfg.stage, cfg.model)
+    if found is None and any_model:
+        found = init.newest_finished(Path(cfg.run.root), cfg.stage, None)
     if found is None:
         raise UserError(f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
                         "a run or checkpoint with init.from")

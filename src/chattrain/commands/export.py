@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from chattrain.files import replace_folder
 from chattrain.formats import huggingface
 from chattrain.tokenizer import Tokenizer
 from chattrain.tracking import setup_logging
+
+log = logging.getLogger("chattrain")
 
 MARK = "chattrain_export.json"  # says that the folder is an export and may be replaced by the next one
 
@@ -36,6 +39,8 @@ def main(cfg: Config) -> dict:
         if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
             raise UserError(f"export.dir={folder} is in use and holds no earlier export; name another folder")
         replace_folder(folder, lambda scratch: _write(scratch, source))
+        kind = checkpoint.load_state(source).model.get("model_type", huggingface.MODEL_TYPE)
+        log.info("%s (model type %s) is exported to", source, kind)
         print(folder)
         return {"folder": str(folder), "checkpoint": str(source)}
     finally:

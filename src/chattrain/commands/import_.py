@@ -32,7 +32,7 @@ def main(cfg: Config) -> dict:
         folder = importing.find_folder(cfg.init.source).resolve()
         if not importing.is_foreign(folder):
             raise UserError(f"init.from={cfg.init.source} is no model of nanochat (model_NNNNNN.pt) or Hugging Face "
-                            "(config.json, model.safetensors)")
+                            f"(config.json, model.safetensors){importing.hint(folder)}")
         stage = nanochat.stage_of(folder)
         if stage not in (None, cfg.stage):
             raise UserError(f"{folder} holds a {stage} model, stage={cfg.stage} would file it as another; write stage={stage}")

@@ -157,6 +157,8 @@ def _is_plain(value: Any) -> bool:
 
 def _load(file: Path) -> Any:
     """torch.load of tensors and plain values, nothing else; a zip file, as torch.save writes it, is mapped."""
+    if zipfile.is_zipfile(file) and (bad := _damaged(file)):
+        raise UserError(f"{file} is damaged: {bad} has another checksum; fetch it anew")
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
     except Exception as error:  # of zip files, of pickles, of the disk: many kinds, one meaning
@@ -165,6 +167,15 @@ def _load(file: Path) -> Any:
             raise UserError(f"{file} asks for more than tensors, {asked[1]}: refused; save it anew with tensors alone") from error
         raise UserError(f"{file} cannot be read as tensors ({type(error).__name__}): it is damaged or no file of torch.save; "
                         "fetch it anew") from error
+
+
+def _damaged(file: Path) -> str | None:
+    """The first part of a zip file whose checksum is wrong, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        return f"its directory ({error})"
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
