@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chattrain import checkpoint, importing
-from chattrain.config import HFModelConfig, InitConfig, ModelConfig
+from chattrain.config import InitConfig
 from chattrain.errors import UserError
+from chattrain.model.config import HFModelConfig, ModelConfig
 
 log = logging.getLogger("chattrain")
 

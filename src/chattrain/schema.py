@@ -12,14 +12,13 @@ from chattrain.config import (
     AdamWConfig,
     Config,
     DecayScheduleConfig,
-    GPTConfig,
-    HFModelConfig,
     JoiningCollatorConfig,
     MuonAdamWConfig,
     ScheduleConfig,
 )
 from chattrain.data.config import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.errors import UserError
+from chattrain.model.config import GPTConfig, HFModelConfig
 
 # Choices of a group that have keys of their own.
 VARIANTS = {**{f"model={size}": GPTConfig for size in ("tiny", "d6", "d12", "d20", "d32")},

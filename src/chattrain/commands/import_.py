@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 from chattrain import importing
-from chattrain.config import Config, GPTConfig
+from chattrain.config import Config
 from chattrain.errors import UserError
 from chattrain.files import replace_folder, replace_text
 from chattrain.formats import nanochat
+from chattrain.model.config import GPTConfig
 from chattrain.schema import to_yaml
 from chattrain.tracking import setup_logging
 
