@@ -194,7 +194,7 @@ def test_our_own_checkpoint_under_model_hf_and_the_reverse_are_refused_with_the_
     ours = chattrain.run(["stage=base", *TINY, "run.name=ours", "train.max_steps=1", "init.from=scratch"])
     assert "none of Hugging Face's" in refused(capsys, f"init.from={ours['run_dir']}")
     outcome = command_line(capsys, "stage=sft", *TINY, f"init.from={folder}")
-    assert outcome.status == 2 and "which is trained as it is: model=hf" in outcome.message
+    assert outcome.status == 2 and "trained as it is, without an import: model=hf" in outcome.message
 
 
 def test_a_bad_conversation_is_refused_at_the_start_with_the_turn(talk, folder, capsys):
