@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.timing import show
 
-CASES = ("tokenise", "optimizer", "mid")
+CASES = ("tokenise", "optimizer", "mid", "sft")
 
 
 def main() -> None:

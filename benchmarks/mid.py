@@ -1,8 +1,8 @@
 """A whole mid step (forward, backward, optimizer, data) against the same written plainly with stock parts.
 
-Same model and batch: 8,192 tokens a step, rows of 512, in the CPU's or GPU's best number format, without compilation
-on either side. The reference tokenises as it goes into a deque, computes the mean loss of each micro-batch, and steps
-torch.optim.Muon and torch.optim.AdamW.
+Same model and batch: 8,192 tokens a step, rows of 512, in bf16 and in fp32, compiled on both sides. The reference tokenises as
+it goes into a deque, computes all logits and the mean loss of each micro-batch, and steps torch.optim.Muon and
+torch.optim.AdamW.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ MODEL = ["model.n_layer=6", "model.n_embd=384", "model.n_head=3"]
 
 
 def measure() -> list[dict]:
+    return [_measure(dtype) for dtype in ("bf16", "fp32")]
+
+
+def _measure(dtype: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         cfg = compose(["stage=mid", "init.from=scratch", f"run.root={folder}", "eval=none", "tracking=none", *MODEL,
                        f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}", "train.max_steps=1000",
-                       f"train.total_batch_size={TOKENS}", "train.compile=false"])
+                       f"train.total_batch_size={TOKENS}", f"train.dtype={dtype}", "tokenizer.vocab_size=8192"])
         plan, data = make_plan(cfg, world_size=1)
         parts, _ = build_parts(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
         reference = Reference(cfg, data.tokenizer)
@@ -43,7 +47,15 @@ def measure() -> list[dict]:
 
         seconds = in_turns(ours, reference.step, rounds=5)
         parts.loader.close()
-    return [row("mid step, d6, 8,192 tokens, eager", TOKENS, "tokens", *seconds)]
+    return row(f"mid step, d6, 8,192 tokens, {dtype}", TOKENS, "tokens", *seconds)
+
+
+def stock_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """torch's own Muon on the blocks and AdamW on embeddings and head."""
+    matrices = [p for n, p in model.named_parameters() if n.startswith("transformer.h")]
+    rest = [p for n, p in model.named_parameters() if not n.startswith("transformer.h")]
+    return [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)]
 
 
 class Reference:
@@ -57,10 +69,8 @@ class Reference:
         self.model = GPT(tokenizer.vocab_size, n_layer=6, n_embd=384, n_head=3)
         self.model.init_weights(torch.Generator().manual_seed(0))
         self.model.to(self.device)
-        matrices = [p for n, p in self.model.named_parameters() if n.startswith("transformer.h")]
-        rest = [p for n, p in self.model.named_parameters() if not n.startswith("transformer.h")]
-        self.optimizers = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
-                           torch.optim.AdamW(rest, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)]
+        self.compiled = torch.compile(self.model, dynamic=False)
+        self.optimizers = stock_optimizers(self.model)
         self.tokenizer, self.tokens = tokenizer, deque()
         self.rows = iter(generated.rows("count_letters", "train", 4000) * 100)
 
@@ -77,7 +87,7 @@ class Reference:
         for _ in range(micro):
             inputs, targets = self.batch()
             with self.autocast:
-                logits = self.model(inputs)
+                logits = self.compiled(inputs)
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / micro
             loss.backward()
         for optimizer in self.optimizers:

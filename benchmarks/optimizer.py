@@ -11,8 +11,8 @@ from chattrain.optim.muon_adamw import build
 
 def measure() -> list[dict]:
     ours, reference = _model(), _model()
-    mine = build(ours, lr_scale=1.0, matrix_lr=0.02, embed_lr=0.2, lm_head_lr=0.004, momentum=0.95, momentum_start=0.85,
-                 momentum_warmup_steps=300, ns_steps=5, betas=[0.8, 0.95], eps=1e-10, weight_decay=0.0)
+    mine = build(ours, lr_scale=1.0, matrix_lr=0.02, embed_lr=0.2, lm_head_lr=0.004, vector_lr=None, momentum=0.95,
+                 momentum_start=0.85, momentum_warmup_steps=300, ns_steps=5, betas=[0.8, 0.95], eps=1e-10, weight_decay=0.0)
     matrices = [p for n, p in reference.named_parameters() if n.startswith("transformer.h")]
     rest = [p for n, p in reference.named_parameters() if not n.startswith("transformer.h")]
     theirs = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),

@@ -97,14 +97,16 @@ def positions_of(sizes: list[int], width: int) -> np.ndarray:
 
 
 def bucket(length: int, seq_len: int) -> int:
-    """The width that rows of up to `length` tokens are padded to: a power of two, or seq_len. Few widths, few compilations.
+    """The width that rows of up to `length` tokens are padded to: 32, 48, 64, 96, 128, ... or seq_len.
 
-    >>> [bucket(n, 200) for n in (1, 33, 64, 129, 200)]
-    [32, 64, 64, 200, 200]
+    Few widths, so few compilations; at most a third of a row is padding.
+
+    >>> [bucket(n, 200) for n in (1, 33, 64, 129, 193)]
+    [32, 48, 64, 192, 200]
     """
     width = SHORTEST_BUCKET
     while width < length:
-        width *= 2
+        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
     return min(width, seq_len)
 
 

@@ -1,0 +1,135 @@
+"""Supervised tokens a second of sft on conversations, masked and best_fit, against padded batches as they come.
+
+d6, rows of up to 512 tokens. The reference takes 8 conversations at random, pads them to the longest, computes all logits and
+the mean loss of each micro-batch, uncompiled because its widths are many (as nanochat's chat_sft), and steps torch.optim.Muon
+and torch.optim.AdamW after 32 conversations. Real conversations where BENCHMARK_DATA names a folder with sgd/ and
+gsm8k/main/ (Parquet, the hub's columns), else generated ones, which are short.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.mid import MODEL, stock_optimizers
+from benchmarks.timing import show
+from chattrain import loop
+from chattrain.compose import compose
+from chattrain.device import autocast, pick_device, use_bf16
+from chattrain.distributed import Ranks
+from chattrain.model.gpt import GPT
+from chattrain.prepare import make_plan
+from chattrain.runner import build_parts
+from chattrain.tracking import NullTracker
+
+ROWS, SEQ_LEN, CONVERSATIONS, SECONDS = 8, 512, 32, 15.0
+
+
+def measure() -> list[dict]:
+    """Each in its turn for the same time, after the steps that warm up and compile."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {collator: Ours(collator, folder) for collator in ("masked", "best_fit")}
+        reference = Reference(runs["masked"].cfg, runs["masked"].data)
+        everyone = {**runs, "reference": reference}
+        rates = {name: [] for name in everyone}
+        for run in everyone.values():
+            run.warm_up()
+        for _ in range(3):
+            for name, run in everyone.items():
+                rates[name].append(_rate(run.step, SECONDS / 3))
+        for run in runs.values():
+            run.parts.loader.close()
+    middle = {name: float(np.median(found)) for name, found in rates.items()}
+    return [{"case": f"sft, d6, {name}", "unit": "supervised/s", "ours": middle[name], "reference": middle["reference"],
+             "ratio": middle[name] / middle["reference"]} for name in runs]
+
+
+def _rate(step, seconds: float) -> float:
+    """Supervised tokens a second of steps that take about so long."""
+    begun, tokens = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        tokens += step()
+    return tokens / (time.perf_counter() - begun)
+
+
+def _data() -> list[str]:
+    folder = os.environ.get("BENCHMARK_DATA")
+    if folder is None:
+        return ["data=demo"]
+    paths = [Path(folder).resolve() / name for name in ("sgd/train.parquet", "gsm8k/main/train.parquet")]
+    return ["data=local", f"data.train_path=[{paths[0]},{paths[1]}]", "data.schema=[messages,gsm8k]",
+            "tokenizer.vocab_size=8192"]
+
+
+class Ours:
+    def __init__(self, collator: str, folder: str):
+        rows = CONVERSATIONS if collator == "masked" else ROWS
+        self.cfg = compose(["stage=sft", "init.from=scratch", f"run.root={folder}/{collator}", "eval=none", "tracking=none",
+                            *MODEL, f"collator={collator}", f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}",
+                            "train.max_steps=100000", f"train.rows_per_step={rows}", *_data()])
+        plan, self.data = make_plan(self.cfg, world_size=1)
+        self.parts, _ = build_parts(self.cfg, plan, Ranks(), self.data, NullTracker(), lambda: False, None)
+        self.number = 0
+
+    def step(self) -> int:
+        result = loop.train_step(self.parts, self.parts.loader.step(self.number), self.number)
+        self.number += 1
+        return result.supervised
+
+    def warm_up(self) -> None:
+        """Until a few steps in a row have met no new width."""
+        for _ in range(12):
+            self.step()
+
+
+class Reference:
+    """What a careful user would write with stock parts."""
+
+    def __init__(self, cfg, data):
+        self.device = pick_device(cfg.train.device)
+        self.autocast = autocast(use_bf16(cfg.train.dtype, self.device), self.device)
+        self.documents, self.pad_id = data.train.documents, data.tokenizer.pad_id
+        self.model = GPT(data.tokenizer.vocab_size, n_layer=6, n_embd=384, n_head=3)
+        self.model.init_weights(torch.Generator().manual_seed(0))
+        self.model.to(self.device)
+        self.optimizers = stock_optimizers(self.model)
+        self.order, self.cursor = self.documents.order(0), 0
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        taken = [self.documents.document(int(i)) for i in self.order[self.cursor : self.cursor + ROWS]]
+        self.cursor = (self.cursor + ROWS) % (len(self.order) - ROWS)
+        width = max(min(len(ids), SEQ_LEN + 1) for ids, _ in taken) - 1
+        inputs, targets = torch.full((ROWS, width), self.pad_id), torch.full((ROWS, width), -1)
+        for row, (ids, mask) in enumerate(taken):
+            ids, mask = torch.from_numpy(ids[: SEQ_LEN + 1].astype(np.int64)), torch.from_numpy(mask[: SEQ_LEN + 1].copy())
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            targets[row, : len(ids) - 1] = ids[1:].masked_fill(mask[1:] == 0, -1)
+        return inputs.to(self.device), targets.to(self.device)
+
+    def step(self) -> int:
+        supervised = 0
+        for _ in range(CONVERSATIONS // ROWS):
+            inputs, targets = self.batch()
+            with self.autocast:
+                logits = self.model(inputs)
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) * ROWS / CONVERSATIONS
+            loss.backward()
+            supervised += int((targets >= 0).sum())
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return supervised
+
+    def warm_up(self) -> None:
+        for _ in range(3):
+            self.step()
+
+
+if __name__ == "__main__":
+    show(measure())
