@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from chattrain.config import ALTERNATIVES, Config
 from chattrain.errors import RunFailed, UserError
 from chattrain.names import is_first
 from chattrain.schema import VARIANTS, from_hydra, register_schemas
+
+SPEAK_FIRST_S = 2.0  # seconds that other ranks leave the first to say what is wrong: a launcher ends it when they end
 
 
 def conf_dir() -> Path:
@@ -70,6 +73,8 @@ def say(error: BaseException) -> int:
     if isinstance(error, UserError | RunFailed):
         if is_first():
             print(f"chattrain: {error}", file=sys.stderr)
+        else:
+            time.sleep(SPEAK_FIRST_S)
         return error.exit_status
     traceback.print_exception(error)
     return 1
