@@ -136,10 +136,19 @@ class TokenizerConfig:
 class CollatorConfig:
     _target_: str = MISSING
 
+    @property
+    def isolates(self) -> bool:
+        """Do documents share rows without seeing each other?"""
+        return False
+
 
 @dataclass
 class JoiningCollatorConfig(CollatorConfig):
     isolate_documents: bool = False  # attention stays within a document, positions restart
+
+    @property
+    def isolates(self) -> bool:
+        return self.isolate_documents
 
 
 @dataclass

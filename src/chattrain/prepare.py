@@ -231,7 +231,7 @@ def _fingerprint(cfg: Config, collator: Collator, rows_per_step: int) -> str:
     documents: Mixture = collator.documents
     decides = [[c.content_hash, s.epochs, s.weight] for c, s in zip(documents.caches, documents.sources, strict=True)]
     decides += [cfg.run.seed, cfg.collator._target_, cfg.train.seq_len, rows_per_step]
-    if getattr(cfg.collator, "isolate_documents", False):
+    if cfg.collator.isolates:
         decides.append("isolated")
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 

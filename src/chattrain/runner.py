@@ -124,7 +124,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
         model.compile_trunk()
     # On a CPU the few passes of an evaluation are over before compiling them would be.
     measured = inside(autocast, torch.compile(model, dynamic=False) if compiles and where.type == "cuda" else model)
-    if getattr(cfg.collator, "isolate_documents", False):
+    if cfg.collator.isolates:
         shape = (cfg.train.device_batch_size, cfg.train.seq_len)
         check_isolation(inside(autocast, model.trunk), shape, data.tokenizer.vocab_size, where)
     schedule = build_part(cfg.schedule)

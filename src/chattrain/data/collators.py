@@ -213,7 +213,7 @@ class Masked(Conversations):
 class BestFit(Conversations):
     """Conversations side by side in rows of seq_len, packed so that little is left free; none that fits a row is cut.
 
-    Each epoch is packed anew, whole, by best-fit decreasing, and its rows are shuffled: a function of (seed, epoch) alone.
+    Each epoch is packed anew, whole (packing.best_fit), and its rows are shuffled: a function of (seed, epoch) alone.
     With isolated documents (the default) a conversation's loss is what it is in a row of its own.
     """
 
