@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -64,8 +65,11 @@ class Parts:
 
 @dataclass
 class StepResult:
-    loss: float  # nats a supervised token, over all ranks and micro-batches
-    grad_norm: float
+    """What a step leaves. loss and grad_norm stay on the device, as reading them would make this process wait for it."""
+
+    step: int
+    loss: Tensor  # this rank's part of it, in nats a supervised token over all ranks and micro-batches
+    grad_norm: Tensor  # of all ranks
     tokens: int
     supervised: int
     stop: bool
@@ -76,11 +80,13 @@ def fit(parts: Parts, state: State, cadence: Cadence) -> State:
     if state.step == 0:
         measure(parts, 0)
     speed = Speed(parts, state)
+    unread: list[StepResult] = []
     while state.step < cadence.num_steps and not state.interrupted:
         batches = parts.loader.step(state.step)
         factor = parts.lr_factor(state.step)
         parts.optimizer.set_lr_factor(factor)
         result = train_step(parts, batches, state.step)
+        unread.append(result)
 
         state.step += 1
         state.tokens_seen += result.tokens
@@ -88,16 +94,21 @@ def fit(parts: Parts, state: State, cadence: Cadence) -> State:
         state.interrupted = result.stop
         speed.tick()
         parts.show(state.step)
-        if cadence.due(cadence.log, state.step):
+        log, evaluate, save = (cadence.due(every, state.step) for every in (cadence.log, cadence.evaluate, cadence.save))
+        if log or evaluate or save or state.interrupted:
+            loss, grad_norm = read(parts, unread)
+            unread.clear()
+        if log:
             parts.track(state.step, {
-                "train/loss": result.loss, "train/grad_norm": result.grad_norm, "lr_factor": factor,
+                "train/loss": loss, "train/grad_norm": grad_norm, "lr_factor": factor,
                 **parts.optimizer.learning_rates(), **speed.since_last(),
                 "train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens})
+            gc.collect(1)  # here, and not in the midst of a step: see runner.garbage_between_steps
         state.tokens_per_second = speed.overall()
-        if cadence.due(cadence.evaluate, state.step):
+        if evaluate:
             with speed.paused():
                 measure(parts, state.step)
-        if cadence.due(cadence.save, state.step) or state.interrupted:
+        if save or state.interrupted:
             with speed.paused():
                 parts.save(state)
     return state
@@ -115,7 +126,7 @@ def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
 
     Its loss is the sum over all supervised tokens divided by their number, over micro-batches and ranks alike: a mean
     of means would weigh tokens by the company they are in. Raises RunFailed before the weights change if the step has
-    no supervised token, or loss or gradient are not finite.
+    no supervised token, or (on a CPU, elsewhere `fit` finds it) loss or gradient are not finite.
     """
     ranks = parts.ranks
     supervised, tokens, stop = ranks.sum([sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches),
@@ -129,17 +140,30 @@ def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
         total += loss.detach()
     parameters = list(parts.model.parameters())
     ranks.sum_gradients(parameters)
-    (loss,) = ranks.sum([float(total)])
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if not math.isfinite(loss) or not math.isfinite(float(norm)):
-        raise RunFailed(f"step {step}: loss {loss:.4g}, gradient norm {float(norm):.4g}: not finite, stopped before the "
-                        f"weights change. Lower optimizer.lr_scale or set train.max_grad_norm. Rows: "
-                        f"{parts.loader.describe(step)}")
+    result = StepResult(step, total, norm, int(tokens), int(supervised), stop > 0)
+    if total.device.type == "cpu":
+        read(parts, [result])
     if parts.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, parts.max_grad_norm, norm)
     parts.optimizer.step()
     parts.optimizer.zero_grad()
-    return StepResult(loss, float(norm), int(tokens), int(supervised), stop > 0)
+    return result
+
+
+def read(parts: Parts, results: list[StepResult]) -> tuple[float, float]:
+    """Loss over all ranks and gradient norm of the last of these steps; waits for the device.
+
+    Raises RunFailed with the first step whose loss or gradient is not finite: nothing is tracked, evaluated or saved after it.
+    """
+    losses = parts.ranks.sum(torch.stack([result.loss for result in results]).tolist())
+    norms = torch.stack([result.grad_norm for result in results]).tolist()
+    for result, loss, norm in zip(results, losses, norms, strict=True):
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise RunFailed(f"step {result.step}: loss {loss:.4g}, gradient norm {norm:.4g}: not finite, stopped before such "
+                            f"weights are saved. Lower optimizer.lr_scale or set train.max_grad_norm. Rows: "
+                            f"{parts.loader.describe(result.step)}")
+    return losses[-1], norms[-1]
 
 
 class Speed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -83,7 +84,8 @@ def work(cfg: Config, plan: Plan, ranks: Ranks, data: RunData) -> dict:
             parts, state = build_parts(cfg, plan, ranks, data, tracker, stop_asked, saved)
             cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, data.num_steps)
             try:
-                state = loop.fit(parts, state, cadence)
+                with garbage_between_steps():
+                    state = loop.fit(parts, state, cadence)
             finally:
                 parts.loader.close()
     except BaseException as raised:
@@ -248,6 +250,19 @@ def stop_on_signal():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def garbage_between_steps():
+    """Python's collector off, and what is there already left out of it: the loop calls it where a stall costs no step."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

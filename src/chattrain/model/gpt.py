@@ -10,6 +10,8 @@ B rows, T tokens, V vocabulary, C = n_embd channels, H heads of D channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 from chattrain import checkpoint
 from chattrain.data.collators import Batch
 from chattrain.data.packing import IGNORE_INDEX
+from chattrain.model.attention import attention, block_attention, causal_mask, document_mask
 from chattrain.model.head import summed_loss
 
 ROPE_BASE = 10_000.0
 LOGIT_CAP = 15.0
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, T, H, D) to what the heads give (B, T, H, D)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -41,48 +45,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, (layers, B, H, max_tokens, D); `length` tokens of it are filled."""
+    """Keys and values of the tokens so far, (layers, B, max_tokens, H, D); `length` tokens of it are filled."""
 
     def __init__(self, model: GPT, batch_size: int, max_tokens: int):
-        shape = (model.n_layer, batch_size, model.n_kv_head, max_tokens, model.head_dim)
+        shape = (model.n_layer, batch_size, max_tokens, model.n_kv_head, model.head_dim)
         device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D) behind what is there; returns all so far. `length` moves when the pass is over."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end].to(k.dtype), self.values[layer, :, :, :end].to(v.dtype)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v (B, T, H, D) behind what is there, and attend to all. `length` moves when the pass is over."""
+        end = self.length + k.size(1)
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        k, v = self.keys[layer, :, :end].to(k.dtype), self.values[layer, :, :end].to(v.dtype)
+        return attention(q, k, v, causal_mask(q.size(1), end, q.device))
 
 
 class Attention(nn.Module):
     def __init__(self, n_embd: int, n_head: int, n_kv_head: int):
         super().__init__()
         self.head_dim = n_embd // n_head
-        self.grouped = n_kv_head != n_head
         self.c_q = nn.Linear(n_embd, n_head * self.head_dim, bias=False)
         self.c_k = nn.Linear(n_embd, n_kv_head * self.head_dim, bias=False)
         self.c_v = nn.Linear(n_embd, n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
         q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-            mask = _causal_mask(q.size(2), k.size(2), q.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.c_proj(y.transpose(1, 2).reshape(x.shape))
-
-
-def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(queries, keys) bool: the last query sees all keys."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        return self.c_proj(attend(q, k, v).reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -101,8 +95,8 @@ class Block(nn.Module):
         self.attn = Attention(n_embd, n_head, n_kv_head)
         self.mlp = MLP(n_embd)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, mask, cache, layer)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin, attend)
         return x + self.mlp(norm(x))
 
 
@@ -147,16 +141,20 @@ class GPT(nn.Module):
                 fan_out, fan_in = p.shape
                 p.normal_(std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
 
-    def features(self, inputs: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+    def features(self, inputs: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+                 in_blocks: bool = False) -> Tensor:
         """(B, T) token ids to (B, T, C): what the head reads. positions (B, T): see `forward`."""
         first = cache.length if cache is not None else 0
         cos, sin = self._rotary(first, inputs.size(1), inputs.device)
-        mask = None
         if positions is not None:
-            cos, sin, mask = cos[positions], sin[positions], document_mask(positions)  # (B, T, 1, D/2)
+            cos, sin = cos[positions], sin[positions]  # (B, T, 1, D/2)
+        if in_blocks:
+            attend = partial(block_attention, positions=positions)
+        else:
+            attend = partial(attention, mask=None if positions is None else document_mask(positions))
         x = norm(self.transformer.wte(inputs))
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, cos, sin, mask, cache, layer)
+            x = block(x, cos, sin, attend if cache is None else partial(cache.attend, layer))
         if cache is not None:
             cache.length += inputs.size(1)
         return norm(x)
@@ -186,7 +184,8 @@ class GPT(nn.Module):
 
     def compile_trunk(self) -> None:
         """Compile what `loss` runs, for static shapes (one compilation a width of rows)."""
-        self.trunk, self.compiles = torch.compile(self.features, dynamic=False), True
+        on_cpu = self.lm_head.weight.device.type == "cpu"
+        self.trunk, self.compiles = torch.compile(partial(self.features, in_blocks=on_cpu), dynamic=False), True
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
@@ -228,13 +227,6 @@ def build(vocab_size: int, start: Path | None, seed: int, **sizes: int) -> GPT:
     else:
         checkpoint.load_model(start, model)
     return model
-
-
-def document_mask(positions: Tensor) -> Tensor:
-    """(B, 1, T, T) bool: each token sees those before it in its document, which begins where positions (B, T) are 0."""
-    document = (positions == 0).cumsum(1)
-    same = document[:, None, :, None] == document[:, None, None, :]
-    return same & _causal_mask(positions.size(1), positions.size(1), positions.device)
 
 
 def soft_cap(logits: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from chattrain.data.collators import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.formats import huggingface
-from chattrain.model.gpt import document_mask
+from chattrain.model.attention import document_mask
 
 # Texts beside the weights, which a checkpoint carries along: with them transformers loads the checkpoint itself.
 FILES = ("config.json", "generation_config.json")

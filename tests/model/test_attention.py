@@ -1,0 +1,78 @@
+"""Attention in blocks gives what torch's own gives, forward and backward, whatever the documents of a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chattrain.data.packing import positions_of
+from chattrain.device import can_compile
+from chattrain.model.attention import attention, block_attention, block_size, document_mask
+from chattrain.model.gpt import GPT
+
+pytestmark = pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler for torch.compile")
+
+
+def with_gradients(attend, q, k, v, grad):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def tensors(B, T, heads, kv_heads, D, dtype=torch.float32):
+    random = torch.Generator().manual_seed(T)
+    return [torch.randn(B, T, h, D, generator=random).to(dtype) for h in (heads, kv_heads, kv_heads, heads)]
+
+
+def assert_near(ours, reference, tolerance):
+    for a, b in zip(ours, reference, strict=True):
+        assert (a - b).float().norm() <= tolerance * (1 + b.float().norm())
+
+
+@pytest.mark.parametrize("T", [1, 48, 128, 192, 320, 509])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
+def test_blocks_give_what_torch_gives(T, heads, kv_heads):
+    *qkv, grad = tensors(2, T, heads, kv_heads, 16)
+    assert_near(with_gradients(block_attention, *qkv, grad), with_gradients(attention, *qkv, grad), 1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 200), min_size=1, max_size=12), min_size=1, max_size=3), st.sampled_from([256, 384]))
+def test_blocks_stay_within_documents_of_any_lengths(rows, T):
+    fitting = [[size for i, size in enumerate(sizes) if sum(sizes[: i + 1]) <= T] for sizes in rows]
+    positions = torch.stack([torch.from_numpy(positions_of(sizes, T)) for sizes in fitting])
+    *qkv, grad = tensors(len(rows), T, 2, 2, 16)
+    ours = with_gradients(lambda q, k, v: block_attention(q, k, v, positions), *qkv, grad)
+    masked = with_gradients(lambda q, k, v: attention(q, k, v, document_mask(positions)), *qkv, grad)
+    assert_near(ours, masked, 1e-5)
+
+
+def test_in_bf16_blocks_are_as_exact_as_torch():
+    *qkv, grad = tensors(2, 256, 2, 2, 64, torch.bfloat16)
+    exact = with_gradients(attention, *(x.float() for x in qkv), grad.float())
+    assert_near(with_gradients(block_attention, *qkv, grad), exact, 1e-2)
+    assert_near(with_gradients(attention, *qkv, grad), exact, 1e-2)
+
+
+def test_blocks_cover_every_row_and_are_no_slivers():
+    for T in range(1, 600):
+        n = block_size(T)
+        assert T % n == 0 and (n == T or 64 < n <= 128)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_the_compiled_model_has_the_gradients_of_the_plain_one(isolated):
+    model = GPT(vocab_size=50, n_layer=2, n_embd=32, n_head=2)
+    model.init_weights(torch.Generator().manual_seed(0))
+    inputs = torch.randint(0, 50, (2, 256), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(256).remainder(100).expand(2, 256).contiguous() if isolated else None
+    found = []
+    for trunk in (model.features, torch.compile(lambda *args: model.features(*args, in_blocks=True), dynamic=False)):
+        model.zero_grad()
+        features = trunk(inputs, None, positions)
+        features.square().mul(torch.arange(32)).sum().backward()
+        found.append([features.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert_near(*found, 1e-4)
