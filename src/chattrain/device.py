@@ -57,7 +57,6 @@ def compiles(asked: bool, device: torch.device) -> bool:
         return False
     if not asked:
         return False
-    torch.compiler.reset()  # what an earlier run of this process compiled would count against the limit
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)  # one entry a row width
     return True
 
