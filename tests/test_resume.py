@@ -59,8 +59,8 @@ def same_bits(one: dict, two: dict) -> bool:
 
 
 def numbers(summary: dict) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("time", "train/tokens_per_second")}
+    """metrics.jsonl without what depends on the clock or on the process."""
+    return [{k: v for k, v in row.items() if k not in ("time", "train/tokens_per_second", "train/peak_memory_gib")}
             for row in metrics(summary["run_dir"])]
 
 

@@ -60,6 +60,7 @@ class Parts:
     max_grad_norm: float | None
     flops_per_token: int
     peak_flops: float | None  # of one device; None: unknown
+    peak_memory: Callable[[], float]  # GiB, of this process
 
 
 @dataclass
@@ -91,7 +92,7 @@ def fit(parts: Parts, state: State, cadence: Cadence) -> State:
         if cadence.due(cadence.log, state.step):
             parts.track(state.step, {
                 "train/loss": result.loss, "train/grad_norm": result.grad_norm, "lr_factor": factor,
-                **parts.optimizer.learning_rates(), **speed.since_last(),
+                **parts.optimizer.learning_rates(), **speed.since_last(), "train/peak_memory_gib": parts.peak_memory(),
                 "train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens})
         state.tokens_per_second = speed.overall()
         if cadence.due(cadence.evaluate, state.step):
