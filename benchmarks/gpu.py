@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu --model d20 train.device_batch_size=16 train.activation_checkpointing=block
 
-The loop itself, on random weights and a packed batch of random tokens, so that no data is needed; any key of the configuration
-can follow, `--device cpu --model tiny` tries it without a GPU. MFU is of the device's dense bf16 peak, n/a where that is unknown.
+The loop itself, on random weights and a packed batch of random tokens, so that no data is needed; any key of the
+configuration can follow, `--device cpu --model tiny` tries it without a GPU. MFU is of the device's dense bf16 peak, n/a
+where that is unknown.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def build_parts(cfg: Config, track) -> loop.Parts:
     model = build_model(cfg, cfg.tokenizer.vocab_size, None, where)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
     return loop.Parts(
-        model=model, loss_of=inside(autocast, model.loss), optimizer=build_part(cfg.optimizer, model), lr_factor=lambda step: 1.0,
-        loader=RandomRows(cfg, where), evaluate=lambda step: {}, save=lambda state: None, track=track, show=lambda step: None,
-        stop_asked=lambda: False, ranks=Ranks(), max_grad_norm=cfg.train.max_grad_norm,
+        model=model, loss_of=inside(autocast, model.loss), optimizer=build_part(cfg.optimizer, model),
+        lr_factor=lambda step: 1.0, loader=RandomRows(cfg, where), evaluate=lambda step: {}, save=lambda state: None,
+        track=track, show=lambda step: None, stop_asked=lambda: False, ranks=Ranks(), max_grad_norm=cfg.train.max_grad_norm,
         flops_per_token=model.flops_per_token(cfg.train.seq_len), peak_flops=device.peak_flops(where),
         peak_memory=device.peak_memory(where))
 

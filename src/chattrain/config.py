@@ -95,7 +95,7 @@ class TrainConfig:
             if not given:
                 raise UserError(f"neither {one} nor {other} is set; give one of them")
         if self.fp8 and self.dtype == DType.fp32:
-            raise UserError("train.fp8=true with train.dtype=fp32: all but the linear layers would be in fp32; use bf16 or auto")
+            raise UserError("train.fp8=true with train.dtype=fp32: all but the linear layers would be fp32; use bf16 or auto")
         if self.fp8 and self.seq_len % FP8_MULTIPLE:
             raise UserError(f"train.fp8=true, but train.seq_len={self.seq_len} is not a multiple of {FP8_MULTIPLE}, as fp8 "
                             f"products want; try {_nearest_multiple(self.seq_len, FP8_MULTIPLE)}")

@@ -17,7 +17,7 @@ from chattrain.errors import UserError
 log = logging.getLogger("chattrain")
 
 # Dense bf16 matmul peak with fp32 sums, in FLOP/s, by what torch calls the device: vendors' data sheets, without sparsity. Whole
-# names, because others hold them: an "H100 NVL" is no "H100", an "RTX 4090 Laptop GPU" no "RTX 4090", a MIG slice no whole GPU.
+# names, as others begin alike: an "H100 NVL" is no "H100", an "RTX 4090 Laptop GPU" no "RTX 4090", a MIG slice no whole GPU.
 PEAK_FLOPS = {f"NVIDIA {name}": peak for names, peak in [
     (["B200"], 2250e12),
     (["H100 80GB HBM3", "H200", "GH200 480GB"], 989e12),

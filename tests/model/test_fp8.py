@@ -1,4 +1,4 @@
-"""fp8 through torchao: what is refused, and what torchao is asked for (a stand-in of its interface: no GPU, no torchao here)."""
+"""fp8 through torchao: what is refused, and what torchao is asked for. A stand-in has its interface: no GPU is needed."""
 
 from __future__ import annotations
 

@@ -154,7 +154,8 @@ def test_a_run_has_the_same_losses_with_and_without(stage, others, workplace):
     write_talk(workplace)
     runs = [train(stage, mode, "init.from=scratch", "train.max_steps=3", f"train.activation_checkpointing={mode}", *others)
             for mode in MODES]
-    losses = [[row[name] for row in metrics(run["run_dir"]) for name in ("train/loss", "val/bpb") if name in row] for run in runs]
+    losses = [[row[name] for row in metrics(run["run_dir"]) for name in ("train/loss", "val/bpb") if name in row]
+              for run in runs]
     assert len(losses[0]) > 3 and losses[0] == losses[1] == losses[2]
 
 

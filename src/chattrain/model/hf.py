@@ -84,8 +84,8 @@ class HFModel(nn.Module):
 
         layers = [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
-            raise UserError(f"train.activation_checkpointing={'selective' if selective else 'block'}, but transformers marks no "
-                            f"layers of {self.inner.config.model_type} for it; use train.activation_checkpointing=none")
+            raise UserError(f"train.activation_checkpointing={'selective' if selective else 'block'}, but transformers marks "
+                            f"no layers of {self.inner.config.model_type} for it; use train.activation_checkpointing=none")
         recompute(layers, selective)
 
     def compile_trunk(self) -> None:
