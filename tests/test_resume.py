@@ -59,8 +59,8 @@ def same_bits(one: dict, two: dict) -> bool:
 
 
 def numbers(summary: dict) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("time", "train/tokens_per_second")}
+    """metrics.jsonl without what depends on the clock or on the process."""
+    return [{k: v for k, v in row.items() if k not in ("time", "train/tokens_per_second", "train/peak_memory_gib")}
             for row in metrics(summary["run_dir"])]
 
 
@@ -128,6 +128,19 @@ def test_more_steps_go_on_from_where_it_ended(short, caplog):
     longer = again(short, "train.max_steps=6")
     assert longer["steps"] == 6 and [r["step"] for r in metrics(longer["run_dir"]) if "train/loss" in r] == [*range(1, 7)]
     assert any("planned for 4 steps, now for 6" in r.message for r in caplog.records if r.levelname == "WARNING")
+
+
+def test_momentum_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(place, caplog):
+    def momentum(summary: dict) -> set[str]:
+        state = load_file(Path(summary["checkpoint"]) / "optimizer.safetensors")
+        return {str(t.dtype).removeprefix("torch.") for name, t in state.items() if name.endswith("momentum_buffer")}
+
+    bf16 = "optimizer.momentum_dtype=bf16"
+    whole, parts = (train("mid", name, *SHORT, bf16) for name in ("bf16_whole", "bf16_parts"))
+    (Path(parts["checkpoint"]) / "manifest.json").unlink()  # as if the plug had been pulled after step 3
+    assert same_bits(whole, again(parts, bf16)) and momentum(whole) == {"bfloat16"}
+    changed = again(parts, "train.max_steps=6")
+    assert "optimizer.momentum_dtype bf16 -> fp32" in caplog.text and momentum(changed) == {"float32"}
 
 
 def test_an_interrupted_run_is_not_finished_by_asking_for_fewer_steps(short):

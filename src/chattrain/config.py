@@ -23,6 +23,8 @@ Format = Enum("Format", ["hf"])
 Resume = Enum("Resume", ["auto", "never", "must"])
 DType = Enum("DType", ["auto", "bf16", "fp32"])
 Device = Enum("Device", ["auto", "cuda", "mps", "cpu"])
+ActivationCheckpointing = Enum("ActivationCheckpointing", ["none", "block", "selective"])
+StateDType = Enum("StateDType", ["fp32", "bf16"])
 
 
 @dataclass
@@ -72,6 +74,9 @@ class TrainConfig:
     rows_per_step: int | None = None  # the same in rows; one of the two
     max_grad_norm: float | None = None  # null: gradients are not clipped
     dtype: DType = DType.auto  # of the matmuls; weights and optimizer state stay fp32
+    fp8: bool = False  # linear layers of the blocks through torchao
+    # What backward computes again instead of keeping it: nothing, blocks, or of blocks what is no matrix product or attention.
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     compile: bool = True
     device: Device = Device.auto
 
@@ -89,6 +94,11 @@ class TrainConfig:
                                 f"thing; keep one and write {one}=null or {other}=null")
             if not given:
                 raise UserError(f"neither {one} nor {other} is set; give one of them")
+        if self.fp8 and self.dtype == DType.fp32:
+            raise UserError("train.fp8=true with train.dtype=fp32: all but the linear layers would be fp32; use bf16 or auto")
+        if self.fp8 and self.seq_len % FP8_MULTIPLE:
+            raise UserError(f"train.fp8=true, but train.seq_len={self.seq_len} is not a multiple of {FP8_MULTIPLE}, as fp8 "
+                            f"products want; try {_nearest_multiple(self.seq_len, FP8_MULTIPLE)}")
 
     def rows_a_step(self, world_size: int) -> int:
         """Rows an optimizer step over all ranks. Raises UserError where the batch does not divide.
@@ -117,6 +127,7 @@ class TrainConfig:
         return f", or train.device_batch_size={fits[-1]}" if fits else ""
 
 
+FP8_MULTIPLE = 16  # of the sides of every fp8 product: tokens, inputs and outputs of a layer
 # Pairs of which a value for one replaces the other: the command line that sets one clears its partner.
 ALTERNATIVES = {"train.max_steps": "train.num_epochs", "train.total_batch_size": "train.rows_per_step"}
 
@@ -177,6 +188,7 @@ class MuonAdamWConfig(OptimizerConfig):
     momentum_start: float = 0.85
     momentum_warmup_steps: int = 300
     ns_steps: int = 5  # Newton-Schulz iterations
+    momentum_dtype: StateDType = StateDType.fp32  # of Muon's momentum between steps; AdamW's moments are fp32
     betas: list[float] = field(default_factory=lambda: [0.8, 0.95])
     eps: float = 1e-10
     weight_decay: float = 0.0  # AdamW groups but vectors

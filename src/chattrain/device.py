@@ -1,9 +1,12 @@
-"""What the machine can do: device, number format, compilation, peak speed."""
+"""What the machine can do: device, number format, compilation, peak speed, memory."""
 
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,9 +16,19 @@ from chattrain.errors import UserError
 
 log = logging.getLogger("chattrain")
 
-# Dense bf16 matmul peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bf16 matmul peak with fp32 sums, in FLOP/s, by what torch calls the device: vendors' data sheets, without sparsity. Whole
+# names, as others begin alike: an "H100 NVL" is no "H100", an "RTX 4090 Laptop GPU" no "RTX 4090", a MIG slice no whole GPU.
+PEAK_FLOPS = {f"NVIDIA {name}": peak for names, peak in [
+    (["B200"], 2250e12),
+    (["H100 80GB HBM3", "H200", "GH200 480GB"], 989e12),
+    (["H100 NVL", "H200 NVL"], 835e12),
+    (["H100 PCIe"], 756e12),
+    (["A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"], 312e12),
+    (["L40S"], 362e12),
+    (["GeForce RTX 4090"], 165e12),
+    (["GeForce RTX 3090"], 71e12),
+] for name in names}
+GIB = 1 << 30
 
 
 def pick_device(asked: Device, local_rank: int = 0) -> torch.device:
@@ -40,6 +53,11 @@ def use_bf16(asked: DType, device: torch.device) -> bool:
 
 
 def autocast(bf16: bool, device: torch.device) -> AbstractContextManager:
+    """The number format of a run: matrix products in bf16, or all in fp32.
+
+    What is left in fp32 is exact: TF32, which rounds factors to 10 bits, is off here, whatever was set before.
+    """
+    torch.set_float32_matmul_precision("highest")
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
@@ -65,5 +83,18 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a known GPU in FLOP/s; None where it is not known, so that MFU reads n/a."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+
+
+def peak_memory(device: torch.device) -> Callable[[], float]:
+    """A function that gives the peak so far in GiB: on CUDA of what tensors take on the device, from this call on; elsewhere
+    of what the process has had resident in all its life. It reads counters of the host and waits for no device."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: torch.cuda.max_memory_allocated(device) / GIB
+    return _peak_resident_gib
+
+
+def _peak_resident_gib() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss, see getrusage(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from chattrain import checkpoint, device, distributed, loop
-from chattrain.config import Config
+from chattrain.config import ActivationCheckpointing, Config
 from chattrain.data.loader import Loader
 from chattrain.distributed import Ranks
 from chattrain.errors import RunFailed, UserError
@@ -23,6 +23,7 @@ from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.validation import Validation
 from chattrain.files import replace_text
 from chattrain.mlflow_sink import MLflowSink
+from chattrain.model import fp8
 from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data, report_counts
 from chattrain.report import write_report
 from chattrain.schema import to_yaml
@@ -111,7 +112,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
                 saved: checkpoint.CheckpointState | None) -> tuple[loop.Parts, loop.State]:
     """Model, optimizer, data and evals of this process, and the state that they start in."""
     where = device.pick_device(cfg.train.device, ranks.local_rank)
-    model = build_part(cfg.model, vocab_size=data.tokenizer.vocab_size, start=plan.start.checkpoint, seed=cfg.run.seed).to(where)
+    model = build_model(cfg, data.tokenizer.vocab_size, plan.start.checkpoint, where)
     optimizer = build_part(cfg.optimizer, model)
     state = loop.State()
     if saved:
@@ -121,11 +122,8 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
         except ValueError as error:
             raise UserError(f"{plan.resume}: {error}; use the optimizer that the run began with") from error
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
-    compiles = device.compiles(cfg.train.compile, where)
-    if compiles:
-        model.compile_trunk()
     # On a CPU the few passes of an evaluation are over before compiling them would be.
-    measured = inside(autocast, torch.compile(model, dynamic=False) if compiles and where.type == "cuda" else model)
+    measured = inside(autocast, torch.compile(model, dynamic=False) if model.compiles and where.type == "cuda" else model)
     if cfg.collator.isolates:
         shape = (cfg.train.device_batch_size, cfg.train.seq_len)
         check_isolation(inside(autocast, model.trunk), shape, data.tokenizer.vocab_size, where)
@@ -138,7 +136,20 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
         save=lambda s: save_checkpoint(cfg, plan, data, model, optimizer, tracker, ranks, s),
         track=tracker.log, show=tracker.update, stop_asked=stop_asked, ranks=ranks,
         max_grad_norm=cfg.train.max_grad_norm, flops_per_token=model.flops_per_token(cfg.train.seq_len),
-        peak_flops=device.peak_flops(where)), state
+        peak_flops=device.peak_flops(where), peak_memory=device.peak_memory(where)), state
+
+
+def build_model(cfg: Config, vocab_size: int, start: Path | None, where: torch.device):
+    """The model on its device, ready to train: in fp8, with activations recomputed, compiled, as train.* ask for."""
+    model = build_part(cfg.model, vocab_size=vocab_size, start=start, seed=cfg.run.seed).to(where)
+    if cfg.train.fp8:
+        fp8.convert(model, where)
+    asked = cfg.train.activation_checkpointing
+    if asked != ActivationCheckpointing.none:
+        model.checkpoint_activations(selective=asked == ActivationCheckpointing.selective)
+    if device.compiles(cfg.train.compile, where):
+        model.compile_trunk()
+    return model
 
 
 def inside(context, function):

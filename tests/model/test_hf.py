@@ -13,12 +13,14 @@ import torch.nn.functional as F
 import chattrain
 from chattrain import checkpoint
 from chattrain.chat import render_prompt
+from chattrain.data.collators import Batch
 from chattrain.errors import UserError
 from chattrain.model import hf
 from chattrain.model.generate import generate
 from chattrain.tokenizer import Tokenizer
 from tests import tiny_hf
 from tests.helpers import TINY, command_line, metrics, write_talk
+from tests.model.test_recompute import Watch
 
 transformers = pytest.importorskip("transformers")
 
@@ -96,6 +98,24 @@ def test_a_token_sees_its_own_document_only(model):
         together = model(IDS, None, positions)
         torch.testing.assert_close(together[:, :5], model(IDS[:, :5]), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(together[:, 5:], model(IDS[:, 5:]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient(folder, selective):
+    plain, model = (hf.build(340, folder, seed=0) for _ in range(2))
+    model.checkpoint_activations(selective)
+    batch, kept = Batch(IDS[:, :-1], IDS[:, 1:], 33, 33), []
+    for each in (plain, model):
+        with Watch(each) as watch:
+            loss = each.loss(batch)
+            kept.append(watch.held)
+        loss.backward()
+    assert kept[1] < (0.9 if selective else 0.7) * kept[0]  # logits included
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    prompt = IDS[0].tolist()
+    assert list(generate(model, prompt, 6, set())) == list(generate(plain, prompt, 6, set()))
+    assert not any(module.training for module in model.modules())
 
 
 def test_dropout_is_off_in_training_too(model):

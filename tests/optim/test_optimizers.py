@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from chattrain.config import StateDType
 from chattrain.errors import UserError
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw, muon_adamw
 from chattrain.optim.groups import parameter_groups
-from chattrain.optim.muon_adamw import Muon, orthogonalize
+from chattrain.optim.muon_adamw import STATE_DTYPES, Muon, orthogonalize
 
 MUON = {"lr_scale": 1.0, "matrix_lr": 0.02, "embed_lr": 0.2, "lm_head_lr": 0.004, "vector_lr": None, "momentum": 0.95,
         "momentum_start": 0.85, "momentum_warmup_steps": 300, "ns_steps": 5, "betas": [0.8, 0.95], "eps": 1e-10,
@@ -166,6 +167,57 @@ def test_state_saved_and_loaded_goes_on_to_the_same_bits(build, settings):
     two.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_momentum_in_bf16_takes_half_the_bytes_and_moves_nearly_alike():
+    full, half = small_gpt(), small_gpt()
+    one, two = (muon_adamw.build(model, **MUON, momentum_dtype=kind) for model, kind in ((full, StateDType.fp32),
+                                                                                       (half, StateDType.bf16)))
+    start = {name: p.detach().clone() for name, p in full.named_parameters()}
+    for step in range(20):
+        gradients(full, step)
+        gradients(half, step)
+        one.step()
+        two.step()
+    momentum = [state for name, state in two.state().items() if name.endswith("momentum_buffer")]
+    assert momentum and all(tensor.dtype == torch.bfloat16 for tensor in momentum)
+    assert all(t.dtype == torch.float32 for name, t in two.state().items() if not name.endswith("momentum_buffer"))
+    for (name, p), q in zip(full.named_parameters(), half.parameters(), strict=True):
+        assert (q - p).norm() < 0.02 * (p - start[name]).norm()
+
+
+@pytest.mark.parametrize("before, after", [("bf16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32")])
+def test_momentum_is_taken_over_in_the_format_asked_for(before, after):
+    model, twin = small_gpt(), small_gpt()
+    one, two = (muon_adamw.build(m, **MUON, momentum_dtype=StateDType[kind]) for m, kind in ((model, before), (twin, after)))
+    for step in range(3):
+        gradients(model, step)
+        one.step()
+    saved = one.state()
+    twin.load_state_dict(model.state_dict())
+    two.load_state(saved)
+    for name, tensor in two.state().items():
+        assert tensor.dtype == (STATE_DTYPES[StateDType[after]] if name.endswith("momentum_buffer") else torch.float32)
+        assert torch.equal(tensor, saved[name].to(tensor.dtype))
+    if before == after:
+        gradients(model, 9)
+        gradients(twin, 9)
+        one.step()
+        two.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_no_optimizer_keeps_gradients_or_copies_of_them():
+    model = small_gpt()
+    optimizer = muon_adamw.build(model, **MUON)
+    gradients(model, 0)
+    held = {p.grad.data_ptr() for p in model.parameters()}
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    state = optimizer.state()
+    assert {name.rpartition("/")[2] for name in state} == {"step", "momentum_buffer", "exp_avg", "exp_avg_sq"}
+    assert not held & {tensor.data_ptr() for tensor in state.values()}
 
 
 def test_state_of_another_optimizer_is_refused():

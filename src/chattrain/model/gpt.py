@@ -24,6 +24,7 @@ from chattrain.data.collators import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.model.attention import attention, block_attention, causal_mask, document_mask
 from chattrain.model.head import summed_loss
+from chattrain.model.recompute import recompute
 
 ROPE_BASE = 10_000.0
 LOGIT_CAP = 15.0
@@ -181,6 +182,10 @@ class GPT(nn.Module):
         if batch.supervised is not None:
             features, targets = features[batch.supervised], targets[batch.supervised]
         return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self.compiles)
+
+    def checkpoint_activations(self, selective: bool) -> None:
+        """Trade time for memory, see `recompute`. Before `compile_trunk`."""
+        recompute(self.transformer.h, selective)
 
     def compile_trunk(self) -> None:
         """Compile what `loss` runs, for static shapes (one compilation a width of rows)."""

@@ -19,6 +19,7 @@ from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.formats import huggingface
 from chattrain.model.attention import document_mask
+from chattrain.model.recompute import recompute
 
 # Texts beside the weights, which a checkpoint carries along: with them transformers loads the checkpoint itself.
 FILES = ("config.json", "generation_config.json")
@@ -30,7 +31,7 @@ class HFModel(nn.Module):
     def __init__(self, inner: nn.Module, files: dict[str, str]):
         super().__init__()
         self.inner, self.files = inner, files
-        self.trunk = self._logits  # what training runs; see compile_trunk
+        self.trunk, self.compiles = self._logits, False  # what training runs; see compile_trunk
         config = inner.config.get_text_config()
         self.vocab_size, self.n_embd, self.n_layer = config.vocab_size, config.hidden_size, config.num_hidden_layers
 
@@ -73,9 +74,23 @@ class HFModel(nn.Module):
             logits, targets = logits[batch.supervised], targets[batch.supervised]
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
+    def checkpoint_activations(self, selective: bool) -> None:
+        """Trade time for memory, see `recompute`. Before `compile_trunk`.
+
+        transformers' own switch works in its training mode alone, which would turn dropout on. Raises UserError for an
+        architecture whose layers are not marked as such.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise UserError(f"train.activation_checkpointing={'selective' if selective else 'block'}, but transformers marks "
+                            f"no layers of {self.inner.config.model_type} for it; use train.activation_checkpointing=none")
+        recompute(layers, selective)
+
     def compile_trunk(self) -> None:
         """Compile what `loss` runs, for static shapes (one compilation a width of rows)."""
-        self.trunk = torch.compile(self._logits, dynamic=False)
+        self.trunk, self.compiles = torch.compile(self._logits, dynamic=False), True
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from chattrain.config import StateDType
 from chattrain.errors import UserError
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.named import NamedOptimizer
 
 # Quintic of the Newton-Schulz iteration, chosen for the steepest slope at 0: singular values end near 1, not at it.
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STATE_DTYPES = {StateDType.fp32: torch.float32, StateDType.bf16: torch.bfloat16}
 WIDTH_OF_TUNING = 768  # n_embd at which embed_lr and lm_head_lr were tuned
 
 
@@ -43,15 +45,16 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose update is orthogonalized, for 2-D parameters.
 
     A matrix of r rows and c columns moves by lr x sqrt(max(1, r / c)) along the orthogonalized update. The momentum
-    warms up with the optimizer's own steps.
+    warms up with the optimizer's own steps. Between steps it is kept in `momentum_dtype`; a step computes in the gradient's.
     """
 
     STATE = ("step", "momentum_buffer")
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, momentum_start: float = 0.85,
-                 momentum_warmup_steps: int = 300, ns_steps: int = 5):
+                 momentum_warmup_steps: int = 300, ns_steps: int = 5, momentum_dtype: torch.dtype = torch.float32):
         super().__init__(params, {"lr": lr, "momentum": momentum, "momentum_start": momentum_start,
-                                  "momentum_warmup_steps": momentum_warmup_steps, "ns_steps": ns_steps})
+                                  "momentum_warmup_steps": momentum_warmup_steps, "ns_steps": ns_steps,
+                                  "momentum_dtype": momentum_dtype})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -64,18 +67,19 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
-            state["momentum_buffer"] = torch.zeros_like(grad)
+            state["momentum_buffer"] = torch.zeros_like(grad, dtype=group["momentum_dtype"])
         momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"],
                                group["momentum_warmup_steps"])
         state["step"] += 1
-        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        buffer = state["momentum_buffer"].to(grad.dtype).lerp_(grad, 1 - momentum)  # in place, unless it is kept in bf16
+        state["momentum_buffer"].copy_(buffer)
         update = orthogonalize(grad.lerp(buffer, momentum), group["ns_steps"])
         p.add_(update, alpha=-group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
 
 
 def build(model: nn.Module, lr_scale: float, matrix_lr: float, embed_lr: float, lm_head_lr: float, vector_lr: float | None,
           momentum: float, momentum_start: float, momentum_warmup_steps: int, ns_steps: int, betas: list[float], eps: float,
-          weight_decay: float) -> NamedOptimizer:
+          weight_decay: float, momentum_dtype: StateDType = StateDType.fp32) -> NamedOptimizer:
     """Learning rates of embeddings and head are scaled by (n_embd / 768)^-0.5, all by lr_scale.
 
     Raises UserError where the model has vector parameters and there is no learning rate for them, or the reverse.
@@ -94,5 +98,6 @@ def build(model: nn.Module, lr_scale: float, matrix_lr: float, embed_lr: float, 
          for name, lr in rates.items() if params[name]],
         betas=tuple(betas), eps=eps, fused=device in ("cuda", "cpu"))
     muon = Muon([{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}], momentum=momentum,
-                momentum_start=momentum_start, momentum_warmup_steps=momentum_warmup_steps, ns_steps=ns_steps)
+                momentum_start=momentum_start, momentum_warmup_steps=momentum_warmup_steps, ns_steps=ns_steps,
+                momentum_dtype=STATE_DTYPES[momentum_dtype])
     return NamedOptimizer([muon, adamw], groups)

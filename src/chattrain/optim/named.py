@@ -70,5 +70,8 @@ class NamedOptimizer:
 
 
 def _placed(value: Tensor, p: nn.Parameter, group: dict) -> Tensor:
-    """A copy where the optimizer keeps it: beside its parameter, but step counts of unfused optimizers on the CPU."""
-    return value.to(p.device, copy=True) if value.ndim or group.get("fused") else value.clone()
+    """A copy where and in the format in which the optimizer keeps it: beside its parameter, but step counts of unfused
+    optimizers on the CPU."""
+    if not value.ndim:
+        return value.to(p.device, copy=True) if group.get("fused") else value.clone()
+    return value.to(p.device, group.get("momentum_dtype", value.dtype), copy=True)

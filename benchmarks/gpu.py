@@ -1,0 +1,101 @@
+"""Training steps on one GPU: tokens a second, model FLOPs utilisation, peak memory.
+
+    python -m benchmarks.gpu --model d20 train.device_batch_size=16 train.activation_checkpointing=block
+
+The loop itself, on random weights and a packed batch of random tokens, so that no data is needed; any key of the
+configuration can follow, `--device cpu --model tiny` tries it without a GPU. MFU is of the device's dense bf16 peak, n/a
+where that is unknown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from chattrain import device, loop
+from chattrain.compose import compose
+from chattrain.config import Config
+from chattrain.data.collators import Batch
+from chattrain.distributed import Ranks
+from chattrain.errors import UserError
+from chattrain.prepare import build_part
+from chattrain.runner import build_model, inside
+
+WARM_UP = 3  # steps: the first compiles, the second has the optimizer's state for the first time
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="d12", help="d12, d20 or another of conf/model (default d12)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps measured (default 10)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("gpu.json"), help="JSON file to write")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as train.fp8=true")
+    asked = parser.parse_intermixed_args(arguments)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks.gpu: torch finds no CUDA device here; `--device cpu --model tiny` tries the path", file=sys.stderr)
+        sys.exit(2)
+    try:
+        found = measure(asked.model, asked.device, asked.steps, asked.overrides)
+    except UserError as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    mfu = "n/a" if found["mfu"] is None else f"{found['mfu']:.1%}"
+    print(f"{found['model']} on {found['device']}: {found['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, peak memory "
+          f"{found['peak_memory_gib']:.2f} GiB")
+    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"written to {asked.out}")
+
+
+def measure(model: str, where: str, steps: int, overrides: list[str]) -> dict:
+    """What `steps` steps after the warm-up gave, and what they were made of. Raises UserError for a wrong override."""
+    cfg = compose([f"model={model}", "stage=base", "eval=none", "tracking=none", f"train.device={where}",
+                   f"train.max_steps={WARM_UP + steps}", *overrides])
+    found: dict = {}
+    parts = build_parts(cfg, lambda step, values: found.update(values))
+    state = loop.State()
+    for until in (WARM_UP, WARM_UP + steps):  # the second call measures its own steps only
+        state = loop.fit(parts, state, loop.Cadence(log=until, evaluate=None, save=None, num_steps=until))
+    kept = {key: getattr(value, "name", value) for key, value in vars(cfg.train).items()}
+    return {"model": model, "device": torch.cuda.get_device_name() if where == "cuda" else where, "torch": torch.__version__,
+            "steps": steps, "tokens_a_step": parts.loader.tokens, "tokens_per_second": found["train/tokens_per_second"],
+            "mfu": found.get("train/mfu"), "peak_memory_gib": found["train/peak_memory_gib"], "loss": found["train/loss"],
+            "settings": kept, "overrides": overrides}
+
+
+def build_parts(cfg: Config, track) -> loop.Parts:
+    """As the runner does, without a run: nothing is read, evaluated or saved."""
+    where = device.pick_device(cfg.train.device)
+    model = build_model(cfg, cfg.tokenizer.vocab_size, None, where)
+    autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
+    return loop.Parts(
+        model=model, loss_of=inside(autocast, model.loss), optimizer=build_part(cfg.optimizer, model),
+        lr_factor=lambda step: 1.0, loader=RandomRows(cfg, where), evaluate=lambda step: {}, save=lambda state: None,
+        track=track, show=lambda step: None, stop_asked=lambda: False, ranks=Ranks(), max_grad_norm=cfg.train.max_grad_norm,
+        flops_per_token=model.flops_per_token(cfg.train.seq_len), peak_flops=device.peak_flops(where),
+        peak_memory=device.peak_memory(where))
+
+
+class RandomRows:
+    """In the loader's place: the same rows of random tokens, full and every token a target, in each micro-batch."""
+
+    def __init__(self, cfg: Config, where: torch.device):
+        B, T = cfg.train.device_batch_size, cfg.train.seq_len
+        ids = torch.randint(0, cfg.tokenizer.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(where)
+        batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), num_tokens=B * T, num_targets=B * T)
+        self.batches = [batch] * (cfg.train.rows_a_step(world_size=1) // B)
+        self.tokens = len(self.batches) * B * T  # an optimizer step
+
+    def step(self, step: int) -> list[Batch]:
+        return self.batches
+
+    def describe(self, step: int) -> str:
+        return "random tokens"
+
+
+if __name__ == "__main__":
+    main()
