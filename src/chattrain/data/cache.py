@@ -30,7 +30,7 @@ from chattrain.tokenizer import Tokenizer
 FORMAT_VERSION = 2
 ARRAYS = ("tokens", "loss_mask", "offsets", "supervised", "rows")
 CHUNK_ROWS = 512  # rows a unit of work
-PARALLEL_ROWS = 8 * CHUNK_ROWS  # fewer rows are not worth starting processes for
+PARALLEL_ROWS = 16 * CHUNK_ROWS  # fewer rows are rendered sooner than processes start: about a second
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def prepare(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Pa
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
         rows = open_rows(name, source, cache_dir)
-        chunks = _render_all(name, source, rows, tokenizer, cache_dir, skip_malformed, workers)
+        chunks = render_all(name, source, rows, tokenizer, cache_dir, skip_malformed, workers)
         make_folder(folder, lambda scratch: _write(scratch, name, source, chunks, _token_dtype(tokenizer)))
     return _open(name, folder)
 
@@ -140,8 +140,8 @@ class _Chunk:
     malformed: list[tuple[int, str]]
 
 
-def _render_all(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool,
-                workers: int | None) -> Iterator[_Chunk]:
+def render_all(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool,
+               workers: int | None) -> Iterator[_Chunk]:
     """Chunks in the order of the rows, from this process or a pool, with a progress bar on a terminal."""
     from rich.progress import track
 
@@ -157,7 +157,9 @@ def _render_all(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cac
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        context = get_context("forkserver")  # imports once what all workers of this and the next source need
+        context.set_forkserver_preload([__name__, "datasets"])
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
             work = ((name, source, cache_dir, folder, s, skip_malformed) for s in starts)
             yield from shown(pool.map(_render_in_worker, work))
 
