@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,10 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Hash of everything that decides ids; part of the token cache's key."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return hashlib.sha256(self._ranks_text() + self._encoding_text().encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
