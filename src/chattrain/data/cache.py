@@ -164,9 +164,7 @@ def render_all(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cach
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
-        context = get_context("forkserver")  # imports once what all workers of this and the next source need
-        context.set_forkserver_preload([__name__, "datasets"])
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             work = ((name, source, cache_dir, folder, s, skip_malformed) for s in starts)
             yield from shown(pool.map(_render_in_worker, work))
 
