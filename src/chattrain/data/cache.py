@@ -31,7 +31,7 @@ from chattrain.tokenizer import Tokenizer
 FORMAT_VERSION = 2
 ARRAYS = ("tokens", "loss_mask", "offsets", "supervised", "rows")
 CHUNK_ROWS = 512  # rows a unit of work
-PARALLEL_ROWS = 16 * CHUNK_ROWS  # fewer rows are rendered sooner than processes start: about a second
+PARALLEL_ROWS = 32 * CHUNK_ROWS  # fewer rows are rendered in the two seconds or so that processes take to start
 
 
 @dataclass(frozen=True)
