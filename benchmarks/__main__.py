@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.timing import show
 
-CASES = ("tokenise", "optimizer", "mid", "sft")
+CASES = ("tokenise", "warm_start", "loader", "optimizer", "mid", "sft")
 
 
 def main() -> None:

@@ -1,21 +1,84 @@
-"""Rendering and tokenising conversations on one core, against tiktoken alone on the same texts."""
+"""Conversations to a token cache on all cores, against tiktoken alone on the same texts, on all cores too.
+
+Ours is what `prepare` runs: rows are read, laid out, encoded and masked by one process a core, and written. The reference is
+`encode_ordinary_batch` with one thread a core on texts that lie in memory already. The steady rate is that of a process a core
+over the second half of the rows, behind the start of the processes, which does not grow with the data; the whole is `prepare`
+as it is, which starts processes for enough rows only. Real
+conversations where BENCHMARK_DATA names a folder (as for benchmarks/sft.py), else generated ones, which are short.
+"""
 
 from __future__ import annotations
 
-from benchmarks.timing import in_turns, row, show
-from chattrain.chat import encode_pieces
-from chattrain.tasks import document, generated
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+from benchmarks.timing import row, show
+from chattrain.data import cache
+from chattrain.data.config import Schema, SourceConfig
+from chattrain.data.sources import open_rows
+from chattrain.tasks import document
 from chattrain.tokenizer import Tokenizer
+
+ROUNDS, TRAINED_ON = 3, 20_000  # texts
+
+
+def sources() -> dict[str, SourceConfig]:
+    folder = os.environ.get("BENCHMARK_DATA")
+    if folder is None:
+        return {"small_talk": SourceConfig("generate:small_talk", limit=12_000)}
+    paths = {name: str(Path(folder).resolve() / name) for name in ("sgd/train.parquet", "gsm8k/main/train.parquet")}
+    return {"sgd": SourceConfig(paths["sgd/train.parquet"]),
+            "gsm8k": SourceConfig(paths["gsm8k/main/train.parquet"], schema=Schema.gsm8k)}
 
 
 def measure() -> list[dict]:
-    rows = generated.rows("small_talk", "train", 2000) + generated.rows("count_letters", "train", 1000)
-    documents = [document(r, "messages") for r in rows]
-    texts = [piece.text for pieces in documents for piece in pieces if not piece.special]
-    tokenizer = Tokenizer.train(texts, 2048)
-    seconds = in_turns(lambda: encode_pieces([document(r, "messages") for r in rows], tokenizer, None),
-                       lambda: tokenizer.encode_batch(texts))
-    return [row("render + tokenise, against tiktoken alone", sum(map(len, texts)), "characters", *seconds)]
+    with tempfile.TemporaryDirectory() as folder:
+        return [r for name, source in sources().items() for r in _measure(name, source, Path(folder))]
+
+
+def _measure(name: str, source: SourceConfig, folder: Path) -> list[dict]:
+    rows = open_rows(name, source, folder)
+    texts = [piece.text for _, found in rows.read(0, len(rows)) for piece in document(found, source.schema.name)
+             if not piece.special]
+    tokenizer, cores = Tokenizer.train(texts[:TRAINED_ON], 8192), os.cpu_count() or 1
+    times: dict[str, list[float]] = {"steady": [], "whole": [], "start": [], "reference": []}
+    for _ in range(ROUNDS):
+        start, steady = _steady(name, source, rows, tokenizer, folder)
+        times["start"].append(start)
+        times["steady"].append(steady)
+        times["whole"].append(_seconds(lambda: cache.prepare(name, source, tokenizer, folder)))
+        shutil.rmtree(folder / "tokens")
+        times["reference"].append(_seconds(lambda: tokenizer.encoding.encode_ordinary_batch(texts, num_threads=cores)))
+    middle = {what: statistics.median(found) for what, found in times.items()}
+    characters = sum(map(len, texts))
+    return [row(f"render {name}, {cores} processes, steady", characters, "characters", middle["steady"],
+                middle["reference"]),
+            row(f"prepare {name} (its processes start in {middle['start']:.1f} s)", characters, "characters", middle["whole"],
+                middle["reference"])]
+
+
+def _steady(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
+    """Seconds until the first chunk, and those that all rows would take at the rate of the second half of the chunks."""
+    begun = time.perf_counter()
+    ends, documents = [], []
+    with patch.object(cache, "PARALLEL_ROWS", 0):
+        for chunk in cache.render_all(name, source, rows, tokenizer, folder, skip_malformed=False, workers=None):
+            ends.append(time.perf_counter())
+            documents.append(len(chunk.rows))
+    half = len(ends) // 2
+    rate = sum(documents[half:]) / (ends[-1] - ends[half - 1])
+    return ends[0] - begun, len(rows) / rate
+
+
+def _seconds(function) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def test_metrics_hold_the_evaluation_before_the_first_step_and_after_the_last(ba
     assert base["metrics"] == last
     assert {"train/loss", "val/bpb", "val/loss", "lr/matrix", "lr/embed", "lr/lm_head"} <= last.keys()
     assert last["val/loss"] < rows[0]["val/loss"]
+    assert all(0 <= row["train/data_wait"] < 1 for row in rows if "train/loss" in row)
 
 
 def test_questions_are_asked_at_some_of_the_evaluations_and_at_the_last(place):

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from chattrain import compose, names, schema
+from chattrain import compose, names, schema, usage
 from chattrain.errors import UserError
 from chattrain.sweep import ChainBroken, Sweep
 
@@ -25,8 +25,10 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors reach us as they are; we say them in one message
     schema.register_schemas()
     names.set_launch()
-    sys.argv[1:] = compose.settle_alternatives(sys.argv[1:])
-    sweep = Sweep(sys.argv[1:])
+    arguments = compose.settle_alternatives(sys.argv[1:])
+    helps = usage.is_asked(arguments)
+    sys.argv[1:] = usage.for_keys(arguments) if helps else arguments
+    sweep = Sweep(arguments)
 
     @hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
     def job(composed: DictConfig) -> None:
@@ -36,7 +38,7 @@ def main() -> None:
         sweep.check()
         with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
             os.environ["CHATTRAIN_SCRATCH"] = scratch  # for what Hydra writes: each run has its config.yaml already
-            job()
+            usage.show(job, arguments) if helps else job()
     except ChainBroken:
         pass
     except KeyboardInterrupt:

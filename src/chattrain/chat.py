@@ -19,12 +19,14 @@ from chattrain.tokenizer import (
     OUTPUT_START,
     PYTHON_END,
     PYTHON_START,
+    SPECIAL_TOKENS,
     USER_END,
     USER_START,
     Tokenizer,
 )
 
 RENDER_VERSION = 1  # part of the token cache's key; raised when rendering changes
+MARKS = ([0], [1])  # of one token that is given, and one that is supervised
 
 
 class Malformed(ValueError):
@@ -44,6 +46,10 @@ class Piece(NamedTuple):
     text: str
     special: bool
     supervised: bool
+
+
+GIVEN = {name: Piece(name, special=True, supervised=False) for name in SPECIAL_TOKENS}
+SAID = {name: Piece(name, special=True, supervised=True) for name in SPECIAL_TOKENS}  # by the model itself
 
 
 def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int | None = 2048) -> Rendered:
@@ -107,12 +113,12 @@ def is_text(document: Any) -> bool:
 
 def render_document(text: str) -> list[Piece]:
     """Pieces of a plain text document: BOS, then the text, all of it supervised."""
-    return [Piece(BOS, special=True, supervised=False), Piece(text, special=False, supervised=True)]
+    return [GIVEN[BOS], Piece(text, special=False, supervised=True)]
 
 
 def pieces(conversation: dict[str, Any]) -> list[Piece]:
     """The conversation as pieces in order; raises Malformed."""
-    out = [Piece(BOS, special=True, supervised=False)]
+    out = [GIVEN[BOS]]
     messages = messages_of(conversation)
     turns = _merge_system(messages)
     first = len(messages) - len(turns)  # messages are counted as they were given
@@ -122,11 +128,11 @@ def pieces(conversation: dict[str, Any]) -> list[Piece]:
         if role == "user":
             if not isinstance(content, str):
                 raise Malformed(f"message {i}: a user's content must be a string, not {type(content).__name__}")
-            out += [Piece(USER_START, True, False), Piece(content, False, False), Piece(USER_END, True, False)]
+            out += [GIVEN[USER_START], Piece(content, False, False), GIVEN[USER_END]]
         else:
-            out.append(Piece(ASSISTANT_START, True, False))
+            out.append(GIVEN[ASSISTANT_START])
             out += _assistant_pieces(content, i)
-            out.append(Piece(ASSISTANT_END, True, True))
+            out.append(SAID[ASSISTANT_END])
     return out
 
 
@@ -151,9 +157,9 @@ def _assistant_pieces(content: Any, i: int) -> list[Piece]:
         if kind == "text":
             out.append(Piece(text, False, True))
         elif kind == "python":
-            out += [Piece(PYTHON_START, True, True), Piece(text, False, True), Piece(PYTHON_END, True, True)]
+            out += [SAID[PYTHON_START], Piece(text, False, True), SAID[PYTHON_END]]
         elif kind == "python_output":
-            out += [Piece(OUTPUT_START, True, False), Piece(text, False, False), Piece(OUTPUT_END, True, False)]
+            out += [GIVEN[OUTPUT_START], Piece(text, False, False), GIVEN[OUTPUT_END]]
         else:
             raise Malformed(f"message {i}: unknown part type {kind!r}; known are text, python, python_output")
     return out
@@ -191,9 +197,9 @@ def encode_pieces(documents: list[list[Piece]], tokenizer: Tokenizer, max_tokens
     for document in documents:
         ids: list[int] = []
         mask: list[int] = []
-        for piece in document:
-            new = [tokenizer.special(piece.text)] if piece.special else next(encoded)
+        for text, special, supervised in document:
+            new = (tokenizer.special(text),) if special else next(encoded)
             ids += new
-            mask += [int(piece.supervised)] * len(new)
+            mask += MARKS[supervised] * len(new)
         rendered.append(Rendered(ids[:max_tokens], mask[:max_tokens]))
     return rendered

@@ -168,7 +168,8 @@ def read(parts: Parts, results: list[StepResult]) -> tuple[float, float]:
 
 
 class Speed:
-    """Tokens a second and model FLOPs utilisation over all ranks; time in `paused` is left out.
+    """Tokens a second and model FLOPs utilisation over all ranks, and the share of this process's time that it waited for
+    data; time in `paused` is left out.
 
     The first step of a process compiles and warms up, so `overall` counts from the second.
     """
@@ -176,6 +177,7 @@ class Speed:
     def __init__(self, parts: Parts, state: State):
         self.parts, self.state = parts, state
         self.last = (time.perf_counter(), state.tokens_seen)
+        self.waited_s = parts.loader.waited_s
         self.first: tuple[float, int] | None = None
 
     def tick(self) -> None:
@@ -184,11 +186,12 @@ class Speed:
             self.first = (time.perf_counter(), self.state.tokens_seen)
 
     def since_last(self) -> dict[str, float]:
-        rate = self._rate(self.last)
-        self.last = (time.perf_counter(), self.state.tokens_seen)
+        rate, waited_s = self._rate(self.last), self.parts.loader.waited_s - self.waited_s
+        wait = waited_s / max(time.perf_counter() - self.last[0], 1e-9)
+        self.last, self.waited_s = (time.perf_counter(), self.state.tokens_seen), self.parts.loader.waited_s
         peak, ranks = self.parts.peak_flops, self.parts.ranks.world_size
         utilisation = {} if peak is None else {"train/mfu": rate * self.parts.flops_per_token / (peak * ranks)}
-        return {"train/tokens_per_second": rate, **utilisation}
+        return {"train/tokens_per_second": rate, "train/data_wait": wait, **utilisation}
 
     def overall(self) -> float | None:
         """From the second step on; None before."""

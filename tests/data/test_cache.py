@@ -106,7 +106,8 @@ def test_a_changed_file_is_rendered_anew(tmp_path, tokenizer):
     assert before.content_hash != after.content_hash
 
 
-def test_two_processes_give_the_same_bytes_as_one(tmp_path, tokenizer):
+def test_two_processes_give_the_same_bytes_as_one(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("chattrain.data.cache.PARALLEL_ROWS", 4096)
     rows = [talk(i) if i % 700 else BAD for i in range(4300)]
     source = put(tmp_path / "a.jsonl", rows)
     one, two = (prepare("mine", source, tokenizer, tmp_path / f"cache{n}", skip_malformed=True, workers=n)
@@ -189,6 +190,15 @@ def test_tokens_take_two_bytes_while_every_id_fits_and_four_beyond(tmp_path, voc
 def test_the_arrays_are_mapped_and_not_read_into_memory(tmp_path, tokenizer):
     documents = prepare("mine", put(tmp_path / "a.jsonl", [talk(0)]), tokenizer, tmp_path / "cache")
     assert isinstance(documents.tokens, np.memmap) and not documents.tokens.flags.writeable
+
+
+def test_what_was_read_is_the_same_after_its_memory_was_released(tmp_path, tokenizer):
+    documents = prepare("mine", put(tmp_path / "a.jsonl", [talk(i) for i in range(50)]), tokenizer, tmp_path / "cache")
+    kept = [documents[i] for i in range(50)]
+    before = [(ids.tolist(), mask.tolist()) for ids, mask in kept]
+    documents.release()
+    assert [(ids.tolist(), mask.tolist()) for ids, mask in kept] == before
+    assert [(ids.tolist(), mask.tolist()) for ids, mask in (documents[i] for i in range(50))] == before
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

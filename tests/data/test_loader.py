@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -111,6 +113,30 @@ def test_what_goes_wrong_ahead_of_time_is_told_when_its_step_is_taken():
     loader.step(0)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         loader.step(1)
+    loader.close()
+
+
+def test_batches_are_made_and_moved_in_the_background(monkeypatch):
+    moved_by = []
+    monkeypatch.setattr(Batch, "to", lambda batch, device: moved_by.append(threading.current_thread()) or batch)
+    loader = Loader(Packed(mixture(), 16, PAD), ROWS_PER_STEP, 8, CPU)
+    for step in range(3):
+        loader.step(step)
+    loader.close()
+    assert len(moved_by) >= 3 * ROWS_PER_STEP // 8
+    assert threading.current_thread() not in moved_by
+
+
+def test_the_seconds_that_steps_wait_for_their_batches_are_counted():
+    class Slow(Packed):
+        def batch(self, rows):
+            time.sleep(0.02)
+            return super().batch(rows)
+
+    loader = Loader(Slow(mixture(), 16, PAD), ROWS_PER_STEP, 8, CPU)
+    assert loader.waited_s == 0
+    loader.step(0)
+    assert loader.waited_s >= 4 * 0.02  # nothing was made ahead
     loader.close()
 
 

@@ -61,6 +61,7 @@ class Counts:
 class Collator(ABC):
     """What loader and loop ask of a collator."""
 
+    documents: Mixture
     counts: Counts
 
     @abstractmethod
@@ -275,10 +276,16 @@ def _within(sizes: list[int], total: int) -> list[int]:
 
 
 def _has_targets(documents: Mixture, length: int) -> np.ndarray:
-    """(documents,) bool: is one of the first `length` tokens supervised? Only the masks of longer documents are read."""
+    """(documents,) bool: is one of the first `length` tokens supervised?
+
+    Read are only the masks of longer documents that have no more supervised tokens than tokens beyond that length.
+    """
     has = np.concatenate([cache.supervised > 0 for cache in documents.caches])
-    for i in np.flatnonzero(has & (documents.lengths > length)):
+    beyond = documents.lengths - length
+    unsure = has & (beyond > 0) & (np.concatenate([cache.supervised for cache in documents.caches]) <= beyond)
+    for i in np.flatnonzero(unsure):
         has[i] = documents.document(int(i))[1][:length].any()
+    documents.release()
     return has
 
 

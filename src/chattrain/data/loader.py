@@ -1,7 +1,8 @@
-"""The micro-batches of a step for this rank, made while the device works on the step before."""
+"""The micro-batches of a step for this rank, made and moved to the device while it works on the step before."""
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -14,23 +15,29 @@ class Loader:
     """Step -> micro-batches. Step s holds rows s x rows_per_step and following, whatever the number of ranks.
 
     Rows are dealt in turns of (world_size x device_batch_size), so 1 x 8 rows, 8 x 1 rows and 2 ranks see the same step.
+    `waited_s` counts the seconds that `step` has waited for batches, the first of a process with them.
     """
 
     def __init__(self, collator: Collator, rows_per_step: int, device_batch_size: int, device: torch.device,
                  rank: int = 0, world_size: int = 1):
         self.collator, self.rows_per_step, self.device_batch_size = collator, rows_per_step, device_batch_size
         self.device, self.rank, self.world_size = device, rank, world_size
+        self.waited_s = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the device. The next step's are begun in the background."""
-        if self._ahead is not None and self._ahead[0] == step:
-            batches = self._ahead[1].result()
-        else:
-            batches = self._make(step)
+        begun = time.perf_counter()
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._thread.submit(self._make, step))
+        batches, moved = self._ahead[1].result()
+        self.waited_s += time.perf_counter() - begun
         self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
-        return [batch.to(self.device) for batch in batches]
+        if moved is not None:
+            self._take_over(batches, moved)
+        return batches
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of a step, over all ranks, in the order in which they are dealt."""
@@ -43,12 +50,25 @@ class Loader:
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, step: int) -> list[Batch]:
+    def _make(self, step: int) -> tuple[list[Batch], torch.cuda.Event | None]:
+        """A step's batches on the device; on CUDA they are there when the event is. Runs in the thread."""
         groups = self.rows(step).reshape(-1, self.device_batch_size)
         batches = [self.collator.batch(rows) for rows in groups[self.rank :: self.world_size]]
-        if self.device.type == "cuda":
-            batches = [batch.each(torch.Tensor.pin_memory) for batch in batches]
-        return batches
+        self.collator.documents.release()
+        if self._stream is None:
+            return [batch.to(self.device) for batch in batches], None
+        with torch.cuda.stream(self._stream):  # the copies run beside the step before
+            batches = [batch.each(torch.Tensor.pin_memory).to(self.device) for batch in batches]
+            return batches, self._stream.record_event()
+
+    def _take_over(self, batches: list[Batch], moved: torch.cuda.Event) -> None:
+        """The caller's stream waits for the copies, and their memory is not used anew before that stream is done with it."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(moved)
+        for batch in batches:
+            for value in batch:
+                if isinstance(value, torch.Tensor):
+                    value.record_stream(stream)
 
 
 def evaluation_batches(collator: Collator, num_rows: int, device_batch_size: int, rank: int = 0, world_size: int = 1):

@@ -57,6 +57,11 @@ class Mixture:
         source = int(np.searchsorted(self.starts, i, side="right")) - 1
         return self.caches[source][i - self.starts[source]]
 
+    def release(self) -> None:
+        """Keep nothing of what was read in this process's memory."""
+        for cache in self.caches:
+            cache.release()
+
     def describe(self, i: int) -> str:
         """`source row number` of document i, for messages."""
         source = int(np.searchsorted(self.starts, i, side="right")) - 1

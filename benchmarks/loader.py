@@ -1,0 +1,45 @@
+"""Share of the time of real steps that is spent waiting for data: the metric train/data_wait, over steps of the tiny model.
+
+The smallest model makes the shortest steps, so that data has the least time to be made in. The reference is a goal and no
+measurement: 0.5 % of the time. The first two steps, which warm up, are left out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+
+from benchmarks.timing import show
+from chattrain import loop
+from chattrain.compose import compose
+from chattrain.distributed import Ranks
+from chattrain.prepare import make_plan
+from chattrain.runner import build_parts
+from chattrain.tracking import NullTracker
+
+STEPS, GOAL = 10, 0.5  # per cent of the time
+
+
+def measure() -> list[dict]:
+    return [_measure(collator) for collator in ("packed", "masked")]
+
+
+def _measure(collator: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = compose(["stage=mid", "init.from=scratch", f"run.root={folder}", "eval=none", "tracking=none", "model=tiny",
+                       f"collator={collator}", "train.max_steps=1000", "train.compile=false"])
+        plan, data = make_plan(cfg, world_size=1)
+        parts, _ = build_parts(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
+        for step in range(2):
+            loop.train_step(parts, parts.loader.step(step), step)
+        waited, begun = parts.loader.waited_s, time.perf_counter()
+        for step in range(2, 2 + STEPS):
+            loop.train_step(parts, parts.loader.step(step), step)
+        share = 100 * (parts.loader.waited_s - waited) / (time.perf_counter() - begun)
+        parts.loader.close()
+    return {"case": f"waiting for data, tiny, {collator} (goal)", "unit": "% of time", "ours": share, "reference": GOAL,
+            "ratio": GOAL / max(share, 1e-9)}
+
+
+if __name__ == "__main__":
+    show(measure())
