@@ -152,10 +152,19 @@ class CollatorConfig:
         """Do documents share rows without seeing each other?"""
         return False
 
+    @property
+    def varies(self) -> bool:
+        """Do its batches differ in shape?"""
+        return True
+
 
 @dataclass
 class JoiningCollatorConfig(CollatorConfig):
     isolate_documents: bool = False  # attention stays within a document, positions restart
+
+    @property
+    def varies(self) -> bool:
+        return False
 
     @property
     def isolates(self) -> bool:

@@ -148,7 +148,7 @@ def build_model(cfg: Config, vocab_size: int, start: Path | None, where: torch.d
     if asked != ActivationCheckpointing.none:
         model.checkpoint_activations(selective=asked == ActivationCheckpointing.selective)
     if device.compiles(cfg.train.compile, where):
-        model.compile_trunk()
+        model.compile_trunk(dynamic=cfg.collator.varies)
     return model
 
 

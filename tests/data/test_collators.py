@@ -179,14 +179,18 @@ def test_empty_rows_are_padding_without_targets(kind):
 
 
 @many
-@given(masks, st.permutations(range(12)), st.integers(0, 3))
-def test_arranging_keeps_the_rows_of_a_step_and_puts_like_lengths_together(masks, rows, empty):
+@given(masks, st.permutations(range(12)), st.integers(0, 4), st.sampled_from([(1, 2), (2, 2), (4, 1), (1, 8)]))
+def test_dealing_keeps_the_rows_of_a_step_and_puts_like_lengths_together(masks, rows, empty, shape):
     masks[0][1] = True
     collator = Masked(mixture(masks), 6, PAD)
+    device_batch_size, world_size = shape
     given_rows = np.array([*rows, *[EMPTY] * empty])
-    arranged = collator.arrange(given_rows)
-    assert sorted(arranged) == sorted(given_rows)
-    sizes = [collator.batch(np.array([row])).num_tokens for row in arranged]
+    given_rows = given_rows[: len(given_rows) // (device_batch_size * world_size) * device_batch_size * world_size]
+    dealt = collator.deal(given_rows, device_batch_size, world_size)
+    assert all(len(group) == world_size and 1 <= group.shape[1] <= device_batch_size for group in dealt)
+    in_order = [row for group in dealt for row in group.T.flatten()]
+    assert sorted(in_order) == sorted(given_rows)
+    sizes = [collator.batch(np.array([row])).num_tokens for row in in_order]
     assert sizes == sorted(sizes)
 
 

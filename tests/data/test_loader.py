@@ -68,8 +68,8 @@ def test_a_step_is_the_same_rows_for_any_ranks_and_batch_size(make, world_size, 
         shares = [step_of(make(), step, device_batch_size, rank, world_size) for rank in range(world_size)]
         assert sum((rows_in(share) for share in shares), Counter()) == whole
         assert whole.total() == ROWS_PER_STEP
-        assert {len(share) for share in shares} == {ROWS_PER_STEP // (world_size * device_batch_size)}
-        assert all(len(batch.inputs) == device_batch_size for share in shares for batch in share)
+        assert len({tuple(len(batch.inputs) for batch in share) for share in shares}) == 1  # all ranks have as much to do
+        assert all(len(batch.inputs) <= device_batch_size for share in shares for batch in share)
         assert sum(b.num_targets for share in shares for b in share) == sum(
             target != -1 for row in whole for _, target in row)
 
@@ -149,7 +149,7 @@ def test_an_evaluation_sees_every_row_once_and_gives_all_ranks_as_many_batches(m
     shares = [list(evaluation_batches(make(0), n, device_batch_size, rank, world_size)) for rank in range(world_size)]
     assert sum((rows_in(share) for share in shares), Counter()) == rows_in([collator.batch(np.arange(n))])
     assert len({len(share) for share in shares}) == 1
-    assert all(len(batch.inputs) == device_batch_size for share in shares for batch in share)
+    assert all(len(batch.inputs) <= device_batch_size for share in shares for batch in share)
 
 
 def test_an_evaluation_of_fewer_rows_takes_the_first_ones():

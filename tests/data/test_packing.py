@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.data.packing import IGNORE_INDEX, SHORTEST_BUCKET, bucket, pad_rows, shift, stretch
+from chattrain.data.packing import IGNORE_INDEX, pad_rows, padded_width, shift, split, stretch
 
 many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 tokens = st.lists(st.integers(0, 65_535), min_size=1, max_size=20)
@@ -52,17 +52,29 @@ def test_a_stretch_is_made_of_the_tokens_that_stand_there(lengths, data):
 
 @many
 @given(st.integers(0, 3000), st.integers(1, 3000))
-def test_a_bucket_holds_its_rows_and_wastes_a_third_at_most(length, seq_len):
+def test_a_padded_width_holds_its_rows_and_is_the_least_multiple_of_eight(length, seq_len):
     length = min(length, seq_len)
-    width = bucket(length, seq_len)
-    assert length <= width <= seq_len
-    assert width == seq_len or width >= SHORTEST_BUCKET
-    assert width <= max(SHORTEST_BUCKET, 1.5 * length)
+    width = padded_width(length, seq_len)
+    assert length <= width <= seq_len and width >= 1
+    assert width == seq_len or (width % 8 == 0 and width - length < 8) or width == 8
 
 
-def test_few_widths_are_enough_for_all_lengths():
-    assert sorted({bucket(n, 2048) for n in range(2049)}) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
-                                                                   1536, 2048]
+@many
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 4), st.integers(0, 40))
+def test_no_split_of_the_rows_costs_less(widths, most_rows, pass_cost):
+    widths = np.sort(widths)
+
+    def cost(counts):
+        ends = np.cumsum(counts)
+        tokens = sum(count * widths[end - 1] + pass_cost for count, end in zip(counts, ends, strict=True))
+        return counts.count(1) if most_rows > 1 else 0, tokens
+
+    def splits(n):
+        return [[]] if n == 0 else [[*head, last] for last in range(1, min(n, most_rows) + 1) for head in splits(n - last)]
+
+    counts = split(widths, most_rows, pass_cost)
+    assert sum(counts) == len(widths) and max(counts) <= most_rows
+    assert cost(counts) == min(map(cost, splits(len(widths))))
 
 
 @many

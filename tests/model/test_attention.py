@@ -32,7 +32,7 @@ def assert_near(ours, reference, tolerance):
         assert (a - b).float().norm() <= tolerance * (1 + b.float().norm())
 
 
-@pytest.mark.parametrize("T", [1, 48, 128, 192, 320, 509])
+@pytest.mark.parametrize("T", [1, 48, 128, 136, 320, 509])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
 def test_blocks_give_what_torch_gives(T, heads, kv_heads):
     *qkv, grad = tensors(2, T, heads, kv_heads, 16)
@@ -40,7 +40,7 @@ def test_blocks_give_what_torch_gives(T, heads, kv_heads):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 200), min_size=1, max_size=12), min_size=1, max_size=3), st.sampled_from([256, 384]))
+@given(st.lists(st.lists(st.integers(1, 200), min_size=1, max_size=12), min_size=1, max_size=3), st.sampled_from([256, 376, 389]))
 def test_blocks_stay_within_documents_of_any_lengths(rows, T):
     fitting = [[size for i, size in enumerate(sizes) if sum(sizes[: i + 1]) <= T] for sizes in rows]
     positions = torch.stack([torch.from_numpy(positions_of(sizes, T)) for sizes in fitting])
@@ -57,10 +57,10 @@ def test_in_bf16_blocks_are_as_exact_as_torch():
     assert_near(with_gradients(attention, *qkv, grad), exact, 1e-2)
 
 
-def test_blocks_cover_every_row_and_are_no_slivers():
-    for T in range(1, 600):
+def test_blocks_hold_every_row_and_little_more():
+    for T in range(1, 2000):
         n = block_size(T)
-        assert T % n == 0 and (n == T or 64 < n <= 128)
+        assert n <= 128 and 0 <= -(-T // n) * n - T < -(-T // n)
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import IGNORE_INDEX, best_fit, bucket, pad_rows, positions_of, shift, stretch
+from chattrain.data.packing import IGNORE_INDEX, best_fit, pad_rows, padded_width, positions_of, shift, split, stretch
 from chattrain.errors import UserError
 
 EMPTY = -1
+PASS_COST = 1 / 48  # what a micro-batch costs beside its tokens, as a share of the largest one's: weights cast, kernels launched
 
 
 class Batch(NamedTuple):
@@ -76,9 +77,12 @@ class Collator(ABC):
     def describe(self, row: int) -> str:
         """Which documents a row is made of, for messages."""
 
-    def arrange(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of a step in the order in which they are dealt to micro-batches and ranks."""
-        return rows
+    def deal(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
+        """Rows, in whole turns of all ranks, as micro-batches: (world_size, up to device_batch_size) row numbers each.
+
+        All ranks get equally many micro-batches, of equally many rows.
+        """
+        return list(rows.reshape(-1, world_size, device_batch_size))
 
     def steps_in(self, epochs: float, rows_per_step: int) -> int:
         return math.ceil(self.rows_in(epochs) / rows_per_step)
@@ -179,7 +183,7 @@ class Conversations(Collator):
 
 
 class Masked(Conversations):
-    """One conversation a row, padded to the longest of the micro-batch."""
+    """One conversation a row, padded to the longest of the micro-batch, which has up to device_batch_size of them."""
 
     def rows_in(self, epochs: float) -> int:
         return max(1, _up(epochs * self.documents.epoch_size))
@@ -192,17 +196,23 @@ class Masked(Conversations):
                 pairs.append((np.empty(0, np.int64), np.empty(0, np.int64)))
                 continue
             pairs.append(self._pair(document))
-        width = bucket(max(len(x) for x, _ in pairs), self.seq_len)
+        width = padded_width(max(len(x) for x, _ in pairs), self.seq_len)
         return _as_batch(pairs, width, self.pad_id)
 
     def describe(self, row: int) -> str:
         return self.documents.describe(self._document(row))
 
-    def arrange(self, rows: np.ndarray) -> np.ndarray:
-        """By length: rows of a micro-batch are alike and pad little. The rows of the step stay the same set."""
-        lengths = [min(self.documents.lengths[self._document(int(r))], self.seq_len + 1) if r != EMPTY else 0
-                   for r in rows]
-        return rows[np.argsort(lengths, kind="stable")]
+    def deal(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
+        """By length, so that rows of a micro-batch are alike and pad little, and all ranks have as much to do.
+
+        The rows of the step stay the same set: only their split follows their lengths.
+        """
+        lengths = np.array([min(self.documents.lengths[self._document(int(r))] - 1, self.seq_len) if r != EMPTY else 0
+                            for r in rows])
+        turns = rows[np.argsort(lengths, kind="stable")].reshape(-1, world_size)
+        widths = np.array([padded_width(int(n), self.seq_len) for n in np.sort(lengths)[world_size - 1 :: world_size]])
+        counts = split(widths, device_batch_size, device_batch_size * self.seq_len * PASS_COST)
+        return [turns[end - count : end].T for count, end in zip(counts, np.cumsum(counts), strict=True)]
 
     def _document(self, row: int) -> int | None:
         epoch, i = divmod(row, self.documents.epoch_size)

@@ -14,7 +14,7 @@ from chattrain.data.collators import EMPTY, Batch, Collator
 class Loader:
     """Step -> micro-batches. Step s holds rows s x rows_per_step and following, whatever the number of ranks.
 
-    Rows are dealt in turns of (world_size x device_batch_size), so 1 x 8 rows, 8 x 1 rows and 2 ranks see the same step.
+    The collator deals them to ranks and micro-batches, so that 1 x 8 rows, 8 x 1 rows and 2 ranks see the same step.
     `waited_s` counts the seconds that `step` has waited for batches, the first of a process with them.
     """
 
@@ -40,8 +40,8 @@ class Loader:
         return batches
 
     def rows(self, step: int) -> np.ndarray:
-        """Row numbers of a step, over all ranks, in the order in which they are dealt."""
-        return self.collator.arrange(np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step))
+        """Row numbers of a step, over all ranks."""
+        return np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
 
     def describe(self, step: int) -> str:
         named = [self.collator.describe(int(row)) for row in self.rows(step)]
@@ -52,8 +52,8 @@ class Loader:
 
     def _make(self, step: int) -> tuple[list[Batch], torch.cuda.Event | None]:
         """A step's batches on the device; on CUDA they are there when the event is. Runs in the thread."""
-        groups = self.rows(step).reshape(-1, self.device_batch_size)
-        batches = [self.collator.batch(rows) for rows in groups[self.rank :: self.world_size]]
+        groups = self.collator.deal(self.rows(step), self.device_batch_size, self.world_size)
+        batches = [self.collator.batch(rows[self.rank]) for rows in groups]
         self.collator.documents.release()
         if self._stream is None:
             return [batch.to(self.device) for batch in batches], None
@@ -75,6 +75,5 @@ def evaluation_batches(collator: Collator, num_rows: int, device_batch_size: int
     """Every row once, in batches for this rank; all ranks get the same number of batches, the last filled up with EMPTY."""
     turn = device_batch_size * world_size
     rows = np.arange(num_rows)
-    rows = collator.arrange(np.concatenate([rows, np.full(-num_rows % turn, EMPTY)]))
-    for group in rows.reshape(-1, world_size, device_batch_size)[:, rank]:
-        yield collator.batch(group)
+    for group in collator.deal(np.concatenate([rows, np.full(-num_rows % turn, EMPTY)]), device_batch_size, world_size):
+        yield collator.batch(group[rank])

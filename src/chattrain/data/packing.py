@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 IGNORE_INDEX = -1
-SHORTEST_BUCKET = 32  # tokens; padded rows are never shorter
+WIDTH_UNIT = 8  # tokens; widths of padded rows are multiples of it
 
 
 def shift(ids: np.ndarray, loss_mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -96,18 +96,36 @@ def positions_of(sizes: list[int], width: int) -> np.ndarray:
     return np.concatenate([np.arange(size) for size in [*sizes, width - sum(sizes)]])
 
 
-def bucket(length: int, seq_len: int) -> int:
-    """The width that rows of up to `length` tokens are padded to: 32, 48, 64, 96, 128, ... or seq_len.
+def padded_width(length: int, seq_len: int) -> int:
+    """The width that rows of up to `length` tokens are padded to: a multiple of 8, which the products of a GPU want, or seq_len.
 
-    Few widths, so few compilations; at most a third of a row is padding.
-
-    >>> [bucket(n, 200) for n in (1, 33, 64, 129, 193)]
-    [32, 48, 64, 192, 200]
+    >>> [padded_width(n, 200) for n in (1, 33, 64, 197)]
+    [8, 40, 64, 200]
     """
-    width = SHORTEST_BUCKET
-    while width < length:
-        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
-    return min(width, seq_len)
+    return min(-(-max(length, 1) // WIDTH_UNIT) * WIDTH_UNIT, seq_len)
+
+
+def split(widths: np.ndarray, most_rows: int, pass_cost: float) -> list[int]:
+    """How many rows each micro-batch gets of rows in ascending order of their widths, at most `most_rows`.
+
+    The split with the fewest tokens, padding included, where a micro-batch itself costs as much as `pass_cost` tokens. A row is
+    alone only where it must be: torch.compile compiles anew for a size of 1.
+
+    >>> split(np.array([8, 8, 8, 64, 72]), most_rows=4, pass_cost=20)
+    [3, 2]
+    """
+    least, begin = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=np.int64)
+    alone = float(widths.sum()) + pass_cost * len(widths) if most_rows > 1 else 0.0
+    for end in range(1, len(widths) + 1):
+        begins = np.arange(max(0, end - most_rows), end)
+        costs = least[begins] + (end - begins) * float(widths[end - 1]) + pass_cost + alone * (end - begins == 1)
+        begin[end] = begins[costs.argmin()]
+        least[end] = costs.min()
+    counts, end = [], len(widths)
+    while end:
+        counts.append(int(end - begin[end]))
+        end = begin[end]
+    return counts[::-1]
 
 
 def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from chattrain.chat import Malformed, render_choices
-from chattrain.data.packing import bucket, pad_rows
+from chattrain.data.packing import padded_width, pad_rows
 from chattrain.data.sources import Rows
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
@@ -62,7 +62,7 @@ class MultipleChoice:
 
     def _right(self, model: nn.Module, batch: list[Question], autocast: AbstractContextManager) -> int:
         """Right answers in a batch of B questions, of at most L choices."""
-        width = bucket(max(len(q.ids) for q in batch), self.seq_len)
+        width = padded_width(max(len(q.ids) for q in batch), self.seq_len)
         empty = np.empty(0, np.int64)
         inputs, _ = pad_rows([(np.array(q.ids), empty) for q in batch], width, self.pad_id)
         last = torch.tensor([len(q.ids) - 1 for q in batch], device=self.device)

@@ -52,13 +52,13 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = 
 
 
 def block_size(T: int) -> int:
-    """Tokens of a block: the largest divisor of T up to BLOCK, or T where that would be a sliver.
+    """Tokens of a block: as few blocks of up to BLOCK as hold T, and of these the smallest.
 
-    >>> [block_size(T) for T in (48, 128, 192, 320, 512, 509)]
-    [48, 128, 96, 80, 128, 509]
+    >>> [block_size(T) for T in (48, 128, 136, 512, 509)]
+    [48, 128, 68, 128, 128]
     """
-    size = next(n for n in range(min(T, BLOCK), 0, -1) if T % n == 0)
-    return size if 2 * size > min(T, BLOCK) else T
+    blocks = -(-T // BLOCK)
+    return -(-T // blocks)
 
 
 def _windows(first: Tensor, n: int, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -67,26 +67,27 @@ def _windows(first: Tensor, n: int, heads: int) -> Iterator[tuple[Tensor, Tensor
     first (B, T) is the place in its row at which a token's document begins. Blocks are numbered through rows, heads and places.
     A query's bound is the first key that it sees, counted from the window's beginning.
     """
-    B, T = first.shape
+    first = F.pad(first[:, None].float(), (0, -first.size(1) % n), mode="replicate")[:, 0].long()
     begin = first[:, ::n] // n  # (B, N), the key block in which the document of a block's first token begins
-    place = torch.arange(T // n)
+    place = torch.arange(begin.size(1))
     length = place - begin + 1
     for blocks in length.unique().tolist():
         row, block = (length == blocks).nonzero(as_tuple=True)
-        bounds = first.view(B, -1, n)[row, block] - ((block + 1 - blocks) * n)[:, None]
-        numbers = (row[:, None] * heads + torch.arange(heads)) * (T // n) + block[:, None]  # (windows of a head, H)
+        bounds = first.view(len(first), -1, n)[row, block] - ((block + 1 - blocks) * n)[:, None]
+        numbers = (row[:, None] * heads + torch.arange(heads)) * len(place) + block[:, None]  # (windows of a head, H)
         keys = numbers.flatten()[:, None] + torch.arange(1 - blocks, 1)
         yield numbers.flatten(), keys, bounds.float().repeat_interleave(heads, dim=0)
 
 
 def _to_blocks(x: Tensor, n: int) -> Tensor:
-    """(B, T, H, D) to (B x H x N, n, D)."""
-    return x.transpose(1, 2).reshape(-1, n, x.size(3))
+    """(B, T, H, D) to (B x H x N, n, D), with zeros behind T where it is no multiple of n."""
+    return F.pad(x.transpose(1, 2), (0, 0, 0, -x.size(1) % n)).reshape(-1, n, x.size(3))
 
 
-def _from_blocks(x: Tensor, like: Tensor) -> Tensor:
-    B, T, H, D = like.shape
-    return x.view(B, H, T, D).transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format).contiguous()
+def _from_blocks(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B x H x N, n, any) to (B, T, H, any), of the shape of `like`."""
+    B, T, H, _ = like.shape
+    return x.view(B, H, -1, x.size(2))[:, :, :T].transpose(1, 2).to(dtype).contiguous()
 
 
 def _take(blocks: Tensor, keys: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def _take(blocks: Tensor, keys: Tensor) -> Tensor:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """The output (B, T, H, D), and the log-sum of each query's scores, fp32 (B x H x N, n, 1)."""
+    """The output (B, T, H, D), and the log-sum of each query's scores, fp32 (B, T, H)."""
     n = block_size(q.size(1))
     queries, keys, values = (_to_blocks(x, n) for x in (q, k, v))
     out = torch.empty_like(queries)
@@ -104,14 +105,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Te
         scores = torch.bmm(queries[numbers], _take(keys, window).mT)
         probabilities, log_sums[numbers] = _compiled(_probabilities)(*_dynamic(scores, bounds), q.size(3) ** -0.5)
         out[numbers] = torch.bmm(probabilities, _take(values, window))
-    return _from_blocks(out, q), log_sums
+    return _from_blocks(out, q, q.dtype), _from_blocks(log_sums, q, torch.float32)[..., 0].contiguous()
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor,
               log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = block_size(q.size(1))
     queries, keys, values, grads = (_to_blocks(x, n) for x in (q, k, v, grad.to(q.dtype)))
-    delta = _to_blocks((grad.float() * out.float()).sum(-1, keepdim=True), n)  # (B x H x N, n, 1)
+    delta, log_sums = (_to_blocks(x, n) for x in ((grad.float() * out.float()).sum(-1, keepdim=True), log_sums[..., None]))
     grad_q = torch.empty_like(queries)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (keys, values))
     for numbers, window, bounds in _windows(first, n, q.size(2)):
@@ -122,7 +123,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out:
         grad_q[numbers] = torch.bmm(slopes, seen_keys)
         for total, part in ((grad_k, torch.bmm(slopes.mT, theirs)), (grad_v, torch.bmm(probabilities.mT, above))):
             total.index_add_(0, window.flatten(), part.view(-1, n, part.size(2)).float())
-    return _from_blocks(grad_q, q), _from_blocks(grad_k, k), _from_blocks(grad_v, v)
+    return tuple(_from_blocks(x, q, q.dtype) for x in (grad_q, grad_k, grad_v))
 
 
 def _masked(scores: Tensor, bounds: Tensor, scale: float) -> Tensor:
@@ -168,7 +169,8 @@ def _gradient(ctx, grad: Tensor, _: Tensor):
     return (*torch.ops.chattrain.block_attention_backward(grad, *ctx.saved_tensors), None)
 
 
-# Operators of torch's own registry, so that torch.compile sees one node a layer and does not unroll the blocks.
+# Operators of torch's own registry, so that torch.compile sees one node a layer and does not unroll the blocks. What it has
+# compiled is kept on disk under their names: an operator that comes to return other shapes needs another name.
 library = torch.library.Library("chattrain", "DEF")
 library.define("block_attention(Tensor q, Tensor k, Tensor v, Tensor first) -> (Tensor, Tensor)")
 library.define("block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor first, Tensor out, Tensor log_sums)"
@@ -180,9 +182,7 @@ torch.library.register_autograd("chattrain::block_attention", _gradient, setup_c
 
 @torch.library.register_fake("chattrain::block_attention", lib=library)
 def _(q, k, v, first):
-    B, T, H, _ = q.shape
-    n = block_size(T)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B * H * (T // n), n, 1, dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("chattrain::block_attention_backward", lib=library)

@@ -187,10 +187,10 @@ class GPT(nn.Module):
         """Trade time for memory, see `recompute`. Before `compile_trunk`."""
         recompute(self.transformer.h, selective)
 
-    def compile_trunk(self) -> None:
-        """Compile what `loss` runs, for static shapes (one compilation a width of rows)."""
+    def compile_trunk(self, dynamic: bool) -> None:
+        """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own."""
         on_cpu = self.lm_head.weight.device.type == "cpu"
-        self.trunk, self.compiles = torch.compile(partial(self.features, in_blocks=on_cpu), dynamic=False), True
+        self.trunk, self.compiles = torch.compile(partial(self.features, in_blocks=on_cpu), dynamic=dynamic), True
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:

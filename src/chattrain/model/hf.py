@@ -88,9 +88,9 @@ class HFModel(nn.Module):
                             f"no layers of {self.inner.config.model_type} for it; use train.activation_checkpointing=none")
         recompute(layers, selective)
 
-    def compile_trunk(self) -> None:
-        """Compile what `loss` runs, for static shapes (one compilation a width of rows)."""
-        self.trunk, self.compiles = torch.compile(self._logits, dynamic=False), True
+    def compile_trunk(self, dynamic: bool) -> None:
+        """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own."""
+        self.trunk, self.compiles = torch.compile(self._logits, dynamic=dynamic), True
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
