@@ -54,7 +54,7 @@ def test_every_collator_yields_batches_of_shifted_rows(choice, workplace, tokeni
     collator = build_part(compose([f"collator={choice}"]).collator, documents, 64, tokenizer.special("<|assistant_end|>"),
                           last_epoch=None)
     assert collator.steps_in(1, rows_per_step=4) >= 1
-    batch = collator.batch(collator.arrange(torch.arange(4).numpy()))
+    batch = collator.batch(torch.arange(4).numpy())
     assert batch.inputs.shape == batch.targets.shape and batch.inputs.shape[0] == 4
     supervised = batch.targets[:, :-1] >= 0
     if batch.positions is not None:
