@@ -77,7 +77,7 @@ def build_parts(cfg: Config, track) -> loop.Parts:
         lr_factor=lambda step: 1.0, loader=RandomRows(cfg, where), evaluate=lambda step: {}, save=lambda state: None,
         track=track, show=lambda step: None, stop_asked=lambda: False, ranks=Ranks(), max_grad_norm=cfg.train.max_grad_norm,
         flops_per_token=model.flops_per_token(cfg.train.seq_len), peak_flops=device.peak_flops(where),
-        peak_memory=device.peak_memory(where))
+        meters=device.meters(where))
 
 
 class RandomRows:

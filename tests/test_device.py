@@ -64,6 +64,22 @@ def test_a_run_tracks_its_peak_memory(workplace):
     assert len(peaks) == 2 and 0.05 < peaks[0] <= peaks[1] == summary["metrics"]["train/peak_memory_gib"]
 
 
+@pytest.mark.skipif(not device.can_compile(CPU), reason="no C++ compiler for torch.compile")
+@pytest.mark.parametrize("collator", ["masked", "best_fit"])
+def test_all_shapes_of_all_jobs_of_a_sweep_share_what_is_compiled(workplace, collator):
+    lines = [{"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "again " * (1 + i % 29)}]}
+             for i in range(120)]
+    (workplace / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compiled = []
+    for scale in (1.0, 3.0):
+        summary = train("sft", f"scale{scale}", "init.from=scratch", "train.compile=true", f"collator={collator}",
+                        "train.rows_per_step=8", "train.max_steps=6", f"optimizer.lr_scale={scale}")
+        compiled.append([row["train/compilations"] for row in metrics(summary["run_dir"]) if "train/loss" in row])
+    assert compiled[0][-2:] == [0, 0]
+    assert collator == "best_fit" or sum(compiled[0]) > 0  # best_fit compiles before the first step, to see that it isolates
+    assert compiled[1] == [0] * 6
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_a_run_computes_in_fp32_is_fp32_whatever_was_set_before(bf16):
     before = torch.get_float32_matmul_precision()

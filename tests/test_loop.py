@@ -35,7 +35,7 @@ class Recorder:
             loader=loader, evaluate=lambda step: self.calls.append(("evaluate", step)) or {},
             save=lambda state: self.calls.append(("save", state.step)),
             track=lambda step, metrics: self.calls.append(("track", step)), show=lambda step: None, stop_asked=lambda: False,
-            ranks=Ranks(), max_grad_norm=1.0, flops_per_token=1, peak_flops=None, peak_memory=lambda: 0.0)
+            ranks=Ranks(), max_grad_norm=1.0, flops_per_token=1, peak_flops=None, meters=dict)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.model(batch.inputs, batch.targets).sum() * next(self.factors, 1.0)

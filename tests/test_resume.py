@@ -58,9 +58,12 @@ def same_bits(one: dict, two: dict) -> bool:
     return all(a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a) for a, b in pairs)
 
 
+CLOCK_AND_PROCESS = {"time", "train/tokens_per_second", "train/data_wait", "train/peak_memory_gib", "train/compilations"}
+
+
 def numbers(summary: dict) -> list[dict]:
     """metrics.jsonl without what depends on the clock or on the process."""
-    return [{k: v for k, v in row.items() if k not in ("time", "train/tokens_per_second", "train/peak_memory_gib")}
+    return [{k: v for k, v in row.items() if k not in CLOCK_AND_PROCESS}
             for row in metrics(summary["run_dir"])]
 
 

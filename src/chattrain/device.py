@@ -86,6 +86,24 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
+def meters(device: torch.device) -> Callable[[], dict[str, float]]:
+    """A function that gives train/peak_memory_gib, see `peak_memory`, and train/compilations: the graphs that torch.compile has
+    made since it was last called. 0 once all shapes have been seen."""
+    peak, compiled = peak_memory(device), _compiled_graphs()
+
+    def read() -> dict[str, float]:
+        nonlocal compiled
+        before, compiled = compiled, _compiled_graphs()
+        return {"train/peak_memory_gib": peak(), "train/compilations": compiled - before}
+
+    return read
+
+
+def _compiled_graphs() -> int:
+    dynamo = sys.modules.get("torch._dynamo.utils")  # takes seconds to import, and a run that compiles has done so
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 def peak_memory(device: torch.device) -> Callable[[], float]:
     """A function that gives the peak so far in GiB: on CUDA of what tensors take on the device, from this call on; elsewhere
     of what the process has had resident in all its life. It reads counters of the host and waits for no device."""

@@ -61,7 +61,7 @@ class Parts:
     max_grad_norm: float | None
     flops_per_token: int
     peak_flops: float | None  # of one device; None: unknown
-    peak_memory: Callable[[], float]  # GiB, of this process
+    meters: Callable[[], dict[str, float]]  # what this process has used since it was last asked
 
 
 @dataclass
@@ -102,7 +102,7 @@ def fit(parts: Parts, state: State, cadence: Cadence) -> State:
         if log:
             parts.track(state.step, {
                 "train/loss": loss, "train/grad_norm": grad_norm, "lr_factor": factor,
-                **parts.optimizer.learning_rates(), **speed.since_last(), "train/peak_memory_gib": parts.peak_memory(),
+                **parts.optimizer.learning_rates(), **speed.since_last(), **parts.meters(),
                 "train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens})
             gc.collect(1)  # here, and not in the midst of a step: see runner.garbage_between_steps
         state.tokens_per_second = speed.overall()

@@ -136,7 +136,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
         save=lambda s: save_checkpoint(cfg, plan, data, model, optimizer, tracker, ranks, s),
         track=tracker.log, show=tracker.update, stop_asked=stop_asked, ranks=ranks,
         max_grad_norm=cfg.train.max_grad_norm, flops_per_token=model.flops_per_token(cfg.train.seq_len),
-        peak_flops=device.peak_flops(where), peak_memory=device.peak_memory(where)), state
+        peak_flops=device.peak_flops(where), meters=device.meters(where)), state
 
 
 def build_model(cfg: Config, vocab_size: int, start: Path | None, where: torch.device):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from chattrain.chat import Malformed, render_choices
-from chattrain.data.packing import padded_width, pad_rows
+from chattrain.data.packing import pad_rows, padded_width
 from chattrain.data.sources import Rows
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError

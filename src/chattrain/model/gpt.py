@@ -160,6 +160,9 @@ class GPT(nn.Module):
             cache.length += inputs.size(1)
         return norm(x)
 
+    def _features_in_blocks(self, inputs: Tensor, cache: None, positions: Tensor | None) -> Tensor:
+        return self.features(inputs, cache, positions, in_blocks=True)
+
     def logits(self, features: Tensor) -> Tensor:
         """(..., C) to fp32 (..., V), capped softly: 15 tanh(x / 15)."""
         return soft_cap(self.lm_head(features))
@@ -189,8 +192,8 @@ class GPT(nn.Module):
 
     def compile_trunk(self, dynamic: bool) -> None:
         """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own."""
-        on_cpu = self.lm_head.weight.device.type == "cpu"
-        self.trunk, self.compiles = torch.compile(partial(self.features, in_blocks=on_cpu), dynamic=dynamic), True
+        trunk = self._features_in_blocks if self.lm_head.weight.device.type == "cpu" else self.features
+        self.trunk, self.compiles = torch.compile(trunk, dynamic=dynamic), True
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
