@@ -89,6 +89,7 @@ class RandomRows:
         batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), num_tokens=B * T, num_targets=B * T)
         self.batches = [batch] * (cfg.train.rows_a_step(world_size=1) // B)
         self.tokens = len(self.batches) * B * T  # an optimizer step
+        self.waited_s = 0.0  # nothing is waited for
 
     def step(self, step: int) -> list[Batch]:
         return self.batches

@@ -29,7 +29,7 @@ class Recorder:
             self.model.init_weights(torch.Generator().manual_seed(0))
         batch = Batch(inputs=ids, targets=ids, num_tokens=32, num_targets=32)
         self.factors, self.calls = iter(factors or []), []
-        loader = SimpleNamespace(step=lambda step: [batch, batch], describe=lambda step: f"rows of step {step}")
+        loader = SimpleNamespace(waited_s=0.0, step=lambda step: [batch, batch], describe=lambda step: f"rows of step {step}")
         self.parts = loop.Parts(
             model=self.model, loss_of=self.loss, optimizer=build(self.model, **RATES), lr_factor=lambda step: 1.0,
             loader=loader, evaluate=lambda step: self.calls.append(("evaluate", step)) or {},
