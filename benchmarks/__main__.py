@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -16,14 +18,27 @@ CASES = ("tokenise", "warm_start", "loader", "optimizer", "mid", "sft")
 
 
 def main() -> None:
-    rows = [r for case in CASES for r in importlib.import_module(f"benchmarks.{case}").measure()]
+    rows = []
+    for case in CASES:
+        print(f"{case} ...", file=sys.stderr)
+        rows += importlib.import_module(f"benchmarks.{case}").measure()
     show(rows)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
                "processor": platform.processor() or platform.machine(),
                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     file = Path(__file__).with_name("results.json")
-    file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    file.write_text(json.dumps({"commit": _commit(), "machine": machine, "rows": rows}, indent=1) + "\n")
     print(f"\nwritten to {file}")
+
+
+def _commit() -> str | None:
+    """Of the working tree, with a + where it has changes; None outside a repository."""
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True,
+                                   text=True)
+    except FileNotFoundError:
+        return None
+    return described.stdout.strip() or None
 
 
 if __name__ == "__main__":

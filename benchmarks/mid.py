@@ -13,6 +13,7 @@ from collections import deque
 import torch
 import torch.nn.functional as F
 
+from benchmarks import roofline
 from benchmarks.timing import in_turns, row, show
 from chattrain import loop
 from chattrain.compose import compose
@@ -45,9 +46,11 @@ def _measure(dtype: str) -> dict:
             number = next(step)
             loop.train_step(parts, parts.loader.step(number), number)
 
-        seconds = in_turns(ours, reference.step, rounds=5)
+        seconds = in_turns(ours, reference.step, rounds=3)
         parts.loader.close()
-    return row(f"mid step, d6, 8,192 tokens, {dtype}", TOKENS, "tokens", *seconds)
+        bf16 = use_bf16(cfg.train.dtype, pick_device(cfg.train.device))
+        products = roofline.step_seconds(reference.model, ROWS, SEQ_LEN, TOKENS // (ROWS * SEQ_LEN), bf16)
+    return row(f"mid step, d6, 8,192 tokens, {dtype}", TOKENS, "tokens", *seconds, products)
 
 
 def stock_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:

@@ -20,13 +20,15 @@ def in_turns(ours: Callable[[], None], reference: Callable[[], None], rounds: in
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def row(case: str, work: float, unit: str, ours: float, reference: float) -> dict:
-    """One line of the table: work units a second of both, and how many times faster ours is."""
-    return {"case": case, "unit": f"{unit}/s", "ours": work / ours, "reference": work / reference,
-            "ratio": reference / ours}
+def row(case: str, work: float, unit: str, ours: float, reference: float, products: float | None = None) -> dict:
+    """One line of the table: work units a second of both, how many times faster ours is, and what share of our seconds the
+    matrix products alone take (`products` seconds, see roofline.py)."""
+    return {"case": case, "unit": f"{unit}/s", "ours": work / ours, "reference": work / reference, "ratio": reference / ours,
+            **({} if products is None else {"roofline": products / ours})}
 
 
 def show(rows: list[dict]) -> None:
-    print(f"{'case':44s} {'unit':14s} {'ours':>12s} {'reference':>12s} {'ratio':>7s}")
+    print(f"{'case':44s} {'unit':14s} {'ours':>12s} {'reference':>12s} {'ratio':>8s} {'roofline':>9s}")
     for r in rows:
-        print(f"{r['case']:44s} {r['unit']:14s} {r['ours']:12,.1f} {r['reference']:12,.1f} {r['ratio']:6.2f}x")
+        share = f"{r['roofline']:9.0%}" if "roofline" in r else f"{'':9s}"
+        print(f"{r['case']:44s} {r['unit']:14s} {r['ours']:12,.1f} {r['reference']:12,.1f} {r['ratio']:7.2f}x {share}", flush=True)
