@@ -72,13 +72,8 @@ class Tokenizer:
             return [token for part in parts for token in self.encode(part)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Many texts in one call, on this thread: parallel work is done by processes."""
-        try:
-            return self.encoding.encode_ordinary_batch(texts, num_threads=1)
-        except BaseException as error:
-            if not _is_panic(error):
-                raise
-            return [self.encode(text) for text in texts]
+        """On this thread: parallel work is done by processes, and tiktoken's own batches would start a thread for every call."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens appear by their names, bytes that are no UTF-8 as U+FFFD."""
