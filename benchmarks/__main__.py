@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.timing import show
 
-CASES = ("tokenise", "optimizer", "mid", "sft")
+CASES = ("tokenise", "optimizer", "mid", "sft", "multiple_choice", "generation")
 
 
 def main() -> None:
