@@ -130,6 +130,51 @@ def test_ranks_judge_parts_whose_sum_is_the_whole(model, tokenizer, world_size):
     assert sum(parts) == pytest.approx(accuracy(model, found))
 
 
+class Recorder:
+    """A model that notes the shape of its inputs."""
+
+    def __init__(self):
+        self.shapes: list[tuple[int, int]] = []
+
+    def choice_logits(self, inputs, positions, choices):
+        self.shapes.append(tuple(inputs.shape))
+        return torch.zeros(choices.shape)
+
+    @property
+    def tokens(self) -> int:
+        return sum(rows * width for rows, width in self.shapes)
+
+
+def recorded(found: list[Question], batch_size: int, ranks: Ranks) -> Recorder:
+    model = Recorder()
+    MultipleChoice("mine", found, batch_size, 1, CPU, ranks)(model, nullcontext())
+    return model
+
+
+LENGTHS = [20 + i * 7 % 61 for i in range(300)] + [400, 900]
+OF_LENGTHS = [Question([5] * length, [2, 3], 0) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+def test_a_pass_holds_no_more_tokens_than_so_many_average_questions(batch_size):
+    model = recorded(OF_LENGTHS, batch_size, Ranks())
+    assert sum(rows for rows, _ in model.shapes) == len(LENGTHS)
+    assert all(rows * width <= batch_size * sum(LENGTHS) / len(LENGTHS) or rows == 1 for rows, width in model.shapes)
+
+
+def test_little_is_padding():
+    assert recorded(OF_LENGTHS, 8, Ranks()).tokens < 1.05 * sum(LENGTHS)
+
+
+def test_ranks_get_about_the_same_number_of_tokens():
+    class Alone(Ranks):
+        def sum(self, values):
+            return values
+
+    parts = [recorded(OF_LENGTHS[:-2], 8, Alone(rank, rank, 3)).tokens for rank in range(3)]
+    assert max(parts) < 1.1 * min(parts)
+
+
 def test_a_question_is_the_prompt_up_to_where_the_assistant_answers(tokenizer):
     for r, question in zip(ROWS, asked(ROWS, tokenizer), strict=True):
         assert question.ids == render_prompt(multiple_choice.conversation(r), tokenizer)
