@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.timing import show
 
-CASES = ("tokenise", "warm_start", "loader", "optimizer", "mid", "sft")
+CASES = ("tokenise", "warm_start", "loader", "optimizer", "mid", "sft", "multiple_choice", "generation")
 
 
 def main() -> None:

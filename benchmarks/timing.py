@@ -31,4 +31,4 @@ def show(rows: list[dict]) -> None:
     print(f"{'case':44s} {'unit':14s} {'ours':>12s} {'reference':>12s} {'ratio':>8s} {'roofline':>9s}")
     for r in rows:
         share = f"{r['roofline']:9.0%}" if "roofline" in r else f"{'':9s}"
-        print(f"{r['case']:44s} {r['unit']:14s} {r['ours']:12,.1f} {r['reference']:12,.1f} {r['ratio']:7.2f}x {share}", flush=True)
+        print(f"{r['case']:44s} {r['unit']:14s} {r['ours']:12,.1f} {r['reference']:12,.1f} {r['ratio']:7.2f}x {share}")

@@ -181,7 +181,7 @@ def build_evaluation(cfg: Config, data: RunData, model, losses_of, autocast, whe
     """One function from a step to all that the config asks to measure there: name -> value."""
     validation = Validation(data.validation, data.validation_rows, cfg.train.device_batch_size,
                             data.tokenizer.token_bytes(), where, ranks) if data.validation else None
-    choices = [MultipleChoice(name, asked, cfg.eval.batch_size, data.tokenizer.pad_id, cfg.train.seq_len, where, ranks)
+    choices = [MultipleChoice(name, asked, cfg.eval.batch_size, data.tokenizer.pad_id, where, ranks)
                for name, asked in data.question_sets.items()]
 
     rarer = cfg.eval.multiple_choice_every

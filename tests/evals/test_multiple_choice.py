@@ -78,9 +78,8 @@ def slow_picks(model: GPT, rows: list[dict], tokenizer) -> list[int]:
     return picks
 
 
-def accuracy(model: GPT, found: list[Question], batch_size: int = 8, ranks: Ranks | None = None,
-             seq_len: int = 64) -> float:
-    measured = MultipleChoice("mine", found, batch_size, 1, seq_len, CPU, ranks or Ranks())(model, nullcontext())
+def accuracy(model: GPT, found: list[Question], batch_size: int = 8, ranks: Ranks | None = None) -> float:
+    measured = MultipleChoice("mine", found, batch_size, 1, CPU, ranks or Ranks())(model, nullcontext())
     assert list(measured) == ["eval/mine_acc"]
     return measured["eval/mine_acc"]
 
@@ -98,12 +97,11 @@ def test_every_single_question_is_judged_as_alone(model, tokenizer):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 60, 100])
-@pytest.mark.parametrize("seq_len", [16, 512])
-def test_accuracy_does_not_depend_on_batch_size_row_length_or_order(model, tokenizer, batch_size, seq_len):
+def test_accuracy_does_not_depend_on_batch_size_or_order(model, tokenizer, batch_size):
     found = asked(ROWS, tokenizer)
     expected = accuracy(model, found)
-    assert accuracy(model, found, batch_size, seq_len=seq_len) == expected
-    assert accuracy(model, found[::-1], batch_size, seq_len=seq_len) == expected
+    assert accuracy(model, found, batch_size) == expected
+    assert accuracy(model, found[::-1], batch_size) == expected
 
 
 def with_answer(r: dict, answer: int) -> dict:
@@ -130,6 +128,51 @@ def test_ranks_judge_parts_whose_sum_is_the_whole(model, tokenizer, world_size):
     found = asked(ROWS, tokenizer)
     parts = [accuracy(model, found, 7, Alone(rank, rank, world_size)) for rank in range(world_size)]
     assert sum(parts) == pytest.approx(accuracy(model, found))
+
+
+class Recorder:
+    """A model that notes the shape of its inputs."""
+
+    def __init__(self):
+        self.shapes: list[tuple[int, int]] = []
+
+    def choice_logits(self, inputs, positions, choices):
+        self.shapes.append(tuple(inputs.shape))
+        return torch.zeros(choices.shape)
+
+    @property
+    def tokens(self) -> int:
+        return sum(rows * width for rows, width in self.shapes)
+
+
+def recorded(found: list[Question], batch_size: int, ranks: Ranks) -> Recorder:
+    model = Recorder()
+    MultipleChoice("mine", found, batch_size, 1, CPU, ranks)(model, nullcontext())
+    return model
+
+
+LENGTHS = [20 + i * 7 % 61 for i in range(300)] + [400, 900]
+OF_LENGTHS = [Question([5] * length, [2, 3], 0) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+def test_a_pass_holds_no_more_tokens_than_so_many_average_questions(batch_size):
+    model = recorded(OF_LENGTHS, batch_size, Ranks())
+    assert sum(rows for rows, _ in model.shapes) == len(LENGTHS)
+    assert all(rows * width <= batch_size * sum(LENGTHS) / len(LENGTHS) or rows == 1 for rows, width in model.shapes)
+
+
+def test_little_is_padding():
+    assert recorded(OF_LENGTHS, 8, Ranks()).tokens < 1.05 * sum(LENGTHS)
+
+
+def test_ranks_get_about_the_same_number_of_tokens():
+    class Alone(Ranks):
+        def sum(self, values):
+            return values
+
+    parts = [recorded(OF_LENGTHS[:-2], 8, Alone(rank, rank, 3)).tokens for rank in range(3)]
+    assert max(parts) < 1.1 * min(parts)
 
 
 def test_a_question_is_the_prompt_up_to_where_the_assistant_answers(tokenizer):

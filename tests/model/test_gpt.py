@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chattrain.model.generate import generate
+from chattrain.model.generate import generate, generate_batch
 from chattrain.model.gpt import GPT, KVCache
 
 
@@ -53,6 +53,29 @@ def test_the_key_value_cache_changes_no_logit(n_kv_head):
     torch.testing.assert_close(torch.cat(parts, dim=1), model.features(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
+def test_what_pads_a_row_at_its_left_is_never_seen(n_kv_head):
+    model, x, padding = random_gpt(n_kv_head), tokens(3, 16), torch.tensor([0, 5, 9])
+    other = torch.where(torch.arange(16) < padding[:, None], (x + 1) % 97, x)
+
+    def logits(rows: torch.Tensor) -> torch.Tensor:
+        cache = model.new_cache(padding, 16)
+        return torch.stack([model.next_logits(part, cache) for part in (rows[:, :12], rows[:, 12:13], rows[:, 13:])])
+
+    assert torch.equal(logits(x), logits(other))
+    for row, pad in zip(range(3), padding.tolist(), strict=True):
+        alone = model(x[row : row + 1, pad:])[0]
+        torch.testing.assert_close(logits(x)[:, row], alone[[11 - pad, 12 - pad, 15 - pad]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
+def test_choices_are_scored_as_by_all_logits(n_kv_head):
+    model, x, places = random_gpt(n_kv_head), tokens(4, 12), torch.tensor([11, 0, 7, 3])
+    choices = tokens(4, 3)
+    expected = model(x)[torch.arange(4), places].gather(1, choices)
+    torch.testing.assert_close(model.choice_logits(x, places, choices), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_losses_are_the_cross_entropy_of_the_logits_and_zero_where_ignored():
     model, x, y = random_gpt(), tokens(2, 9), tokens(2, 9).roll(1, 1)
     y[0, :4] = -1
@@ -94,6 +117,31 @@ def test_sampling_follows_from_the_seed():
     model, prompt = random_gpt(), tokens(6).tolist()
     one, two, other = (list(generate(model, prompt, 12, set(), temperature=1.0, top_k=50, seed=s)) for s in (1, 1, 2))
     assert one == two and one != other
+
+
+PROMPTS = [tokens(40)[a:b].tolist() for a, b in ((0, 6), (6, 7), (7, 20), (20, 38))]
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_of_many_lengths_get_together_what_each_gets_alone(n_kv_head, temperature):
+    model = random_gpt(n_kv_head)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    free = generate_batch(model, PROMPTS, 12, set(), temperature, 50, seed=3)
+    assert all(len(reply) == 12 for reply in free) and len(set(map(tuple, free))) == len(PROMPTS)
+    for stop in (reply[at] for reply in free for at in (0, 5, 11)):
+        together = generate_batch(model, PROMPTS, 12, {stop}, temperature, 50, seed=3)
+        assert together == [reply[: reply.index(stop)] if stop in reply else reply for reply in free]
+    assert free == [list(generate(model, prompt, 12, set(), temperature, 50, seed=3)) for prompt in PROMPTS]
+
+
+def test_a_reply_does_not_depend_on_its_company():
+    model = random_gpt()
+    replies = generate_batch(model, PROMPTS, 12, set(), temperature=1.0, seed=1)
+    assert generate_batch(model, PROMPTS[::-1], 12, set(), temperature=1.0, seed=1) == replies[::-1]
+    assert generate_batch(model, PROMPTS[1:3], 12, set(), temperature=1.0, seed=1) == replies[1:3]
+    assert generate_batch(model, [], 12, set()) == []
 
 
 def test_initial_weights_follow_from_the_generator_alone():

@@ -16,7 +16,7 @@ from chattrain.chat import render_prompt
 from chattrain.data.collators import Batch
 from chattrain.errors import UserError
 from chattrain.model import hf
-from chattrain.model.generate import generate
+from chattrain.model.generate import generate, generate_batch
 from chattrain.tokenizer import Tokenizer
 from tests import tiny_hf
 from tests.helpers import TINY, command_line, metrics, write_talk
@@ -84,6 +84,25 @@ def test_greedy_replies_are_those_of_transformers(model, reference, folder):
         expected = reference.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt):]
         said = list(generate(model, prompt, 20, tokenizer.stop_ids))
         assert said == [int(token) for token in expected if int(token) not in tokenizer.stop_ids]
+
+
+PROMPTS = [IDS[0, :5].tolist(), IDS[1].tolist(), IDS[2, :1].tolist()]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_of_many_lengths_get_together_what_each_gets_alone(model, temperature):
+    alone = [list(generate(model, prompt, 10, set(), temperature, seed=2)) for prompt in PROMPTS]
+    assert len(set(map(tuple, alone))) == len(PROMPTS)
+    assert generate_batch(model, PROMPTS, 10, set(), temperature, seed=2) == alone
+    stop = alone[1][4]
+    ended = [reply[: reply.index(stop)] if stop in reply else reply for reply in alone]
+    assert generate_batch(model, PROMPTS, 10, {stop}, temperature, seed=2) == ended
+
+
+def test_padding_moves_no_position_of_a_model_that_learns_them():
+    config = transformers.GPT2Config(vocab_size=340, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    model = hf.HFModel(transformers.GPT2LMHeadModel(config), {}).eval()
+    assert generate_batch(model, PROMPTS, 10, set()) == [list(generate(model, prompt, 10, set())) for prompt in PROMPTS]
 
 
 def test_a_tied_weight_is_saved_once_and_every_weight_is(model, reference):

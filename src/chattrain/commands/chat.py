@@ -9,7 +9,7 @@ from chattrain.chat import Malformed, render_prompt
 from chattrain.commands.evaluate import find_checkpoint
 from chattrain.config import Config
 from chattrain.errors import UserError
-from chattrain.model.generate import generate
+from chattrain.model.generate import generate_batch
 from chattrain.prepare import build_part
 from chattrain.tokenizer import Tokenizer
 from chattrain.tracking import setup_logging
@@ -25,7 +25,7 @@ def main(cfg: Config) -> dict:
     print(f"model {folder}", file=sys.stderr)
     asked = cfg.chat.prompt if isinstance(cfg.chat.prompt, list) else [cfg.chat.prompt]
     prompts = [str(text) for text in asked if text is not None]
-    replies = [_answer(cfg, model, tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    replies = _answers(cfg, model, tokenizer, [[{"role": "user", "content": text}] for text in prompts])
     for text, reply in zip(prompts, replies, strict=True):
         print(f"> {text}\n{reply}\n")
     if not prompts:
@@ -47,7 +47,7 @@ def _converse(cfg: Config, model, tokenizer: Tokenizer) -> None:
             continue
         messages.append({"role": "user", "content": text})
         try:
-            reply = _answer(cfg, model, tokenizer, messages)
+            (reply,) = _answers(cfg, model, tokenizer, [messages])
         except UserError as error:
             print(error, file=sys.stderr)
             messages.pop()
@@ -56,10 +56,12 @@ def _converse(cfg: Config, model, tokenizer: Tokenizer) -> None:
         messages.append({"role": "assistant", "content": reply})
 
 
-def _answer(cfg: Config, model, tokenizer: Tokenizer, messages: list[dict]) -> str:
+def _answers(cfg: Config, model, tokenizer: Tokenizer, conversations: list[list[dict]]) -> list[str]:
+    """The reply to each conversation; all are computed together."""
     try:
-        prompt = render_prompt({"messages": messages}, tokenizer)
+        prompts = [render_prompt({"messages": messages}, tokenizer) for messages in conversations]
     except Malformed as error:
         raise UserError(f"the prompt cannot be rendered: {error}") from error
-    ids = generate(model, prompt, cfg.chat.max_tokens, tokenizer.stop_ids, cfg.chat.temperature, cfg.chat.top_k, cfg.run.seed)
-    return tokenizer.decode(ids)
+    replies = generate_batch(model, prompts, cfg.chat.max_tokens, tokenizer.stop_ids, cfg.chat.temperature, cfg.chat.top_k,
+                             cfg.run.seed)
+    return [tokenizer.decode(ids) for ids in replies]

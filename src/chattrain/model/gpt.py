@@ -46,22 +46,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, (layers, B, max_tokens, H, D); `length` tokens of it are filled."""
+    """Keys and values of the tokens so far, (layers, B, max_tokens, H, D); `length` tokens of it are filled.
 
-    def __init__(self, model: GPT, batch_size: int, max_tokens: int):
+    The first padding[b] tokens of row b are none of its own. They move no position: rotary embeddings tell distances only.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, max_tokens: int, padding: Tensor | None = None):
         shape = (model.n_layer, batch_size, max_tokens, model.n_kv_head, model.head_dim)
         device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.padding = torch.zeros(batch_size, dtype=torch.long, device=device) if padding is None else padding  # (B,)
         self.length = 0
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mask(self, count: int) -> Tensor:
+        """(B, 1, count, keys) bool: the next tokens see those before them, padding (which must see something) itself only."""
+        keys = torch.arange(self.length + count, device=self.padding.device)
+        padded = (keys < self.padding[:, None])[:, None]  # (B, 1, keys)
+        causal = causal_mask(count, len(keys), keys.device)
+        return causal & (padded[..., None, :] == padded[..., self.length :, None])
+
+    def attend(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v (B, T, H, D) behind what is there, and attend to all. `length` moves when the pass is over."""
         end = self.length + k.size(1)
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
-        k, v = self.keys[layer, :, :end].to(k.dtype), self.values[layer, :, :end].to(v.dtype)
-        return attention(q, k, v, causal_mask(q.size(1), end, q.device))
+        return attention(q, self.keys[layer, :, :end].to(k.dtype), self.values[layer, :, :end].to(v.dtype), mask)
 
 
 class Attention(nn.Module):
@@ -74,10 +84,22 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
-        q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        return self.c_proj(attend(q, k, v).reshape(x.shape))
+        return self.mix(attend(self.queries(x, cos, sin), *self.keys_and_values(x, cos, sin)))
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, T, H, D)"""
+        return norm(rotate(self._heads(self.c_q(x)), cos, sin))
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, H, D) each"""
+        return norm(rotate(self._heads(self.c_k(x)), cos, sin)), self._heads(self.c_v(x))
+
+    def mix(self, y: Tensor) -> Tensor:
+        """What the heads give (B, T, H, D), as (B, T, C)."""
+        return self.c_proj(y.flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
 
 
 class MLP(nn.Module):
@@ -99,6 +121,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self.attn(norm(x), cos, sin, attend)
         return x + self.mlp(norm(x))
+
+    def at(self, x: Tensor, cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
+        """What `forward` makes of the tokens at places (B,) alone, (B, C); of the others it needs keys and values only."""
+        k, v = self.attn.keys_and_values(norm(x), cos, sin)
+        x = x[torch.arange(len(x), device=x.device), places][:, None]  # (B, 1, C)
+        seen = torch.arange(k.size(1), device=x.device) <= places[:, None]  # (B, T)
+        q = self.attn.queries(norm(x), cos[places][:, None], sin[places][:, None])
+        x = x + self.attn.mix(attention(q, k, v, seen[:, None, None]))
+        return (x + self.mlp(norm(x)))[:, 0]
 
 
 class GPT(nn.Module):
@@ -147,6 +178,7 @@ class GPT(nn.Module):
         """(B, T) token ids to (B, T, C): what the head reads. positions (B, T): see `forward`."""
         first = cache.length if cache is not None else 0
         cos, sin = self._rotary(first, inputs.size(1), inputs.device)
+        mask = cache.mask(inputs.size(1)) if cache is not None else None
         if positions is not None:
             cos, sin = cos[positions], sin[positions]  # (B, T, 1, D/2)
         if in_blocks:
@@ -155,7 +187,7 @@ class GPT(nn.Module):
             attend = partial(attention, mask=None if positions is None else document_mask(positions))
         x = norm(self.transformer.wte(inputs))
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, cos, sin, attend if cache is None else partial(cache.attend, layer))
+            x = block(x, cos, sin, attend if cache is None else partial(cache.attend, layer, mask))
         if cache is not None:
             cache.length += inputs.size(1)
         return norm(x)
@@ -199,14 +231,21 @@ class GPT(nn.Module):
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
         """Logits, fp32 (B, L), that the tokens choices (B, L) come after positions (B,) of inputs (B, T).
 
-        The head is computed for these tokens alone, and in fp32: bf16 would make ties.
+        The head is computed for these tokens alone, and in fp32: bf16 would make ties. The last block is computed at these
+        positions alone, but for its keys and values.
         """
-        features = self.features(inputs)[torch.arange(len(inputs), device=inputs.device), positions]  # (B, C)
+        cos, sin = self._rotary(0, inputs.size(1), inputs.device)
+        *blocks, last = self.transformer.h
+        x = norm(self.transformer.wte(inputs))
+        for block in blocks:
+            x = block(x, cos, sin, attention)
+        features = norm(last.at(x, cos, sin, positions))  # (B, C)
         with torch.autocast(inputs.device.type, enabled=False):
             return soft_cap(torch.einsum("bc,blc->bl", features.float(), self.lm_head.weight[choices].float()))
 
-    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
-        return KVCache(self, batch_size, max_tokens)
+    def new_cache(self, padding: Tensor, max_tokens: int) -> KVCache:
+        """Room for max_tokens a row, of which the first padding (B,) are none of the row's own."""
+        return KVCache(self, len(padding), max_tokens, padding)
 
     def next_logits(self, inputs: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after inputs (B, T), which stand behind what the cache holds."""

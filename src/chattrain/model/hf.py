@@ -6,6 +6,7 @@ B rows, T tokens, V vocabulary, L choices.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,24 @@ from chattrain.model.recompute import recompute
 
 # Texts beside the weights, which a checkpoint carries along: with them transformers loads the checkpoint itself.
 FILES = ("config.json", "generation_config.json")
+
+
+@dataclass
+class HFCache:
+    """Keys and values of the tokens so far, in the kind of cache that the architecture wants; it grows by itself."""
+
+    own: Tensor | None  # (B, max_tokens) 1 where a token is the row's own, 0 where padding; None: no row is padded
+    past: Any = None
+    length: int = 0
+
+    def step(self, count: int) -> dict[str, Any]:
+        """What transformers wants to be told with the next tokens."""
+        before, self.length = self.length, self.length + count
+        if self.own is None:
+            return {"past_key_values": self.past}
+        own = self.own[:, : self.length]
+        positions = (own.cumsum(1) - 1).clamp(min=0)[:, before:]
+        return {"past_key_values": self.past, "attention_mask": own, "position_ids": positions}
 
 
 class HFModel(nn.Module):
@@ -113,14 +132,15 @@ class HFModel(nn.Module):
         finally:
             hook.remove()
 
-    def new_cache(self, batch_size: int, max_tokens: int):
-        """The kind of cache that this architecture wants; it grows by itself."""
-        return {}
+    def new_cache(self, padding: Tensor, max_tokens: int) -> HFCache:
+        """Room for max_tokens a row, of which the first padding (B,) are none of the row's own."""
+        own = torch.arange(max_tokens, device=padding.device) >= padding[:, None]
+        return HFCache(own.long() if padding.any() else None)
 
-    def next_logits(self, inputs: Tensor, cache: dict) -> Tensor:
+    def next_logits(self, inputs: Tensor, cache: HFCache) -> Tensor:
         """Logits (B, V) of the token after inputs (B, T), which stand behind what the cache holds."""
-        out = self.inner(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache)
-        cache["past_key_values"] = out.past_key_values
+        out = self.inner(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache.step(inputs.size(1)))
+        cache.past = out.past_key_values
         return out.logits[:, -1].float()
 
     def flops_per_token(self, seq_len: int) -> int:

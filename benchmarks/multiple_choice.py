@@ -1,0 +1,113 @@
+"""Questions a second of the multiple-choice evaluation, against a plain loop: batches of 32 questions as they stand in the file,
+padded to the longest, the logits of all tokens at all places, the likeliest letter at the answer's place.
+
+d6, in the number format that training would take here. MMLU's and ARC's questions where BENCHMARK_DATA names a folder with mmlu/
+and arc/ (the hub's layout), else generated ones, which are short and alike. Of these, random runs of 32 of the file, so that
+the loop's batches are those of the whole file; BENCHMARK_QUESTIONS says how many questions (14089 are all of the real ones: half
+an hour on two cores). Prompts are rendered before the clock starts. Both must find the same accuracy: in fp32 to the question, in
+bf16 to one question in a hundred, since the loop's head rounds some letters to a tie.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import row, show
+from chattrain.config import Device, DType
+from chattrain.data.config import Schema, SourceConfig
+from chattrain.data.sources import Rows, open_rows
+from chattrain.device import autocast, pick_device, use_bf16
+from chattrain.distributed import Ranks
+from chattrain.evals.multiple_choice import MultipleChoice, Question, questions
+from chattrain.model.gpt import GPT
+from chattrain.tasks import generated, multiple_choice
+from chattrain.tokenizer import Tokenizer
+
+BATCH, QUESTIONS, VOCABULARY, TURNS = 32, 256, 8192, 2
+SETS = (("mmlu", "all"), ("arc", "ARC-Easy"), ("arc", "ARC-Challenge"))
+
+
+def measure() -> list[dict]:
+    asked, pad_id = _asked()
+    where = pick_device(Device.auto)
+    model = random_model(where)
+    as_trained = autocast(use_bf16(DType.auto, where), where)
+    ours = MultipleChoice("all", asked, BATCH, pad_id, where, Ranks())
+    first = MultipleChoice("first", asked[:BATCH], BATCH, pad_id, where, Ranks())
+    _agree(first(model, nullcontext()), plain(model, asked[:BATCH], nullcontext(), where), 0.0)
+    first(model, as_trained), plain(model, asked[:BATCH], as_trained, where)  # warm up
+    seconds = [0.0, 0.0]
+    for _ in range(TURNS):
+        begun = time.perf_counter()
+        found = ours(model, as_trained)
+        seconds[0] += time.perf_counter() - begun
+        begun = time.perf_counter()
+        expected = plain(model, asked, as_trained, where)
+        seconds[1] += time.perf_counter() - begun
+        _agree(found, expected, 0.01)
+    return [row(f"multiple choice, d6, {len(asked):,} questions", TURNS * len(asked), "questions", *seconds)]
+
+
+def random_model(where: torch.device) -> GPT:
+    """d6 with nothing left at zero, so that letters differ."""
+    model, generator = GPT(VOCABULARY, n_layer=6, n_embd=384, n_head=3), torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05, generator=generator)
+    return model.to(where).eval()
+
+
+@torch.no_grad()
+def plain(model: GPT, asked: list[Question], number_format: AbstractContextManager, where: torch.device) -> float:
+    """Accuracy as a careful user would first write it."""
+    right = 0
+    with number_format:
+        for start in range(0, len(asked), BATCH):
+            batch = asked[start : start + BATCH]
+            inputs = torch.zeros(len(batch), max(len(q.ids) for q in batch), dtype=torch.long)
+            for b, question in enumerate(batch):
+                inputs[b, : len(question.ids)] = torch.tensor(question.ids)
+            logits = model(inputs.to(where))
+            for b, question in enumerate(batch):
+                right += int(logits[b, len(question.ids) - 1, question.letter_ids].argmax()) == question.answer
+    return right / len(asked)
+
+
+def _agree(found: dict[str, float], expected: float, tolerance: float) -> None:
+    (accuracy,) = found.values()
+    if abs(accuracy - expected) > tolerance:
+        raise RuntimeError(f"accuracy {accuracy:.4f}, but {expected:.4f} by the plain loop")
+
+
+def _asked() -> tuple[list[Question], int]:
+    """Random runs of the questions in the order of the file, and the padding token."""
+    with tempfile.TemporaryDirectory() as cache:
+        sets = _sets(Path(cache))
+        texts = [multiple_choice.tokenizer_text(r) for rows in sets for _, r in rows.read(0, len(rows))]
+        tokenizer = Tokenizer.train(texts, VOCABULARY)
+        asked = [question for rows in sets for question in questions("all", rows, tokenizer)]
+    starts = list(range(0, len(asked), BATCH))
+    count = -(-int(os.environ.get("BENCHMARK_QUESTIONS", QUESTIONS)) // BATCH)
+    chosen = sorted(random.Random(0).sample(starts, min(count, len(starts))))
+    return [question for start in chosen for question in asked[start : start + BATCH]], tokenizer.pad_id
+
+
+def _sets(cache: Path) -> list[Rows]:
+    folder = os.environ.get("BENCHMARK_DATA")
+    if folder is None:
+        return [Rows(generated.rows("demo_choice", "val", QUESTIONS))]
+    return [open_rows(name, SourceConfig(str(Path(folder).resolve() / name), Schema.multiple_choice, subset=subset, split="test"),
+                      cache) for name, subset in SETS]
+
+
+if __name__ == "__main__":
+    show(measure())
