@@ -17,6 +17,7 @@ import torch
 from chattrain import checkpoint, device, distributed, loop
 from chattrain.config import ActivationCheckpointing, Config
 from chattrain.data.loader import Loader
+from chattrain.data.packing import cu_seqlens_of
 from chattrain.distributed import Ranks
 from chattrain.errors import RunFailed, UserError
 from chattrain.evals.multiple_choice import MultipleChoice
@@ -74,6 +75,7 @@ def work(cfg: Config, plan: Plan, ranks: Ranks, data: RunData) -> dict:
     """Train in this process. Whatever happens, rank 0 leaves a summary.json that says so."""
     close_log = setup_logging(plan.run_dir if ranks.is_main else None, console=ranks.is_main, resume=bool(plan.resume))
     tracker, state, error = NullTracker(), loop.State(), None
+    device.keep_freed_memory(device.pick_device(cfg.train.device, ranks.local_rank))
     try:
         log.info("run folder %s, starting from %s", plan.run_dir, plan.start.description)
         if plan.start.warning:
@@ -112,7 +114,6 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
                 saved: checkpoint.CheckpointState | None) -> tuple[loop.Parts, loop.State]:
     """Model, optimizer, data and evals of this process, and the state that they start in."""
     where = device.pick_device(cfg.train.device, ranks.local_rank)
-    device.keep_freed_memory(where)
     model = build_model(cfg, data.tokenizer.vocab_size, plan.start.checkpoint, where)
     optimizer = build_part(cfg.optimizer, model)
     state = loop.State()
@@ -124,7 +125,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
             raise UserError(f"{plan.resume}: {error}; use the optimizer that the run began with") from error
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
     # On a CPU the few passes of an evaluation are over before compiling them would be.
-    measured = inside(autocast, torch.compile(model, dynamic=False) if model.compiles and where.type == "cuda" else model)
+    measured = inside(autocast, torch.compile(model, dynamic=cfg.collator.varies) if model.compiles and where.type == "cuda" else model)
     if cfg.collator.isolates:
         shape = (cfg.train.device_batch_size, cfg.train.seq_len)
         check_isolation(inside(autocast, model.trunk), shape, data.tokenizer.vocab_size, where)
@@ -170,7 +171,9 @@ def check_isolation(trunk, shape: tuple[int, int], vocab_size: int, where: torch
     cut = T // 2
     positions = torch.cat([torch.arange(cut), torch.arange(T - cut)]).expand(B, T).contiguous()
     changed = torch.cat([others[:, :cut], inputs[:, cut:]], dim=1)
-    before, after = (trunk(ids.to(where), None, positions.to(where)).detach()[:, cut:] for ids in (inputs, changed))
+    begins = torch.from_numpy(cu_seqlens_of(positions.numpy()))
+    before, after = (trunk(ids.to(where), None, positions.to(where), begins.to(where)).detach()[:, cut:]
+                     for ids in (inputs, changed))
     if not torch.equal(before, after):
         most = float((before - after).abs().max())
         raise RunFailed(f"documents are not isolated on {where}: changing one moves the features of its neighbour by up to "

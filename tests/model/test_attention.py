@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.data.packing import positions_of
+from chattrain.data.packing import cu_seqlens_of, positions_of
 from chattrain.device import can_compile
-from chattrain.model.attention import attention, block_attention, block_size, document_mask
+from chattrain.model.attention import attention, block_attention, block_size, document_mask, varlen_attention
 from chattrain.model.gpt import GPT
 
 pytestmark = pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler for torch.compile")
@@ -76,3 +77,24 @@ def test_the_compiled_model_has_the_gradients_of_the_plain_one(isolated):
         features.square().mul(torch.arange(32)).sum().backward()
         found.append([features.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert_near(*found, 1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_varlen_attention_has_the_shapes_of_attention(kv_heads):
+    """What can be seen of it without a GPU: torch knows the operator and its gradients' shapes on tensors without values."""
+    q, k, v = (torch.empty(2, 64, h, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, kv_heads, kv_heads))
+    out = varlen_attention(q, k, v, torch.empty(9, dtype=torch.int32, device="meta"))
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_varlen_attention_on_a_gpu_stays_within_documents():
+    positions = torch.from_numpy(np.stack([positions_of(sizes, 256) for sizes in ([100, 3, 153], [256], [20] * 12)]))
+    *qkv, grad = (x.cuda() for x in tensors(3, 256, 4, 2, 64, torch.bfloat16))
+    begins = torch.from_numpy(cu_seqlens_of(positions.numpy())).cuda()
+    ours = with_gradients(lambda q, k, v: varlen_attention(q, k, v, begins), *qkv, grad)
+    masked = with_gradients(lambda q, k, v: attention(q, k, v, document_mask(positions.cuda())), *qkv, grad)
+    assert_near(ours, masked, 2e-2)

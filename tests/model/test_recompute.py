@@ -138,7 +138,7 @@ def test_compiled_it_holds_less_too_and_gives_the_same_gradients():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            features = model.trunk(IDS[:, :-1], None, None)
+            features = model.trunk(IDS[:, :-1], None, None, None)
         (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
         held[mode] = sum(saved.values())
         gradients[mode] = [p.grad for p in model.transformer.parameters()]

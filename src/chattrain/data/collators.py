@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import IGNORE_INDEX, best_fit, pad_rows, padded_width, positions_of, shift, split, stretch
+from chattrain.data.packing import IGNORE_INDEX, best_fit, cu_seqlens_of, pad_rows, padded_width, positions_of, shift, split, stretch
 from chattrain.errors import UserError
 
 EMPTY = -1
@@ -32,6 +32,7 @@ class Batch(NamedTuple):
     num_tokens: int  # inputs that are no padding
     num_targets: int  # targets that are not ignored
     positions: torch.Tensor | None = None  # (B, T) int64, from 0 in each document, where documents are isolated
+    cu_seqlens: torch.Tensor | None = None  # (documents + 1,) int32, where each begins in the flattened batch; see packing
     supervised: torch.Tensor | None = None  # (N,) int64, places of targets in the flattened batch; None: all of it
 
     @property
@@ -312,8 +313,10 @@ def _as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: in
               sizes: list[list[int]] | None = None) -> Batch:
     """`sizes`: of the documents of each row, where they are isolated."""
     inputs, targets = pad_rows(pairs, width, pad_id)
-    positions = None if sizes is None else torch.from_numpy(np.stack([positions_of(row, width) for row in sizes]))
+    positions = None if sizes is None else np.stack([positions_of(row, width) for row in sizes])
     places = np.flatnonzero(targets >= 0)
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), num_tokens=sum(len(x) for x, _ in pairs),
-                 num_targets=len(places), positions=positions,
+                 num_targets=len(places),
+                 positions=None if positions is None else torch.from_numpy(positions),
+                 cu_seqlens=None if positions is None else torch.from_numpy(cu_seqlens_of(positions)),
                  supervised=torch.from_numpy(places) if len(places) < targets.size else None)

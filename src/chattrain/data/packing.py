@@ -96,6 +96,18 @@ def positions_of(sizes: list[int], width: int) -> np.ndarray:
     return np.concatenate([np.arange(size) for size in [*sizes, width - sum(sizes)]])
 
 
+def cu_seqlens_of(positions: np.ndarray, unit: int = 64) -> np.ndarray:
+    """(documents + 1,) int32: where the documents of these positions (B, T) begin in the flattened rows, and their end.
+
+    Filled up with empty documents to a multiple of `unit`, so that torch.compile meets few sizes.
+
+    >>> cu_seqlens_of(np.array([[0, 1, 0], [0, 1, 2]]), unit=4)
+    array([0, 2, 3, 6, 6], dtype=int32)
+    """
+    starts = np.flatnonzero(positions.ravel() == 0)
+    return np.append(starts, np.full(1 + -len(starts) % unit, positions.size)).astype(np.int32)
+
+
 def padded_width(length: int, seq_len: int) -> int:
     """The width that rows of up to `length` tokens are padded to: a multiple of 8, which the products of a GPU want, or seq_len.
 

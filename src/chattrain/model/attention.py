@@ -43,6 +43,15 @@ def document_mask(positions: Tensor) -> Tensor:
     return same & causal_mask(positions.size(1), positions.size(1), positions.device)
 
 
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`attention` within the documents that begin at cu_seqlens in the flattened rows, by FlashAttention: CUDA, bf16 or fp16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    T = q.size(1)
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    return varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), enable_gqa=q.size(2) != k.size(2)).view(q.shape)
+
+
 def block_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
     """What `attention` gives with the mask of these positions (B, T), or with none, on a CPU."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))

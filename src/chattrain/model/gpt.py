@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chattrain import checkpoint
 from chattrain.data.collators import Batch
 from chattrain.data.packing import IGNORE_INDEX
-from chattrain.model.attention import attention, block_attention, causal_mask, document_mask
+from chattrain.model.attention import attention, block_attention, causal_mask, document_mask, varlen_attention
 from chattrain.model.head import summed_loss
 from chattrain.model.recompute import recompute
 
@@ -174,8 +174,9 @@ class GPT(nn.Module):
                 p.normal_(std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
 
     def features(self, inputs: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-                 in_blocks: bool = False) -> Tensor:
-        """(B, T) token ids to (B, T, C): what the head reads. positions (B, T): see `forward`."""
+                 cu_seqlens: Tensor | None = None, in_blocks: bool = False) -> Tensor:
+        """(B, T) token ids to (B, T, C): what the head reads. positions (B, T): see `forward`; cu_seqlens says the same to
+        FlashAttention, where there is one (CUDA, under autocast)."""
         first = cache.length if cache is not None else 0
         cos, sin = self._rotary(first, inputs.size(1), inputs.device)
         mask = cache.mask(inputs.size(1)) if cache is not None else None
@@ -183,6 +184,8 @@ class GPT(nn.Module):
             cos, sin = cos[positions], sin[positions]  # (B, T, 1, D/2)
         if in_blocks:
             attend = partial(block_attention, positions=positions)
+        elif cu_seqlens is not None and inputs.is_cuda and torch.is_autocast_enabled("cuda"):
+            attend = partial(varlen_attention, cu_seqlens=cu_seqlens)
         else:
             attend = partial(attention, mask=None if positions is None else document_mask(positions))
         x = norm(self.transformer.wte(inputs))
@@ -192,8 +195,8 @@ class GPT(nn.Module):
             cache.length += inputs.size(1)
         return norm(x)
 
-    def _features_in_blocks(self, inputs: Tensor, cache: None, positions: Tensor | None) -> Tensor:
-        return self.features(inputs, cache, positions, in_blocks=True)
+    def _features_in_blocks(self, inputs: Tensor, cache: None, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        return self.features(inputs, positions=positions, in_blocks=True)
 
     def logits(self, features: Tensor) -> Tensor:
         """(..., C) to fp32 (..., V), capped softly: 15 tanh(x / 15)."""
@@ -212,7 +215,7 @@ class GPT(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum in nats, fp32, of the losses of the batch's targets. The head is computed for the supervised places alone."""
-        features = self.trunk(batch.inputs, None, batch.positions).flatten(0, 1)
+        features = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1)
         targets = batch.targets.flatten()
         if batch.supervised is not None:
             features, targets = features[batch.supervised], targets[batch.supervised]

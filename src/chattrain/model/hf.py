@@ -82,13 +82,14 @@ class HFModel(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view(targets.shape)
 
-    def _logits(self, inputs: Tensor, cache: None = None, positions: Tensor | None = None) -> Tensor:
+    def _logits(self, inputs: Tensor, cache: None = None, positions: Tensor | None = None,
+                cu_seqlens: Tensor | None = None) -> Tensor:
         packed = {} if positions is None else {"position_ids": positions, "attention_mask": document_mask(positions)}
         return self.inner(input_ids=inputs, use_cache=False, **packed).logits
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum in nats, fp32, of the losses of the batch's targets."""
-        logits, targets = self.trunk(batch.inputs, None, batch.positions).flatten(0, 1), batch.targets.flatten()
+        logits, targets = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1), batch.targets.flatten()
         if batch.supervised is not None:
             logits, targets = logits[batch.supervised], targets[batch.supervised]
         return F.cross_entropy(logits.float(), targets, reduction="sum")
