@@ -38,6 +38,7 @@ def measure() -> list[dict]:
     asked, pad_id = _asked()
     where = pick_device(Device.auto)
     model = random_model(where)
+    model.compile_trunk(dynamic=True)  # as a run does
     as_trained = autocast(use_bf16(DType.auto, where), where)
     ours = MultipleChoice("all", asked, BATCH, pad_id, where, Ranks())
     first = MultipleChoice("first", asked[:BATCH], BATCH, pad_id, where, Ranks())

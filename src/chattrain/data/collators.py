@@ -17,7 +17,17 @@ import numpy as np
 import torch
 
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import IGNORE_INDEX, best_fit, cu_seqlens_of, pad_rows, padded_width, positions_of, shift, split, stretch
+from chattrain.data.packing import (
+    IGNORE_INDEX,
+    best_fit,
+    cu_seqlens_of,
+    pad_rows,
+    padded_width,
+    positions_of,
+    shift,
+    split,
+    stretch,
+)
 from chattrain.errors import UserError
 
 EMPTY = -1

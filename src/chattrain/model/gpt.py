@@ -148,7 +148,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(n_embd, n_head, self.n_kv_head) for _ in range(n_layer)),
         })
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.trunk, self.compiles = self.features, False  # what training runs; see compile_trunk
+        self.trunk, self.compiles, self.in_blocks = self.features, False, False  # see compile_trunk
 
     files: ClassVar[dict[str, str]] = {}  # texts that a checkpoint carries beside the weights: none
 
@@ -227,8 +227,9 @@ class GPT(nn.Module):
 
     def compile_trunk(self, dynamic: bool) -> None:
         """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own."""
-        trunk = self._features_in_blocks if self.lm_head.weight.device.type == "cpu" else self.features
-        self.trunk, self.compiles = torch.compile(trunk, dynamic=dynamic), True
+        self.in_blocks = self.lm_head.weight.device.type == "cpu"
+        features = self._features_in_blocks if self.in_blocks else self.features
+        self.trunk, self.compiles = torch.compile(features, dynamic=dynamic), True
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ class GPT(nn.Module):
         *blocks, last = self.transformer.h
         x = norm(self.transformer.wte(inputs))
         for block in blocks:
-            x = block(x, cos, sin, attention)
+            x = block(x, cos, sin, block_attention if self.in_blocks else attention)
         features = norm(last.at(x, cos, sin, positions))  # (B, C)
         with torch.autocast(inputs.device.type, enabled=False):
             return soft_cap(torch.einsum("bc,blc->bl", features.float(), self.lm_head.weight[choices].float()))
