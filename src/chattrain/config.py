@@ -222,7 +222,7 @@ class EvalConfig:
     multiple_choice_every: int | None = None  # optimizer steps, a multiple of every; null: as often as all else
     max_tokens: int | None = None  # of the validation mixture, at most; null: all
     max_problems: int | None = None  # of each question set, at most; null: all
-    batch_size: int = 32  # questions of average length a forward pass; of longer ones fewer, of shorter ones more
+    batch_size: int = 16  # questions of average length a forward pass; of longer ones fewer, of shorter ones more
     mmlu_path: str | None = None  # hub name, or a folder in the hub's file layout
     arc_path: str | None = None  # likewise; holds ARC-Easy and ARC-Challenge
     split: str = "test"  # of MMLU and ARC
