@@ -11,6 +11,8 @@ from collections import Counter
 
 import torch
 
+from chattrain.config import Device
+from chattrain.device import pick_device
 from chattrain.model.gpt import GPT
 
 
@@ -49,13 +51,17 @@ def _seconds(products: Counter, dtype: torch.dtype) -> float:
 
 
 def _median(batch: int, n: int, k: int, m: int, dtype: torch.dtype, rounds: int = 5) -> float:
-    a, b = torch.randn(batch, n, k).to(dtype), torch.randn(batch, k, m).to(dtype)
+    where = pick_device(Device.auto)
+    wait = torch.cuda.synchronize if where.type == "cuda" else (lambda: None)
+    a, b = torch.randn(batch, n, k, device=where).to(dtype), torch.randn(batch, k, m, device=where).to(dtype)
     if batch == 1:
         a, b = a[0], b[0]
     torch.matmul(a, b)
+    wait()
     times = []
     for _ in range(rounds):
         begun = time.perf_counter()
         torch.matmul(a, b)
+        wait()
         times.append(time.perf_counter() - begun)
     return statistics.median(times)

@@ -192,6 +192,11 @@ def test_help_shows_every_key_with_the_value_that_the_command_line_composes(plac
     assert command_line(capsys, "stage=sft", "train.seq_len=123", "--cfg", "job").out in shown.out
 
 
+def test_help_of_a_sweep_shows_its_first_job(place, capsys):
+    shown = command_line(capsys, "-m", "stage=mid,sft", "train.seq_len=123", "--help")
+    assert shown.status == 0 and "stage: mid" in shown.out and "seq_len: 123" in shown.out
+
+
 def test_help_lists_the_choices_of_the_users_own_folder(place, capsys):
     (place / "my_conf/data").mkdir(parents=True, exist_ok=True)
     (place / "my_conf/data/mine.yaml").write_text("defaults: [demo]\n")

@@ -69,11 +69,11 @@ class TrainConfig:
     max_steps: int | None = None  # optimizer steps; one of max_steps and num_epochs
     num_epochs: float | None = None  # times over the training mixture
     seq_len: int = 256  # tokens a row
-    device_batch_size: int = 16  # rows a process a forward pass
+    device_batch_size: int = 16  # rows a process a forward pass; of masked rows, at most
     total_batch_size: int | None = None  # tokens an optimizer step, all ranks (rows x seq_len)
     rows_per_step: int | None = None  # the same in rows; one of the two
     max_grad_norm: float | None = None  # null: gradients are not clipped
-    dtype: DType = DType.auto  # of the matmuls; weights and optimizer state stay fp32
+    dtype: DType = DType.auto  # of the matmuls; weights stay fp32
     fp8: bool = False  # linear layers of the blocks through torchao
     # What backward computes again instead of keeping it: nothing, blocks, or of blocks what is no matrix product or attention.
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
@@ -243,7 +243,7 @@ class EvalConfig:
     multiple_choice_every: int | None = None  # optimizer steps, a multiple of every; null: as often as all else
     max_tokens: int | None = None  # of the validation mixture, at most; null: all
     max_problems: int | None = None  # of each question set, at most; null: all
-    batch_size: int = 32  # questions of average length a forward pass; of longer ones fewer, of shorter ones more
+    batch_size: int = 16  # questions of average length a forward pass; of longer ones fewer, of shorter ones more
     mmlu_path: str | None = None  # hub name, or a folder in the hub's file layout
     arc_path: str | None = None  # likewise; holds ARC-Easy and ARC-Challenge
     split: str = "test"  # of MMLU and ARC

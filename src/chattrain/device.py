@@ -87,7 +87,8 @@ def compiles(asked: bool, device: torch.device) -> bool:
         return False
     if not asked:
         return False
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)  # one entry a row width
+    # One entry a shape, for all jobs of a sweep together.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     return True
 
 

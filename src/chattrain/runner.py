@@ -75,8 +75,9 @@ def work(cfg: Config, plan: Plan, ranks: Ranks, data: RunData) -> dict:
     """Train in this process. Whatever happens, rank 0 leaves a summary.json that says so."""
     close_log = setup_logging(plan.run_dir if ranks.is_main else None, console=ranks.is_main, resume=bool(plan.resume))
     tracker, state, error = NullTracker(), loop.State(), None
-    device.keep_freed_memory(device.pick_device(cfg.train.device, ranks.local_rank))
     try:
+        device.keep_freed_memory(device.pick_device(cfg.train.device, ranks.local_rank))
+        gc.collect()  # what an earlier job of a sweep has left, its model too
         log.info("run folder %s, starting from %s", plan.run_dir, plan.start.description)
         if plan.start.warning:
             log.warning(plan.start.warning)
@@ -125,7 +126,8 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
             raise UserError(f"{plan.resume}: {error}; use the optimizer that the run began with") from error
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
     # On a CPU the few passes of an evaluation are over before compiling them would be.
-    measured = inside(autocast, torch.compile(model, dynamic=cfg.collator.varies) if model.compiles and where.type == "cuda" else model)
+    compiles = model.compiles and where.type == "cuda"
+    measured = inside(autocast, torch.compile(model, dynamic=cfg.collator.varies) if compiles else model)
     if cfg.collator.isolates:
         shape = (cfg.train.device_batch_size, cfg.train.seq_len)
         check_isolation(inside(autocast, model.trunk), shape, data.tokenizer.vocab_size, where)
@@ -172,6 +174,7 @@ def check_isolation(trunk, shape: tuple[int, int], vocab_size: int, where: torch
     positions = torch.cat([torch.arange(cut), torch.arange(T - cut)]).expand(B, T).contiguous()
     changed = torch.cat([others[:, :cut], inputs[:, cut:]], dim=1)
     begins = torch.from_numpy(cu_seqlens_of(positions.numpy()))
+    torch._dynamo.maybe_mark_dynamic(begins, 0)  # as in training, so that both run the same graph
     before, after = (trunk(ids.to(where), None, positions.to(where), begins.to(where)).detach()[:, cut:]
                      for ids in (inputs, changed))
     if not torch.equal(before, after):

@@ -7,6 +7,7 @@ composes the keys (its `--cfg job`), and what stands around them comes from here
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from itertools import pairwise
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from chattrain.compose import conf_dir
 
+SWEEPS = ("-m", "--multirun")
 FLAGS = ("--help", "-h")
 TEXT = """chattrain: turn a language model into a chat model.
 
@@ -37,10 +39,15 @@ def is_asked(arguments: list[str]) -> bool:
 def for_keys(arguments: list[str]) -> list[str]:
     """What Hydra is called with instead, so that it prints the composed keys.
 
-    >>> for_keys(["stage=sft", "--help"])
-    ['stage=sft', '--cfg', 'job']
+    Of the values of a sweep, the first.
+
+    >>> for_keys(["-m", "stage=base,mid", "--help"])
+    ['stage=base', '--cfg', 'job']
     """
-    return [*(a for a in arguments if a not in FLAGS), "--cfg", "job"]
+    kept = [a for a in arguments if a not in (*FLAGS, *SWEEPS)]
+    if len(kept) < len([a for a in arguments if a not in FLAGS]):
+        kept = [a.partition(",")[0] if re.fullmatch(r"[\w.@/]+=[^\[{(\"']+", a) else a for a in kept]
+    return [*kept, "--cfg", "job"]
 
 
 def show(print_keys: Callable[[], None], arguments: list[str]) -> None:

@@ -84,9 +84,10 @@ def test_the_compiled_model_has_the_gradients_of_the_plain_one(isolated):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_varlen_attention_has_the_shapes_of_attention(kv_heads):
     """What can be seen of it without a GPU: torch knows the operator and its gradients' shapes on tensors without values."""
-    q, k, v = (torch.empty(2, 64, h, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, kv_heads, kv_heads))
+    formats = (4, torch.float32), (kv_heads, torch.float32), (kv_heads, torch.bfloat16)  # as autocast on a GPU leaves them
+    q, k, v = (torch.empty(2, 64, h, 16, dtype=dtype, device="meta", requires_grad=True) for h, dtype in formats)
     out = varlen_attention(q, k, v, torch.empty(9, dtype=torch.int32, device="meta"))
-    assert out.shape == q.shape
+    assert out.shape == q.shape and out.dtype == torch.bfloat16
     out.sum().backward()
     assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
     torchao = ModuleType("torchao.float8")
     torchao.convert_to_float8_training = convert_to_float8_training
+    torchao.Float8LinearConfig = SimpleNamespace
     monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.float8", torchao)
 

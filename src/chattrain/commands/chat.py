@@ -14,6 +14,8 @@ from chattrain.prepare import build_part
 from chattrain.tokenizer import Tokenizer
 from chattrain.tracking import setup_logging
 
+TOGETHER = 32  # prompts answered in one batch, at most
+
 
 def main(cfg: Config) -> dict:
     """Replies go to stdout. With chat.prompt (a text, or a list of texts: one conversation each) it ends after them."""
@@ -25,7 +27,8 @@ def main(cfg: Config) -> dict:
     print(f"model {folder}", file=sys.stderr)
     asked = cfg.chat.prompt if isinstance(cfg.chat.prompt, list) else [cfg.chat.prompt]
     prompts = [str(text) for text in asked if text is not None]
-    replies = _answers(cfg, model, tokenizer, [[{"role": "user", "content": text}] for text in prompts])
+    replies = [reply for start in range(0, len(prompts), TOGETHER) for reply in _answers(
+        cfg, model, tokenizer, [[{"role": "user", "content": text}] for text in prompts[start : start + TOGETHER]])]
     for text, reply in zip(prompts, replies, strict=True):
         print(f"> {text}\n{reply}\n")
     if not prompts:

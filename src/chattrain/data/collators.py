@@ -194,7 +194,7 @@ class Conversations(Collator):
 
 
 class Masked(Conversations):
-    """One conversation a row, padded to the longest of the micro-batch, which has up to device_batch_size of them."""
+    """One conversation a row, padded to a multiple of 8 tokens that the longest of up to device_batch_size rows fits in."""
 
     def rows_in(self, epochs: float) -> int:
         return max(1, _up(epochs * self.documents.epoch_size))

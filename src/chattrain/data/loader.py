@@ -77,3 +77,4 @@ def evaluation_batches(collator: Collator, num_rows: int, device_batch_size: int
     rows = np.arange(num_rows)
     for group in collator.deal(np.concatenate([rows, np.full(-num_rows % turn, EMPTY)]), device_batch_size, world_size):
         yield collator.batch(group[rank])
+    collator.documents.release()

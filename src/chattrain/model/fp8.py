@@ -23,7 +23,7 @@ def convert(model: nn.Module, device: torch.device) -> None:
         raise UserError(f"train.fp8=true needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more (RTX 40, L40, H100 "
                         f"and later), but {found}; use train.fp8=false")
     try:
-        from torchao.float8 import convert_to_float8_training
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise UserError("train.fp8=true needs torchao: pip install torchao, or use train.fp8=false") from None
     head = model.lm_head
@@ -34,4 +34,5 @@ def convert(model: nn.Module, device: torch.device) -> None:
     if not any(isinstance(module, nn.Linear) and fits(module, "") for module in model.modules()):
         raise UserError(f"train.fp8=true has no effect: no linear layer of this model has sides that are multiples of "
                         f"{FP8_MULTIPLE}; use train.fp8=false")
-    convert_to_float8_training(model, module_filter_fn=fits)
+    padded = Float8LinearConfig(pad_inner_dim=True)  # rows of any width: the gradient of a weight sums over their tokens
+    convert_to_float8_training(model, module_filter_fn=fits, config=padded)

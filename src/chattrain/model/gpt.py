@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chattrain import checkpoint
 from chattrain.data.collators import Batch
 from chattrain.data.packing import IGNORE_INDEX
-from chattrain.model.attention import attention, block_attention, causal_mask, document_mask, varlen_attention
+from chattrain.model.attention import attention, block_attention, causal_mask, document_mask, has_varlen, varlen_attention
 from chattrain.model.head import summed_loss
 from chattrain.model.recompute import recompute
 
@@ -184,7 +184,7 @@ class GPT(nn.Module):
             cos, sin = cos[positions], sin[positions]  # (B, T, 1, D/2)
         if in_blocks:
             attend = partial(block_attention, positions=positions)
-        elif cu_seqlens is not None and inputs.is_cuda and torch.is_autocast_enabled("cuda"):
+        elif cu_seqlens is not None and torch.is_autocast_enabled("cuda") and self.varlen:
             attend = partial(varlen_attention, cu_seqlens=cu_seqlens)
         else:
             attend = partial(attention, mask=None if positions is None else document_mask(positions))
@@ -215,11 +215,17 @@ class GPT(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum in nats, fp32, of the losses of the batch's targets. The head is computed for the supervised places alone."""
+        if self.compiles and batch.cu_seqlens is not None:
+            torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # one compilation for all numbers of documents
         features = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1)
         targets = batch.targets.flatten()
         if batch.supervised is not None:
             features, targets = features[batch.supervised], targets[batch.supervised]
         return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self.compiles)
+
+    @property
+    def varlen(self) -> bool:
+        return has_varlen(self.lm_head.weight.device, self.head_dim)
 
     def checkpoint_activations(self, selective: bool) -> None:
         """Trade time for memory, see `recompute`. Before `compile_trunk`."""

@@ -77,11 +77,11 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict) -> None:
         """One step of matrices of the same shape."""
-        updates = [self._momentum(p, p.grad, group) for p in params]
+        updates = [self._momentum(p, p.grad, group).bfloat16() for p in params]
         if len(params) == 1:
             moves = [orthogonalize(updates[0], group["ns_steps"])]
         else:
-            moves = orthogonalize(torch.stack([update.bfloat16() for update in updates]), group["ns_steps"]).unbind()
+            moves = orthogonalize(torch.stack(updates), group["ns_steps"]).unbind()
         rows, columns = params[0].shape
         for p, move in zip(params, moves, strict=True):
             p.add_(move, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
