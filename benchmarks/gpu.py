@@ -19,7 +19,7 @@ import torch
 from chattrain import device, loop
 from chattrain.compose import compose
 from chattrain.config import Config
-from chattrain.data.collators import Batch
+from chattrain.data.batch import Batch
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
 from chattrain.prepare import build_part

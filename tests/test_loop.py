@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chattrain import loop
-from chattrain.data.collators import Batch
+from chattrain.data.batch import Batch
 from chattrain.distributed import Ranks
 from chattrain.errors import RunFailed
 from chattrain.model.gpt import GPT

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from chattrain.data.collators import Batch
+from chattrain.data.batch import Batch
 from chattrain.data.loader import Loader
 from chattrain.distributed import Ranks
 from chattrain.errors import RunFailed

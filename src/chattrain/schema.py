@@ -8,17 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from chattrain.config import (
-    AdamWConfig,
-    Config,
-    DecayScheduleConfig,
-    JoiningCollatorConfig,
-    MuonAdamWConfig,
-    ScheduleConfig,
-)
+from chattrain.config import Config, JoiningCollatorConfig
 from chattrain.data.config import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.errors import UserError
 from chattrain.model.config import GPTConfig, HFModelConfig
+from chattrain.optim.config import AdamWConfig, DecayScheduleConfig, MuonAdamWConfig, ScheduleConfig
 
 # Choices of a group that have keys of their own.
 VARIANTS = {**{f"model={size}": GPTConfig for size in ("tiny", "d6", "d12", "d20", "d32")},

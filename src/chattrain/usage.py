@@ -29,7 +29,7 @@ Groups (group=choice):
 
 Keys (key=value), with what this command line composes:
 {keys}
-Hydra's own options: --hydra-help. A key's meaning and unit: src/chattrain/config.py."""
+Hydra's own options: --hydra-help. A key's meaning and unit: the files config.py of src/chattrain."""
 
 
 def is_asked(arguments: list[str]) -> bool:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from chattrain.config import StateDType
 from chattrain.errors import UserError
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw, muon_adamw
+from chattrain.optim.config import StateDType
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.muon_adamw import STATE_DTYPES, Muon, orthogonalize
 

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
+from chattrain.data.batch import Batch, as_batch
 from chattrain.data.mixture import Mixture
 from chattrain.data.packing import (
     IGNORE_INDEX,
     best_fit,
-    cu_seqlens_of,
-    pad_rows,
     padded_width,
-    positions_of,
     shift,
     split,
     stretch,
@@ -32,32 +27,6 @@ from chattrain.errors import UserError
 
 EMPTY = -1
 PASS_COST = 1 / 48  # what a micro-batch costs beside its tokens, as a share of the largest one's: weights cast, kernels launched
-
-
-class Batch(NamedTuple):
-    """One micro-batch. inputs and targets are (B, T) int64, already shifted; IGNORE_INDEX where there is no target."""
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    num_tokens: int  # inputs that are no padding
-    num_targets: int  # targets that are not ignored
-    positions: torch.Tensor | None = None  # (B, T) int64, from 0 in each document, where documents are isolated
-    cu_seqlens: torch.Tensor | None = None  # (documents + 1,) int32, where each begins in the flattened batch; see packing
-    supervised: torch.Tensor | None = None  # (N,) int64, places of targets in the flattened batch; None: all of it
-
-    @property
-    def arguments(self) -> tuple[torch.Tensor, ...]:
-        """What the model is called with for the losses of single targets."""
-        return (self.inputs, self.targets, *([] if self.positions is None else [self.positions]))
-
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """The batch with every tensor changed."""
-        tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
-        return self._replace(**{name: change(tensor) for name, tensor in tensors.items()})
-
-    def to(self, device: torch.device) -> Batch:
-        pinned = device.type == "cuda"  # elsewhere an asynchronous copy may read memory that is gone
-        return self.each(lambda tensor: tensor.to(device, non_blocking=pinned))
 
 
 @dataclass
@@ -135,7 +104,7 @@ class Packed(Collator):
             if self.isolate_documents:
                 targets[np.cumsum(lengths, dtype=np.int64)[:-1] - 1] = IGNORE_INDEX  # the next document's first token
             pairs.append((inputs, targets))
-        return _as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
+        return as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
 
     def describe(self, row: int) -> str:
         parts = self._parts(row * self.seq_len, (row + 1) * self.seq_len + 1)
@@ -208,7 +177,7 @@ class Masked(Conversations):
                 continue
             pairs.append(self._pair(document))
         width = padded_width(max(len(x) for x, _ in pairs), self.seq_len)
-        return _as_batch(pairs, width, self.pad_id)
+        return as_batch(pairs, width, self.pad_id)
 
     def describe(self, row: int) -> str:
         return self.documents.describe(self._document(row))
@@ -258,7 +227,7 @@ class BestFit(Conversations):
             empty = np.empty(0, np.int64)
             pairs.append(tuple(np.concatenate([empty, *(pair[side] for pair in found)]) for side in (0, 1)))
             sizes.append([len(inputs) for inputs, _ in found])
-        return _as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
+        return as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
 
     def describe(self, row: int) -> str:
         return " + ".join(self.documents.describe(i) for i in self._documents(row))
@@ -317,16 +286,3 @@ def _up(count: float) -> int:
     (11, 11)
     """
     return math.ceil(round(count, 6))
-
-
-def _as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int,
-              sizes: list[list[int]] | None = None) -> Batch:
-    """`sizes`: of the documents of each row, where they are isolated."""
-    inputs, targets = pad_rows(pairs, width, pad_id)
-    positions = None if sizes is None else np.stack([positions_of(row, width) for row in sizes])
-    places = np.flatnonzero(targets >= 0)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), num_tokens=sum(len(x) for x, _ in pairs),
-                 num_targets=len(places),
-                 positions=None if positions is None else torch.from_numpy(positions),
-                 cu_seqlens=None if positions is None else torch.from_numpy(cu_seqlens_of(positions)),
-                 supervised=torch.from_numpy(places) if len(places) < targets.size else None)

@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from chattrain.data.collators import EMPTY, Batch, Collator
+from chattrain.data.batch import Batch
+from chattrain.data.collators import EMPTY, Collator
 
 
 class Loader:

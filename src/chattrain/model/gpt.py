@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chattrain import checkpoint
-from chattrain.data.collators import Batch
+from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.model.attention import attention, block_attention, causal_mask, document_mask, has_varlen, varlen_attention
 from chattrain.model.head import summed_loss

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chattrain import checkpoint
-from chattrain.data.collators import Batch
+from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.formats import huggingface

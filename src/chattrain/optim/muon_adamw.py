@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from chattrain.config import StateDType
 from chattrain.errors import UserError
+from chattrain.optim.config import StateDType
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.named import NamedOptimizer
 
