@@ -17,7 +17,7 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from chattrain import checkpoint, distributed, init
+from chattrain import checkpoint, init, launch
 from chattrain.config import Config, Resume
 from chattrain.data.cache import default_cache_dir, prepare
 from chattrain.data.collators import Collator
@@ -66,7 +66,7 @@ class RunData:
 def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     """Raises UserError before anything is written for this run, except caches."""
     cfg.train.rows_a_step(world_size)
-    distributed.check_devices(pick_device(cfg.train.device), world_size)
+    launch.check_devices(pick_device(cfg.train.device), world_size)
     run_dir = choose_run_dir(cfg)
     resume = _find_resume(cfg, run_dir)
     start = init.Start(resume, f"{resume} (resumed)") if resume else find_start(cfg)

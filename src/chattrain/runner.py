@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from chattrain import checkpoint, device, distributed, loop
+from chattrain import checkpoint, device, distributed, launch, loop
 from chattrain.config import ActivationCheckpointing, Config
 from chattrain.data.loader import Loader
 from chattrain.data.packing import cu_seqlens_of
@@ -37,8 +37,8 @@ SAME_SIGNAL_S = 2.0  # seconds within which signals are one
 
 def train(cfg: Config) -> dict:
     """Run a training from start to summary, on one process or many; returns the summary."""
-    nproc = distributed.world_size(cfg.distributed.nproc, cfg.train.device)
-    if distributed.started_by_launcher():
+    nproc = launch.world_size(cfg.distributed.nproc, cfg.train.device)
+    if launch.started_by_launcher():
         return _train_as_rank(cfg, plan=None)
     plan, data = make_plan(cfg, nproc)
     if plan.finished:
@@ -46,8 +46,8 @@ def train(cfg: Config) -> dict:
     if nproc == 1:
         return work(cfg, plan, Ranks(), data)
     try:
-        return distributed.launch(nproc, _train_as_rank, cfg, plan)
-    except distributed.Stopped:
+        return launch.start(nproc, _train_as_rank, cfg, plan)
+    except launch.Stopped:
         summary = plan.run_dir / "summary.json"  # written by rank 0, unless it was still starting
         if not summary.is_file():
             raise KeyboardInterrupt from None

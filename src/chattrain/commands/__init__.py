@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from chattrain import distributed
+from chattrain import launch
 from chattrain.config import Config
 from chattrain.errors import UserError
 
@@ -16,7 +16,7 @@ def execute(cfg: Config) -> dict:
 
     Raises UserError where a launcher started several processes for a command of one.
     """
-    if cfg.command.name not in MANY_PROCESSES and distributed.started_by_launcher():
+    if cfg.command.name not in MANY_PROCESSES and launch.started_by_launcher():
         raise UserError(f"command={cfg.command.name} is the work of one process; leave torchrun out")
     module = "import_" if cfg.command.name == "import" else cfg.command.name  # import is a word of Python's own
     return importlib.import_module(f"chattrain.commands.{module}").main(cfg)

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from chattrain import device, distributed, init, runner
+from chattrain import device, distributed, init, launch, runner
 from chattrain.config import Config
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
@@ -19,15 +19,15 @@ log = logging.getLogger("chattrain")
 
 def main(cfg: Config) -> dict:
     """Evaluate the checkpoint that init.from names; auto: the newest finished run of this stage. Returns the metrics."""
-    nproc = distributed.world_size(cfg.distributed.nproc, cfg.train.device)
+    nproc = launch.world_size(cfg.distributed.nproc, cfg.train.device)
     close_log = setup_logging(None, console=is_first(), resume=False)
     try:
-        if distributed.started_by_launcher():
+        if launch.started_by_launcher():
             return _evaluate_as_rank(cfg)
         find_checkpoint(cfg)
-        distributed.check_devices(device.pick_device(cfg.train.device), nproc)
-        return evaluate(cfg, Ranks()) if nproc == 1 else distributed.launch(nproc, _evaluate_as_rank, cfg)
-    except distributed.Stopped:
+        launch.check_devices(device.pick_device(cfg.train.device), nproc)
+        return evaluate(cfg, Ranks()) if nproc == 1 else launch.start(nproc, _evaluate_as_rank, cfg)
+    except launch.Stopped:
         raise KeyboardInterrupt from None
     finally:
         close_log()
