@@ -70,14 +70,15 @@ def measure(model: str, where: str, steps: int, overrides: list[str]) -> dict:
 def build_parts(cfg: Config, track) -> loop.Parts:
     """As the runner does, without a run: nothing is read, evaluated or saved."""
     where = device.pick_device(cfg.train.device)
-    model = build_model(cfg, cfg.tokenizer.vocab_size, None, where)
-    autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
+    bf16 = device.use_bf16(cfg.train.dtype, where)
+    model, strategy = build_model(cfg, cfg.tokenizer.vocab_size, None, where, Ranks(), bf16)
+    autocast = device.autocast(bf16, where)
     return loop.Parts(
-        model=model, loss_of=inside(autocast, model.loss), optimizer=build_part(cfg.optimizer, model),
+        model=model, loss_of=inside(autocast, model.loss), optimizer=build_part(cfg.optimizer, model, strategy),
         lr_factor=lambda step: 1.0, loader=RandomRows(cfg, where), evaluate=lambda step: {}, save=lambda state: None,
         track=track, show=lambda step: None, stop_asked=lambda: False, ranks=Ranks(), max_grad_norm=cfg.train.max_grad_norm,
         flops_per_token=model.flops_per_token(cfg.train.seq_len), peak_flops=device.peak_flops(where),
-        meters=device.meters(where))
+        meters=device.meters(where), strategy=strategy)
 
 
 class RandomRows:

@@ -147,7 +147,7 @@ def test_what_is_saved_is_what_is_loaded(model, tokenizer, tmp_path):
     state = checkpoint.CheckpointState(7, 100, 50, "sft", {"vocab_size": model.vocab_size}, "abc", 9,
                                        metrics={"val/bpb": 1.5})
     optimizer = {"lm_head.weight/exp_avg": torch.randn(3, 2).mT, "lm_head.weight/step": torch.tensor(7.0)}
-    folder = checkpoint.save(tmp_path, state, model, optimizer, tokenizer, "stage: sft\n", keep=1)
+    folder = checkpoint.save(tmp_path, state, model.weights(), optimizer, tokenizer, "stage: sft\n", keep=1, files={})
     assert folder == tmp_path / "checkpoints/step_000007" and checkpoint.find_damage(folder) is None
     assert checkpoint.load_state(folder) == state
     assert all(checkpoint.load_optimizer(folder)[name].equal(value) for name, value in optimizer.items())

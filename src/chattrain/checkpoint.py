@@ -46,11 +46,11 @@ class CheckpointState:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def save(run_dir: Path, state: CheckpointState, model: nn.Module, optimizer_state: dict[str, Tensor], tokenizer: Tokenizer,
-         config_yaml: str, keep: int) -> Path:
+def save(run_dir: Path, state: CheckpointState, weights: dict[str, Tensor], optimizer_state: dict[str, Tensor],
+         tokenizer: Tokenizer, config_yaml: str, keep: int, files: dict[str, str]) -> Path:
     """Write the checkpoint of this step, then remove all but the newest `keep`. Returns its folder."""
     folder = run_dir / "checkpoints" / f"step_{state.step:06d}"
-    write(folder, state, model.weights(), optimizer_state, tokenizer, config_yaml, model.files)
+    write(folder, state, weights, optimizer_state, tokenizer, config_yaml, files)
     there = all_checkpoints(run_dir)
     newest = there.index(folder) + 1  # what lies beyond was damaged, or the run would have gone on from there
     for old in [*there[:newest][:-keep], *there[newest:]]:

@@ -24,6 +24,7 @@ Format = Enum("Format", ["hf"])
 Resume = Enum("Resume", ["auto", "never", "must"])
 DType = Enum("DType", ["auto", "bf16", "fp32"])
 Device = Enum("Device", ["auto", "cuda", "mps", "cpu"])
+Strategy = Enum("Strategy", ["ddp", "fsdp"])
 ActivationCheckpointing = Enum("ActivationCheckpointing", ["none", "block", "selective"])
 
 
@@ -224,6 +225,7 @@ class LogConfig:
 @dataclass
 class DistributedConfig:
     nproc: str = "auto"  # processes on this host: auto (visible GPUs, else 1) or a number
+    strategy: Strategy = Strategy.ddp  # weights on every rank, or sharded over ranks; optimizer state is sharded either way
     timeout_s: int = 1800  # seconds a collective may wait before the run is declared hung
 
     def check(self) -> None:

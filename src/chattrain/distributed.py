@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from chattrain.errors import RunFailed, UserError
 
@@ -17,10 +19,15 @@ log = logging.getLogger("chattrain")
 
 
 class Ranks:
-    """The processes of a run. With one process, every collective is the identity."""
+    """The processes of a run. With one process, every collective is the identity.
+
+    `moved_bytes`: what this rank has sent so far for gradients and weights, by the least that each collective needs
+    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
+    """
 
     def __init__(self, rank: int = 0, local_rank: int = 0, world_size: int = 1):
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
+        self.moved_bytes = 0.0
 
     @property
     def is_main(self) -> bool:
@@ -33,16 +40,6 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
-
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over ranks, in one message."""
-        if self.world_size == 1:
-            return
-        grads = [p.grad for p in parameters]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, a small picklable object, on every rank."""
@@ -70,9 +67,91 @@ class Ranks:
             raise error
         return result
 
+    def in_groups(self, size: int) -> Group:
+        """This rank's group, of `size` ranks that follow one another, and the ranks of its place in all groups."""
+        if size == self.world_size:
+            return Group(self, size, None, None)
+        here, _ = dist.new_subgroups(size)
+        across, _ = dist.new_subgroups_by_enumeration([list(range(place, self.world_size, size)) for place in range(size)])
+        return Group(self, size, here, across)
+
+    def to_main(self, source: int, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """On rank 0: named tensors of rank `source`, on the CPU. None on other ranks; all of them may call."""
+        if self.is_main and source == 0:
+            return {name: tensor.cpu() for name, tensor in tensors.items()}
+        if self.rank == source:
+            dist.send_object_list([[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]], dst=0,
+                                  device=torch.device("cpu"))
+            for tensor in tensors.values():
+                if tensor.numel():
+                    dist.send(tensor.cpu().contiguous(), dst=0)
+        if not self.is_main:
+            return None
+        header: list[Any] = [None]
+        dist.recv_object_list(header, src=source, device=torch.device("cpu"))
+        received = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in header[0]}
+        for tensor in received.values():
+            if tensor.numel():
+                dist.recv(tensor, src=source)
+        return received
+
+    def exchange(self, pieces: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """Flat pieces[r] goes to rank r; returns what each rank has sent here, of sizes[r] elements."""
+        received = torch.empty(sum(sizes), dtype=pieces[0].dtype, device=pieces[0].device)
+        sent = [piece.numel() for piece in pieces]
+        dist.all_to_all_single(received, torch.cat(pieces), sizes, sent)
+        self.moved_bytes += (sum(sent) - sent[self.rank]) * received.itemsize
+        return list(received.split(sizes))
+
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Group:
+    """`size` ranks that spread something over themselves, as other groups do with copies of it. Collectives come back at once,
+    with what waits for them."""
+
+    ranks: Ranks
+    size: int
+    here: dist.ProcessGroup | None  # None: all ranks
+    across: dist.ProcessGroup | None  # the ranks of this place in each group; None: there is one group
+
+    @property
+    def place(self) -> int:
+        return self.ranks.rank % self.size
+
+    def reduce_scatter(self, whole: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Flat (size x n) to the n elements of this place, summed over all ranks once waited for."""
+        share = whole.new_empty(whole.numel() // self.size)
+        work = dist.reduce_scatter_tensor(share, whole, group=self.here, async_op=True)
+        self._count(share, self.size - 1)
+
+        def wait() -> None:
+            work.wait()
+            if self.across is not None:
+                dist.all_reduce(share, group=self.across)
+                groups = self.ranks.world_size // self.size
+                self._count(share, 2 * (groups - 1) / groups)
+
+        return share, wait
+
+    def all_gather(self, share: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """The n elements of each place, (size x n), once waited for."""
+        whole = share.new_empty(share.numel() * self.size)
+        work = dist.all_gather_into_tensor(whole, share, group=self.here, async_op=True)
+        self._count(share, self.size - 1)
+        return whole, work.wait
+
+    def norm(self, norms: Tensor) -> Tensor:
+        """The norm of all from each place's norm of its part."""
+        total = norms.square()
+        dist.all_reduce(total, group=self.here)
+        return total.sqrt()
+
+    def _count(self, share: Tensor, times: float) -> None:
+        self.ranks.moved_bytes += share.nbytes * times
 
 
 def join(timeout_s: int, cuda: bool) -> Ranks:

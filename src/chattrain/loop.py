@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from chattrain.data.loader import Loader
 from chattrain.distributed import Ranks
 from chattrain.errors import RunFailed
 from chattrain.optim.named import NamedOptimizer
+from chattrain.parallel.alone import Alone
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Parts:
     flops_per_token: int
     peak_flops: float | None  # of one device; None: unknown
     meters: Callable[[], dict[str, float]]  # what this process has used since it was last asked
+    strategy: Alone = field(default_factory=Alone)  # how the work of a step is spread over ranks
 
 
 @dataclass
@@ -134,21 +136,19 @@ def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
                                           float(parts.stop_asked())])
     if not supervised:
         raise RunFailed(f"step {step} has no supervised token in its rows: {parts.loader.describe(step)}")
-    total = torch.zeros((), device=batches[0].inputs.device)
+    total: Tensor | float = 0.0
     for batch in batches:
+        parts.strategy.before_backward(last=batch is batches[-1])
         loss = parts.loss_of(batch) / supervised
         loss.backward()
-        total += loss.detach()
-    parameters = list(parts.model.parameters())
-    ranks.sum_gradients(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        total = total + loss.detach()
+    norm = parts.strategy.reduce(parts.optimizer)
     result = StepResult(step, total, norm, int(tokens), int(supervised), stop > 0)
     if total.device.type == "cpu":
         read(parts, [result])
     if parts.max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, parts.max_grad_norm, norm)
-    parts.optimizer.step()
-    parts.optimizer.zero_grad()
+        nn.utils.clip_grads_with_norm_(parts.optimizer.parameters(), parts.max_grad_norm, norm)
+    parts.strategy.step(parts.optimizer)
     return result
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from chattrain import checkpoint, device, distributed, launch, loop
-from chattrain.config import ActivationCheckpointing, Config
+from chattrain.config import ActivationCheckpointing, Config, Strategy
 from chattrain.data.loader import Loader
 from chattrain.data.packing import cu_seqlens_of
 from chattrain.distributed import Ranks
@@ -25,6 +25,9 @@ from chattrain.evals.validation import Validation
 from chattrain.files import replace_text
 from chattrain.mlflow_sink import MLflowSink
 from chattrain.model import fp8
+from chattrain.parallel.alone import Alone
+from chattrain.parallel.ddp import DDP
+from chattrain.parallel.fsdp import FSDP
 from chattrain.prepare import Plan, RunData, build_part, make_plan, open_data, report_counts
 from chattrain.report import write_report
 from chattrain.schema import to_yaml
@@ -115,45 +118,66 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
                 saved: checkpoint.CheckpointState | None) -> tuple[loop.Parts, loop.State]:
     """Model, optimizer, data and evals of this process, and the state that they start in."""
     where = device.pick_device(cfg.train.device, ranks.local_rank)
-    model = build_model(cfg, data.tokenizer.vocab_size, plan.start.checkpoint, where)
-    optimizer = build_part(cfg.optimizer, model)
+    bf16 = device.use_bf16(cfg.train.dtype, where)
+    model, strategy = build_model(cfg, data.tokenizer.vocab_size, plan.start.checkpoint, where, ranks, bf16)
+    optimizer = build_part(cfg.optimizer, model, strategy)
     state = loop.State()
     if saved:
         state = loop.State(saved.step, saved.tokens_seen, saved.supervised_tokens)
         try:
-            optimizer.load_state(checkpoint.load_optimizer(plan.resume))
+            optimizer.load_state(strategy.pieces(checkpoint.load_optimizer(plan.resume)))
         except ValueError as error:
             raise UserError(f"{plan.resume}: {error}; use the optimizer that the run began with") from error
-    autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
+    autocast = device.autocast(bf16, where)
     # On a CPU the few passes of an evaluation are over before compiling them would be.
-    compiles = model.compiles and where.type == "cuda"
+    compiles = model.compiles and where.type == "cuda" and not isinstance(strategy, FSDP)
     measured = inside(autocast, torch.compile(model, dynamic=cfg.collator.varies) if compiles else model)
     if cfg.collator.isolates:
         shape = (cfg.train.device_batch_size, cfg.train.seq_len)
-        check_isolation(inside(autocast, model.trunk), shape, data.tokenizer.vocab_size, where)
+        check_isolation(inside(autocast, model.seen), shape, data.tokenizer.vocab_size, where)
     schedule = build_part(cfg.schedule)
     return loop.Parts(
         model=model, loss_of=inside(autocast, model.loss), optimizer=optimizer,
         lr_factor=lambda step: schedule(step, data.num_steps),
         loader=Loader(data.train, data.rows_per_step, cfg.train.device_batch_size, where, ranks.rank, ranks.world_size),
-        evaluate=build_evaluation(cfg, data, model, measured, autocast, where, ranks),
-        save=lambda s: save_checkpoint(cfg, plan, data, model, optimizer, tracker, ranks, s),
+        evaluate=build_evaluation(cfg, data, model, measured, autocast, where, ranks, strategy),
+        save=lambda s: save_checkpoint(cfg, plan, data, model, optimizer, tracker, ranks, strategy, s),
         track=tracker.log, show=tracker.update, stop_asked=stop_asked, ranks=ranks,
         max_grad_norm=cfg.train.max_grad_norm, flops_per_token=model.flops_per_token(cfg.train.seq_len),
-        peak_flops=device.peak_flops(where), meters=device.meters(where)), state
+        peak_flops=device.peak_flops(where), meters=meters(where, ranks), strategy=strategy), state
 
 
-def build_model(cfg: Config, vocab_size: int, start: Path | None, where: torch.device):
-    """The model on its device, ready to train: in fp8, with activations recomputed, compiled, as train.* ask for."""
-    model = build_part(cfg.model, vocab_size=vocab_size, start=start, seed=cfg.run.seed).to(where)
+def build_model(cfg: Config, vocab_size: int, start: Path | None, where: torch.device, ranks: Ranks, bf16: bool):
+    """The model on its device, ready to train: in fp8, with activations recomputed, compiled, as train.* ask for; and how it
+    is spread over ranks."""
+    model = build_part(cfg.model, vocab_size=vocab_size, start=start, seed=cfg.run.seed)
+    sharded = cfg.distributed.strategy == Strategy.fsdp and ranks.world_size > 1
+    if not sharded:
+        model.to(where)
     if cfg.train.fp8:
         fp8.convert(model, where)
     asked = cfg.train.activation_checkpointing
     if asked != ActivationCheckpointing.none:
         model.checkpoint_activations(selective=asked == ActivationCheckpointing.selective)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if ranks.world_size == 1:
+        strategy = Alone(dtype)
+    else:
+        strategy = FSDP(model, ranks, dtype, where) if sharded else DDP(model, ranks, dtype)
     if device.compiles(cfg.train.compile, where):
-        model.compile_trunk(dynamic=cfg.collator.varies)
-    return model
+        model.compile_trunk(dynamic=cfg.collator.varies, by_block=ranks.world_size > 1)
+    return model, strategy
+
+
+def meters(where: torch.device, ranks: Ranks):
+    """device.meters, and train/sent_gib of a run of several ranks: what this one has sent of gradients and weights since last."""
+    used = device.meters(where)
+
+    def read() -> dict[str, float]:
+        sent, ranks.moved_bytes = ranks.moved_bytes / device.GIB, 0.0
+        return used() | ({"train/sent_gib": sent} if ranks.world_size > 1 else {})
+
+    return read
 
 
 def inside(context, function):
@@ -183,7 +207,8 @@ def check_isolation(trunk, shape: tuple[int, int], vocab_size: int, where: torch
                         f"{most:.2g}. Use train.compile=false, or collator.isolate_documents=false")
 
 
-def build_evaluation(cfg: Config, data: RunData, model, losses_of, autocast, where: torch.device, ranks: Ranks):
+def build_evaluation(cfg: Config, data: RunData, model, losses_of, autocast, where: torch.device, ranks: Ranks,
+                     strategy: Alone):
     """One function from a step to all that the config asks to measure there: name -> value."""
     validation = Validation(data.validation, data.validation_rows, cfg.train.device_batch_size,
                             data.tokenizer.token_bytes(), where, ranks) if data.validation else None
@@ -193,6 +218,7 @@ def build_evaluation(cfg: Config, data: RunData, model, losses_of, autocast, whe
     rarer = cfg.eval.multiple_choice_every
 
     def evaluate(step: int) -> dict[str, float]:
+        strategy.settle()
         model.eval()
         metrics = validation(losses_of) if validation else {}
         if rarer is None or step % rarer == 0 or step == data.num_steps:
@@ -215,15 +241,17 @@ def build_tracker(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, saved: c
     return Tracker(plan.run_dir, data.num_steps, saved.step if saved else 0, sink)
 
 
-def save_checkpoint(cfg: Config, plan: Plan, data: RunData, model, optimizer, tracker, ranks: Ranks,
+def save_checkpoint(cfg: Config, plan: Plan, data: RunData, model, optimizer, tracker, ranks: Ranks, strategy: Alone,
                     state: loop.State) -> None:
     def write() -> None:
         saved = checkpoint.CheckpointState(
             step=state.step, tokens_seen=state.tokens_seen, supervised_tokens=state.supervised_tokens, stage=cfg.stage,
             model=model.shape, data_fingerprint=data.fingerprint, num_steps=data.num_steps, metrics=dict(tracker.last),
             mlflow_run_id=tracker.mlflow_run_id)
-        checkpoint.save(plan.run_dir, saved, model, optimizer.state(), data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep)
+        checkpoint.save(plan.run_dir, saved, weights, optimizer_state, data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep,
+                        model.files)
 
+    weights, optimizer_state = strategy.weights(model), strategy.gather(optimizer.state())
     ranks.first(write)
 
 

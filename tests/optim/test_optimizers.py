@@ -8,10 +8,11 @@ from torch import nn
 
 from chattrain.errors import UserError
 from chattrain.model.gpt import GPT
-from chattrain.optim import adamw, muon_adamw
+from chattrain.optim import adamw, muon_adamw, newton_schulz
 from chattrain.optim.config import StateDType
 from chattrain.optim.groups import parameter_groups
-from chattrain.optim.muon_adamw import STATE_DTYPES, Muon, orthogonalize
+from chattrain.optim.muon_adamw import STATE_DTYPES, Muon
+from chattrain.optim.newton_schulz import alike, orthogonalize
 
 MUON = {"lr_scale": 1.0, "matrix_lr": 0.02, "embed_lr": 0.2, "lm_head_lr": 0.004, "vector_lr": None, "momentum": 0.95,
         "momentum_start": 0.85, "momentum_warmup_steps": 300, "ns_steps": 5, "betas": [0.8, 0.95], "eps": 1e-10,
@@ -76,12 +77,12 @@ def test_matrices_of_a_shape_take_the_same_step_together_and_alone(monkeypatch, 
     optimizers = [muon_adamw.build(model, **MUON) for model in (alone, batched)]
     for step in range(5):
         for model, optimizer, most in ((alone, optimizers[0], 1), (batched, optimizers[1], together)):
-            monkeypatch.setattr(muon_adamw, "TOGETHER", {"cpu": most})
+            monkeypatch.setattr(newton_schulz, "TOGETHER", {"cpu": most})
             gradients(model, step)
             optimizer.step()
     for p, q in zip(alone.parameters(), batched.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
-    assert muon_adamw.alike([p for p in alone.transformer.h.parameters()], 2)[:2] == [[0, 3], [6, 9]]
+    assert alike([p for p in alone.transformer.h.parameters()], 2)[:2] == [[0, 3], [6, 9]]
 
 
 def test_an_update_of_zeros_stays_zero():

@@ -11,6 +11,7 @@ from chattrain.config import Config
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
 from chattrain.names import is_first
+from chattrain.parallel.alone import Alone
 from chattrain.prepare import build_part, find_start, open_data
 from chattrain.tracking import setup_logging
 
@@ -59,7 +60,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     model = build_part(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(where)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
     losses_of = runner.inside(autocast, model)  # a single pass is over before a compilation would pay
-    metrics = runner.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks)(0)
+    metrics = runner.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks, Alone())(0)
     if not metrics:
         raise UserError("there is nothing to evaluate: eval=none, or no question set and no validation; "
                         "use eval=bpb, eval=mmlu_arc or eval=full")

@@ -23,6 +23,7 @@ from chattrain import checkpoint
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.model.attention import attention, block_attention, causal_mask, document_mask, has_varlen, varlen_attention
+from chattrain.model.compiling import compile_each
 from chattrain.model.head import summed_loss
 from chattrain.model.recompute import recompute
 
@@ -214,7 +215,7 @@ class GPT(nn.Module):
         return losses.view(targets.shape)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum in nats, fp32, of the losses of the batch's targets. The head is computed for the supervised places alone."""
+        """Sum in nats of the losses of the batch's targets. The head is computed for the supervised places alone."""
         if self.compiles and batch.cu_seqlens is not None:
             torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # one compilation for all numbers of documents
         features = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1)
@@ -231,11 +232,23 @@ class GPT(nn.Module):
         """Trade time for memory, see `recompute`. Before `compile_trunk`."""
         recompute(self.transformer.h, selective)
 
-    def compile_trunk(self, dynamic: bool) -> None:
-        """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own."""
-        self.in_blocks = self.lm_head.weight.device.type == "cpu"
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What forward runs through one after another."""
+        return list(self.transformer.h)
+
+    def compile_trunk(self, dynamic: bool, by_block: bool = False) -> None:
+        """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own. by_block: a block
+        at a time, so that between them gradients leave and weights arrive."""
+        self.in_blocks, self.compiles = self.lm_head.weight.device.type == "cpu", True
         features = self._features_in_blocks if self.in_blocks else self.features
-        self.trunk, self.compiles = torch.compile(features, dynamic=dynamic), True
+        self.trunk = features if by_block else torch.compile(features, dynamic=dynamic)
+        if by_block:
+            compile_each(self.blocks, dynamic)
+
+    def seen(self, inputs: Tensor, cache: None, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The trunk, for checks of it."""
+        return self.trunk(inputs, cache, positions, cu_seqlens)
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:

@@ -19,11 +19,17 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits of a chunk, R x V: 
 
 
 def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, compile: bool) -> Tensor:
-    """Sum of the cross-entropies in nats, fp32, of features (N, C) against targets (N,), all of them token ids.
+    """Sum of the cross-entropies in nats, see `sum_dtype`, of features (N, C) against targets (N,), all of them token ids.
 
     Logits are cap x tanh(x / cap) of features times weight (V, C). Under autocast the matrix products are in its format.
     """
     return _SummedLoss.apply(features, weight, targets, cap, compile)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """fp64 for sums over thousands of tokens, so that they do not depend on how these are dealt to passes and ranks. MPS has
+    none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -32,7 +38,7 @@ class _SummedLoss(torch.autograd.Function):
         device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, w = features.detach().to(dtype), weight.detach().to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        total = torch.zeros((), dtype=sum_dtype(x.device), device=x.device)
         grad_x = torch.empty_like(x)
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         chunk_of = _compiled() if compile else _loss_and_gradient
@@ -59,11 +65,11 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Of logits (R, V) before the cap: the summed loss, fp32, and its gradient on them, in their format."""
+    """Of logits (R, V) before the cap: the summed loss, see `sum_dtype`, and its gradient on them, in their format."""
     turned = torch.tanh(logits.float() / cap)
     capped = turned * cap
     log_sum = capped.logsumexp(dim=1, keepdim=True)
-    loss = (log_sum[:, 0] - capped.gather(1, targets[:, None])[:, 0]).sum()
+    loss = (log_sum[:, 0] - capped.gather(1, targets[:, None])[:, 0]).sum(dtype=sum_dtype(logits.device))
     hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
     grad = ((capped - log_sum).exp() - hit.float()) * (1 - turned * turned)
     return loss, grad.to(logits.dtype)

@@ -20,6 +20,8 @@ from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.formats import huggingface
 from chattrain.model.attention import document_mask
+from chattrain.model.compiling import compile_each
+from chattrain.model.head import sum_dtype
 from chattrain.model.recompute import recompute
 
 # Texts beside the weights, which a checkpoint carries along: with them transformers loads the checkpoint itself.
@@ -88,11 +90,11 @@ class HFModel(nn.Module):
         return self.inner(input_ids=inputs, use_cache=False, **packed).logits
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum in nats, fp32, of the losses of the batch's targets."""
+        """Sum in nats of the losses of the batch's targets."""
         logits, targets = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1), batch.targets.flatten()
         if batch.supervised is not None:
             logits, targets = logits[batch.supervised], targets[batch.supervised]
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, reduction="none").sum(dtype=sum_dtype(logits.device))
 
     def checkpoint_activations(self, selective: bool) -> None:
         """Trade time for memory, see `recompute`. Before `compile_trunk`.
@@ -100,17 +102,30 @@ class HFModel(nn.Module):
         transformers' own switch works in its training mode alone, which would turn dropout on. Raises UserError for an
         architecture whose layers are not marked as such.
         """
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not layers:
+        if not self.blocks:
             raise UserError(f"train.activation_checkpointing={'selective' if selective else 'block'}, but transformers marks "
                             f"no layers of {self.inner.config.model_type} for it; use train.activation_checkpointing=none")
-        recompute(layers, selective)
+        recompute(self.blocks, selective)
 
-    def compile_trunk(self, dynamic: bool) -> None:
-        """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own."""
-        self.trunk, self.compiles = torch.compile(self._logits, dynamic=dynamic), True
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What forward runs through one after another; none where transformers does not mark them."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def compile_trunk(self, dynamic: bool, by_block: bool = False) -> None:
+        """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own. by_block: a block
+        at a time, so that between them gradients leave and weights arrive."""
+        self.compiles = True
+        if by_block and self.blocks:
+            compile_each(self.blocks, dynamic)
+        else:
+            self.trunk = torch.compile(self._logits, dynamic=dynamic)
+
+    def seen(self, inputs: Tensor, cache: None, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The trunk, for checks of it."""
+        return self.trunk(inputs, cache, positions, cu_seqlens)
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:

@@ -7,15 +7,18 @@ from torch import nn
 
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.named import NamedOptimizer
+from chattrain.parallel.alone import Alone
 
 
-def build(model: nn.Module, lr: float, lr_scale: float, betas: list[float], eps: float,
+def build(model: nn.Module, strategy: Alone | None = None, *, lr: float, lr_scale: float, betas: list[float], eps: float,
           weight_decay: float) -> NamedOptimizer:
-    """One learning rate for all groups; weight decay on matrices only."""
+    """One learning rate for all groups; weight decay on matrices only. `strategy` says what of the model this process steps:
+    all, unless there are several."""
     groups = parameter_groups(model)
-    members = [{"name": name, "params": [p for _, p in members], "lr": lr * lr_scale,
-                "weight_decay": weight_decay if name == "matrix" else 0.0}
-               for name, members in groups.items() if members]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    used = [name for name, members in groups.items() if members]
+    groups = (strategy or Alone()).share(groups)
+    members = [{"name": name, "params": [p for _, p in groups[name]], "lr": lr * lr_scale,
+                "weight_decay": weight_decay if name == "matrix" else 0.0} for name in used]
+    fused = model.lm_head.weight.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(members, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
     return NamedOptimizer([optimizer], groups)

@@ -23,9 +23,12 @@ class NamedOptimizer:
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
         self._names = {p: name for members in groups.values() for name, p in members}
-        held = [p for group in self.param_groups for p in group["params"]]
+        held = self.parameters()
         if len(held) != len(self._names) or set(held) != set(self._names):
             raise ValueError("the optimizers must hold each parameter exactly once")
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def set_lr_factor(self, factor: float) -> None:
         for group in self.param_groups:

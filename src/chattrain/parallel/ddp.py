@@ -1,0 +1,185 @@
+"""Replicated weights; gradients, optimizer state and the step itself are spread over ranks (ZeRO-2,
+https://arxiv.org/abs/1910.02054).
+
+While the last micro-batch's backward still runs, buckets of gradients that are ready are summed into the shares of the ranks
+that step them. Each rank steps its share, and the new weights go to all: first those that forward needs first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from chattrain.distributed import Ranks
+from chattrain.optim.named import NamedOptimizer
+from chattrain.optim.newton_schulz import cost
+from chattrain.parallel import layout
+from chattrain.parallel.alone import Groups
+from chattrain.parallel.layout import Item
+from chattrain.parallel.spread import Range, Spread
+
+
+class Bucket:
+    """Parameters whose gradients and weights travel together."""
+
+    def __init__(self, plan: layout.Bucket, params: dict[str, nn.Parameter]):
+        self.plan = plan
+        self.params = {piece.name: params[piece.name] for share in plan.shares for piece in share}
+        self.missing = len(self.params)  # gradients that backward has not given yet
+        self.share: Tensor | None = None  # of summed gradients
+        self.wait = None  # for the collective that is on its way
+        self.gathered: Tensor | None = None  # weights of all ranks, on their way
+
+    def gradients(self) -> Tensor:
+        """All ranks' shares one after another. The parameters' own gradients are dropped; one that backward has not reached
+        counts as zero."""
+        parts = []
+        for share in self.plan.shares:
+            for name, start, stop in share:
+                grad = self.params[name].grad
+                parts.append((torch.zeros_like(self.params[name]) if grad is None else grad).view(-1)[start:stop])
+            parts.append(self._room(share))
+        flat = torch.cat(parts)
+        for p in self.params.values():
+            p.grad = None
+        return flat
+
+    def weights(self, place: int) -> Tensor:
+        """A place's share of them."""
+        share = self.plan.shares[place]
+        return torch.cat([self.params[n].detach().view(-1)[a:b] for n, a, b in share] + [self._room(share)])
+
+    def take_weights(self, place: int) -> None:
+        """Those of the other places, which have come."""
+        for other, (share, new) in enumerate(zip(self.plan.shares, self.gathered.split(self.plan.size), strict=True)):
+            if other != place:
+                sizes = [b - a for _, a, b in share]
+                old = [self.params[n].detach().view(-1)[a:b] for n, a, b in share]
+                torch._foreach_copy_(old, list(new[: sum(sizes)].split(sizes))) if old else None
+
+    def _room(self, share: tuple[layout.Piece, ...]) -> Tensor:
+        p = next(iter(self.params.values()))
+        return p.new_zeros(self.plan.size - sum(b - a for _, a, b in share))
+
+
+class DDP(Spread):
+    """See the module. `model.blocks`, where it has any, are what forward runs through one after another."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks, dtype: torch.dtype):
+        super().__init__(ranks, dtype)
+        self.model = model
+        self.buckets: list[Bucket] = []  # in the order of backward
+        self.last, self.launched = False, 0
+
+    def share(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
+        params = dict(self.model.named_parameters())
+        group_of = {name: group for group, members in groups.items() for name, _ in members}
+        items = [Item(name, p.numel(), cost(p.shape) if group_of[name] in whole else None)
+                 for name, p in reversed(params.items())]
+        self.group = self.ranks.in_groups(layout.ranks_that_share(items, self.ranks.world_size))
+        self.shapes = {name: p.shape for name, p in params.items()}
+        self.buckets = [Bucket(plan, params) for plan in layout.buckets(items, self.group.size)]
+        self._ranges = {name: [] for name in params}
+        for bucket in self.buckets:
+            for place, share in enumerate(bucket.plan.shares):
+                for name, start, stop in share:
+                    self._ranges[name].append(Range(place, start, stop))
+            for p in bucket.params.values():
+                p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._one_more(bucket))
+        self._settle_as_forward_goes()
+        self.pieces_of = {bucket: self._pieces(bucket) for bucket in self.buckets}  # (name, parameter) this rank steps
+        mine = [pair for pairs in self.pieces_of.values() for pair in pairs]
+        return {group: [(n, p) for n, p in mine if group_of[n] == group] for group in groups}
+
+    def ranges(self, name: str) -> list[Range]:
+        return self._ranges[name]
+
+    @property
+    def place(self) -> int:
+        return self.group.place
+
+    def before_backward(self, last: bool) -> None:
+        self.last = last
+
+    def reduce(self, optimizer: NamedOptimizer) -> Tensor:
+        self.last = False
+        for bucket in self.buckets[self.launched :]:  # parameters that this model's loss does not reach
+            self._launch(bucket)
+        self.launched = 0
+        for bucket in self.buckets:
+            bucket.wait()
+            bucket.missing = len(bucket.params)
+            sizes = [p.numel() for _, p in self.pieces_of[bucket]]
+            for (_, p), grad in zip(self.pieces_of[bucket], bucket.share[: sum(sizes)].split(sizes), strict=True):
+                p.grad = grad.view_as(p)
+        return self.group.norm(nn.utils.get_total_norm([bucket.share for bucket in self.buckets]))
+
+    def step(self, optimizer: NamedOptimizer) -> None:
+        """Bucket by bucket: while the weights of one are on their way to the others, the next is stepped."""
+        grads = {p: p.grad for p in optimizer.parameters()}
+        optimizer.zero_grad()
+        for bucket in reversed(self.buckets):
+            for _, p in self.pieces_of[bucket]:
+                p.grad = grads[p]
+            optimizer.step()
+            optimizer.zero_grad()
+            bucket.share = None
+            bucket.gathered, bucket.wait = self.group.all_gather(bucket.weights(self.place))
+        if not self.model.blocks:  # nothing tells when which weights are needed
+            self.settle()
+
+    def settle(self) -> None:
+        for bucket in self.buckets:
+            self._settle(bucket)
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        self.settle()
+        return model.weights()
+
+    def _pieces(self, bucket: Bucket) -> list[tuple[str, nn.Parameter]]:
+        """Views of the weights that this rank steps."""
+        out = []
+        for name, start, stop in bucket.plan.shares[self.place]:
+            view = bucket.params[name].detach().view(-1)[start:stop]
+            out.append((name, nn.Parameter(view.view(self.piece_shape(name, Range(self.place, start, stop))))))
+        return out
+
+    def _one_more(self, bucket: Bucket) -> None:
+        """A gradient is complete; what can go, goes, in the same order on all ranks."""
+        if not self.last:
+            return
+        bucket.missing -= 1
+        while self.launched < len(self.buckets) and not self.buckets[self.launched].missing:
+            self._launch(self.buckets[self.launched])
+            self.launched += 1
+
+    def _launch(self, bucket: Bucket) -> None:
+        bucket.share, bucket.wait = self.group.reduce_scatter(bucket.gradients())
+
+    @torch.no_grad()
+    def _settle(self, bucket: Bucket) -> None:
+        if bucket.gathered is not None:
+            bucket.wait()
+            bucket.take_weights(self.place)
+            bucket.gathered = None
+
+    def _settle_as_forward_goes(self) -> None:
+        """Each block waits for its own weights, what comes before the blocks for what is in none, what comes after for all."""
+        model = self.model
+        in_blocks = {id(p) for block in model.blocks for p in block.parameters()}
+        outside = {id(p) for p in model.parameters()} - in_blocks - {id(model.lm_head.weight)}
+        for module in (m for m in model.modules() if isinstance(m, nn.Embedding)):
+            self._settle_before(module, outside | {id(module.weight)})
+        for block in model.blocks:
+            self._settle_before(block, {id(p) for p in block.parameters()})
+        if model.blocks:
+            model.blocks[-1].register_forward_hook(lambda *_: self.settle())
+
+    def _settle_before(self, module: nn.Module, needed: set[int]) -> None:
+        buckets = [bucket for bucket in self.buckets if needed & {id(p) for p in bucket.params.values()}]
+
+        def wait(*_) -> None:
+            for bucket in buckets:
+                self._settle(bucket)
+
+        module.register_forward_pre_hook(wait)
