@@ -41,6 +41,16 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def deal_in(self, rows: list[list[float]]) -> list[list[float]]:
+        """The rows of numbers of all ranks, as many from each: the first of rank 0, of rank 1, ..., the second of rank 0, ..."""
+        width = len(rows[0])
+        table = [0.0] * (len(rows) * self.world_size * width)
+        for i, row in enumerate(rows):
+            start = (i * self.world_size + self.rank) * width
+            table[start : start + width] = row
+        table = self.sum(table)
+        return [table[i : i + width] for i in range(0, len(table), width)]
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, a small picklable object, on every rank."""
         if self.world_size == 1:

@@ -73,9 +73,13 @@ class Loader:
 
 
 def evaluation_batches(collator: Collator, num_rows: int, device_batch_size: int, rank: int = 0, world_size: int = 1):
-    """Every row once, in batches for this rank; all ranks get the same number of batches, the last filled up with EMPTY."""
-    turn = device_batch_size * world_size
-    rows = np.arange(num_rows)
-    for group in collator.deal(np.concatenate([rows, np.full(-num_rows % turn, EMPTY)]), device_batch_size, world_size):
-        yield collator.batch(group[rank])
+    """Every row once, in batches for this rank, which follow from the rows alone: rank r of w gets numbers r, r + w, ... of them.
+
+    Rows of EMPTY fill up the last batch, and give all ranks the same number of batches.
+    """
+    rows = np.concatenate([np.arange(num_rows), np.full(-num_rows % device_batch_size, EMPTY)])
+    groups = [group[0] for group in collator.deal(rows, device_batch_size, 1)]
+    groups += [np.full(len(groups[-1]), EMPTY)] * (-len(groups) % world_size)
+    for group in groups[rank::world_size]:
+        yield collator.batch(group)
     collator.documents.release()

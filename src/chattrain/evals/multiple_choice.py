@@ -71,10 +71,14 @@ class MultipleChoice:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, autocast: AbstractContextManager) -> dict[str, float]:
-        right = 0
+        right, ranks = 0, self.ranks
+        # Weights that are sharded over ranks come together in every pass, so all ranks have as many.
+        idle = [self.passes[-1]] * (-len(self.passes) % ranks.world_size)
         with autocast:  # around all passes, so that weights are cast once
-            for start, stop in self.passes[self.ranks.rank :: self.ranks.world_size]:
-                right += self._right(model, self.questions[start:stop])
+            for number, (start, stop) in enumerate([*self.passes, *idle]):
+                if number % ranks.world_size == ranks.rank:
+                    counts = number < len(self.passes)
+                    right += self._right(model, self.questions[start:stop]) * counts
         (right,) = self.ranks.sum([right])
         return {f"eval/{self.name}_acc": right / len(self.questions)}
 

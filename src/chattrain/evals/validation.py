@@ -11,13 +11,14 @@ import torch
 from chattrain.data.collators import Collator
 from chattrain.data.loader import evaluation_batches
 from chattrain.distributed import Ranks
+from chattrain.model.head import sum_dtype
 
 
 class Validation:
     """val/loss: nats a supervised token. val/bpb: bits a byte of the tokens predicted.
 
-    Both are sums over sums, so they do not depend on batch size or number of ranks. Bytes are those of each target
-    token; special tokens stand for no bytes, and their loss is left out of bpb too, so bpb compares across tokenizers.
+    Both are sums over sums, so they do not depend on batch size (but for rounding) or number of ranks (to the bit). Bytes are
+    those of each target token; special tokens stand for no bytes, and their loss is left out of bpb too, so bpb compares across tokenizers.
     """
 
     def __init__(self, collator: Collator, num_rows: int, device_batch_size: int, token_bytes: np.ndarray,
@@ -29,17 +30,14 @@ class Validation:
     @torch.no_grad()
     def __call__(self, losses_of: Callable[..., torch.Tensor]) -> dict[str, float]:
         """`losses_of` gives the loss in nats of each target, fp32 (B, T), from a batch's arguments."""
-        nats = counted_nats = torch.zeros((), dtype=torch.float64)
-        targets = bytes_ = 0
-        batches = evaluation_batches(self.collator, self.num_rows, self.device_batch_size, self.ranks.rank,
-                                     self.ranks.world_size)
-        for batch in batches:
+        passes = []  # of each: nats, nats of tokens that stand for bytes, targets, bytes
+        for batch in evaluation_batches(self.collator, self.num_rows, self.device_batch_size, self.ranks.rank,
+                                        self.ranks.world_size):
             batch = batch.to(self.device)
             losses = losses_of(*batch.arguments)
             sizes = self.token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
-            nats = nats + losses.sum().cpu().double()
-            counted_nats = counted_nats + (losses * (sizes > 0)).sum().cpu().double()
-            targets += batch.num_targets
-            bytes_ += int(sizes.sum())
-        nats, counted_nats, targets, bytes_ = self.ranks.sum([float(nats), float(counted_nats), targets, bytes_])
+            dtype = sum_dtype(self.device)
+            passes.append([float(losses.sum(dtype=dtype)), float((losses * (sizes > 0)).sum(dtype=dtype)),
+                           batch.num_targets, int(sizes.sum())])
+        nats, counted_nats, targets, bytes_ = (math.fsum(column) for column in zip(*self.ranks.deal_in(passes), strict=True))
         return {"val/loss": nats / max(1, targets), "val/bpb": counted_nats / math.log(2) / max(1, bytes_)}
