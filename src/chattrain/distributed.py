@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from chattrain.errors import RunFailed, UserError
 
@@ -28,6 +29,7 @@ class Ranks:
     def __init__(self, rank: int = 0, local_rank: int = 0, world_size: int = 1):
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
         self.moved_bytes = 0.0
+        self._meshes: dict[str, DeviceMesh] = {}
 
     @property
     def is_main(self) -> bool:
@@ -76,6 +78,12 @@ class Ranks:
         if error is not None:
             raise error
         return result
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """All ranks in a row, as FSDP wants to know them; made once."""
+        if device_type not in self._meshes:
+            self._meshes[device_type] = init_device_mesh(device_type, (self.world_size,))
+        return self._meshes[device_type]
 
     def in_groups(self, size: int) -> Group:
         """This rank's group, of `size` ranks that follow one another, and the ranks of its place in all groups."""
@@ -135,7 +143,7 @@ class Group:
     def reduce_scatter(self, whole: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Flat (size x n) to the n elements of this place, summed over all ranks once waited for."""
         share = whole.new_empty(whole.numel() // self.size)
-        work = dist.reduce_scatter_tensor(share, whole, group=self.here, async_op=True)
+        work = dist.reduce_scatter_single(share, whole, group=self.here, async_op=True)
         self._count(share, self.size - 1)
 
         def wait() -> None:
@@ -150,7 +158,7 @@ class Group:
     def all_gather(self, share: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """The n elements of each place, (size x n), once waited for."""
         whole = share.new_empty(share.numel() * self.size)
-        work = dist.all_gather_into_tensor(whole, share, group=self.here, async_op=True)
+        work = dist.all_gather_single(whole, share, group=self.here, async_op=True)
         self._count(share, self.size - 1)
         return whole, work.wait
 

@@ -18,7 +18,8 @@ class Validation:
     """val/loss: nats a supervised token. val/bpb: bits a byte of the tokens predicted.
 
     Both are sums over sums, so they do not depend on batch size (but for rounding) or number of ranks (to the bit). Bytes are
-    those of each target token; special tokens stand for no bytes, and their loss is left out of bpb too, so bpb compares across tokenizers.
+    those of each target token; special tokens stand for no bytes, and their loss is left out of bpb too, so bpb compares
+    across tokenizers.
     """
 
     def __init__(self, collator: Collator, num_rows: int, device_batch_size: int, token_bytes: np.ndarray,

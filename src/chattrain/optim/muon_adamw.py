@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         """Move the momentum on by the gradient; returns what Nesterov's step follows."""
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = 0.0
             state["momentum_buffer"] = torch.zeros_like(grad, dtype=group["momentum_dtype"])
         momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"],
                                group["momentum_warmup_steps"])

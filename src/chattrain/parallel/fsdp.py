@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -28,7 +27,7 @@ class FSDP(Spread):
         super().__init__(ranks, dtype)
         self.model = model
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        mesh = init_device_mesh(device.type, (ranks.world_size,))
+        mesh = ranks.mesh(device.type)
         bf16 = dtype == torch.bfloat16
         policy = MixedPrecisionPolicy(param_dtype=dtype if bf16 else None, reduce_dtype=torch.float32 if bf16 else None)
         for part in [*model.blocks, model]:
