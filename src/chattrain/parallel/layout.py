@@ -8,6 +8,7 @@ Muon's); the others may be cut anywhere, and fill the shares up.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 BUCKETS = 8  # about so many, so that one is on its way while backward makes the next
@@ -67,12 +68,18 @@ def fill(items: list[Item], ranks: int, before: tuple[int, ...] | None = None) -
     size = -(-sum(item.numel for item in items) // ranks)
     shares: list[list[Piece]] = [[] for _ in range(ranks)]
     loads, costs = [0] * ranks, list(before or [0] * ranks)
+    idlest = [(costs[r], 0, r) for r in range(ranks)]
+    heapify(idlest)
     for item in sorted((item for item in items if item.cost is not None), key=lambda item: -item.cost):
-        roomy = [r for r in range(ranks) if loads[r] + item.numel <= size]
-        rank = min(roomy or range(ranks), key=lambda r: (costs[r], loads[r]))
+        full = []
+        while idlest and loads[idlest[0][2]] + item.numel > size:
+            full.append(heappop(idlest))
+        rank = idlest[0][2] if idlest else full[0][2]
         shares[rank].append(Piece(item.name, 0, item.numel))
         loads[rank] += item.numel
         costs[rank] += item.cost
+        for _, _, r in full if not idlest else [*full, heappop(idlest)]:
+            heappush(idlest, (costs[r], loads[r], r))
     rest = [item for item in items if item.cost is None]
     rooms = [max(0, _level(loads, sum(item.numel for item in rest)) - load) for load in loads]
     rank = 0
@@ -103,6 +110,11 @@ def _level(loads: list[int], amount: int) -> int:
     raise AssertionError("there are no loads")
 
 
+def _largest(items: list[Item]) -> int:
+    """Elements of the largest that must stay whole."""
+    return max((item.numel for item in items if item.cost is not None), default=0)
+
+
 def buckets(items: list[Item], ranks: int) -> list[Bucket]:
     """Buckets of the items in the order given, each even, or at least tight, if that can be had."""
     wanted = min(-(-sum(item.numel for item in items) // BUCKETS), MOST_ELEMENTS)
@@ -114,9 +126,11 @@ def buckets(items: list[Item], ranks: int) -> list[Bucket]:
     pending: list[Item] = []
     for item in items:
         pending.append(item)
-        if sum(i.numel for i in pending) >= wanted and (bucket := after(len(done), pending)).even:
-            done.append((pending, bucket))
-            pending = []
+        if sum(i.numel for i in pending) >= max(wanted, _largest(pending) * ranks):
+            bucket = after(len(done), pending)
+            if bucket.even:
+                done.append((pending, bucket))
+                pending = []
     if not pending:
         return [bucket for _, bucket in done]
     ends = []  # what is left joins as few buckets before it as it needs to
@@ -137,6 +151,7 @@ def ranks_that_share(items: list[Item], world_size: int) -> int:
     """
     total = sum(item.numel for item in items)
     for ranks in range(world_size, 0, -1):
-        if world_size % ranks == 0 and fill(items, ranks).size * ranks <= UNEVEN * total:
+        if world_size % ranks == 0 and _largest(items) * ranks <= UNEVEN * total \
+                and fill(items, ranks).size * ranks <= UNEVEN * total:
             return ranks
     raise AssertionError("one rank always has all")
