@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 import chattrain
 
-# Muon's five bf16 iterations enlarge rounding: directions of the gradient that are noise come out at full size.
-CLOSE = {"muon_adamw": 2e-4, "adamw": 5e-6}
+CLOSE = 1e-6  # relative, of the losses of runs in fp32 that differ in nothing but how a step is split
 GOLDEN = Path(__file__).parent / "golden.json"
 SETTINGS = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "train.seq_len=64", "train.compile=false",
             "train.dtype=fp32", "train.device=cpu", "tokenizer.vocab_size=400", "tracking=none", "log.every=1",
@@ -58,24 +57,10 @@ def test_eight_rows_at_once_equal_eight_times_one_row(talk, stage, optimizer):
     runs = [train(f"rows{rows}", stage, f"train.device_batch_size={rows}", f"optimizer={optimizer}", "train.max_steps=4")
             for rows in (8, 4, 1)]
     for run in runs[1:]:
-        assert losses(run)[:2] == pytest.approx(losses(runs[0])[:2], rel=1e-6)
-        assert losses(run) == pytest.approx(losses(runs[0]), rel=CLOSE[optimizer])
-        assert losses(run, "val/bpb") == pytest.approx(losses(runs[0], "val/bpb"), rel=CLOSE[optimizer])
+        assert losses(run) == pytest.approx(losses(runs[0]), rel=CLOSE)
+        assert losses(run, "val/bpb") == pytest.approx(losses(runs[0], "val/bpb"), rel=CLOSE)
         assert run["tokens_seen"] == runs[0]["tokens_seen"]
         assert run["supervised_tokens"] == runs[0]["supervised_tokens"]
-
-
-@pytest.mark.parametrize("stage", ["mid", "sft"])
-def test_one_rank_two_and_four_see_the_same_step(talk, stage):
-    rows = "train.device_batch_size=2"
-    one, two, four = (train(f"ranks{n}", stage, rows, "train.max_steps=4", "optimizer=adamw", f"distributed.nproc={n}")
-                      for n in (1, 2, 4))
-    for run in (two, four):
-        assert losses(run) == pytest.approx(losses(one), rel=CLOSE["adamw"])
-        assert losses(run, "train/grad_norm") == pytest.approx(losses(one, "train/grad_norm"), rel=1e-4)
-        assert losses(run, "val/bpb") == pytest.approx(losses(one, "val/bpb"), rel=CLOSE["adamw"])
-        assert run["tokens_seen"] == one["tokens_seen"]
-        assert len(list(Path(run["run_dir"]).parent.glob("ranks*"))) <= 3  # one folder a run, not one a rank
 
 
 @pytest.mark.parametrize("stage", ["mid", "sft"])
@@ -153,5 +138,5 @@ def test_golden_losses_are_as_recorded(talk, stage):
     """Re-record with `python -m tests.record_golden` when a change of numbers is meant, and say why in CHANGELOG.md."""
     summary = train("golden", stage, "train.device_batch_size=4", "train.max_steps=8")
     golden = json.loads(GOLDEN.read_text())[stage]
-    assert losses(summary) == pytest.approx(golden["train/loss"], rel=2e-4)
-    assert losses(summary, "val/bpb") == pytest.approx(golden["val/bpb"], rel=2e-4)
+    assert losses(summary) == pytest.approx(golden["train/loss"], rel=1e-5)
+    assert losses(summary, "val/bpb") == pytest.approx(golden["val/bpb"], rel=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,7 +52,7 @@ def test_every_element_is_stepped_once_and_matrices_stay_whole(items, ranks):
 def test_buckets_follow_the_order_of_backward(items, ranks):
     order = {item.name: i for i, item in enumerate(items)}
     seen = [{order[piece.name] for share in bucket.shares for piece in share} for bucket in buckets(items, ranks)]
-    assert all(max(before) < min(after) for before, after in zip(seen, seen[1:], strict=False))
+    assert all(max(before) < min(after) for before, after in pairwise(seen))
 
 
 def test_what_may_be_cut_fills_up_what_whole_matrices_leave_free():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -68,7 +69,7 @@ def test_every_parameter_is_owned_once_and_ranks_hold_as_much(group, world_size,
     for name, shape in spread.shapes.items():
         parts = sorted((part.start, part.stop) for part in spread.ranges(name))
         assert parts[0][0] == 0 and parts[-1][1] == shape.numel()
-        assert all(before[1] == after[0] for before, after in zip(parts, parts[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in pairwise(parts))
     owned = [0] * world_size
     for name in spread.shapes:
         for part in spread.ranges(name):
@@ -98,9 +99,10 @@ def test_a_step_sends_no_byte_more_than_reduce_scatter_and_all_gather_must(group
             return collective(*arguments, **named)
         return call
 
-    monkeypatch.setattr(dist, "reduce_scatter_single", counting(dist.reduce_scatter_single, lambda a, n: a[1].nbytes * (n - 1) / n))
-    monkeypatch.setattr(dist, "all_gather_single", counting(dist.all_gather_single, lambda a, n: a[0].nbytes * (n - 1) / n))
-    monkeypatch.setattr(dist, "all_reduce", counting(dist.all_reduce, lambda a, n: a[0].nbytes * 2 * (n - 1) / n))
+    for name, of in [("reduce_scatter_single", lambda a, n: a[1].nbytes * (n - 1) / n),
+                     ("all_gather_single", lambda a, n: a[0].nbytes * (n - 1) / n),
+                     ("all_reduce", lambda a, n: a[0].nbytes * 2 * (n - 1) / n)]:
+        monkeypatch.setattr(dist, name, counting(getattr(dist, name), of))
     one = stepped(group(world_size - 1, world_size), size, "ddp", build, settings)
     least = 2 * (world_size - 1) / world_size * 4 * one.params
     assert sent == pytest.approx(least, rel=1e-3) and one.sent == pytest.approx(least, rel=1e-3)
@@ -133,6 +135,51 @@ def test_gradients_leave_while_backward_runs_and_in_the_last_micro_batch_only(gr
     assert "sent" not in first
     assert second.index("sent") < second.index("block 0") and second.count("sent") == len(spread.buckets) >= 2
     assert second[-1] == "backward is over"
+
+
+def test_new_weights_are_waited_for_where_forward_needs_them(group):
+    ranks = group(1, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = GPT(65_536, 6, 384, 6)
+        spread = DDP(model, ranks, torch.float32)
+        optimizer = muon_adamw.build(model, spread, **MUON)
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_targets=8)
+        waiting: list[int] = []
+
+        def count(*_):
+            waiting.append(sum(b.gathered is not None for b in spread.buckets))
+
+        for block in model.blocks:
+            block.register_forward_pre_hook(count)  # after what the strategy does there
+        for _ in range(2):
+            spread.before_backward(last=True)
+            model.loss(batch).backward()
+            spread.reduce(optimizer)
+            spread.step(optimizer)
+        sent = sum(b.gathered is not None for b in spread.buckets)
+        spread.settle()
+    first, second = waiting[:6], waiting[6:]
+    assert first == [0] * 6 and sent == len(spread.buckets) >= 2
+    assert second[0] > second[-1] >= 1  # the head's come after the last block
+    assert not any(b.gathered is not None for b in spread.buckets)
+
+
+def test_fsdp_brings_no_more_than_a_few_matrices_together_on_a_rank(group, monkeypatch):
+    """Rank 2 of 8 gets its eighth of the matrices, one at a time, and of the others the rows that it steps."""
+    received: list[int] = []
+    exchange = Ranks.exchange
+
+    def counted(ranks, pieces, sizes):
+        received.append(sum(sizes))
+        return exchange(ranks, pieces, sizes)
+
+    monkeypatch.setattr(Ranks, "exchange", counted)
+    one = stepped(group(2, 8), D12, "fsdp")
+    there, back = received[::2], received[1::2]
+    matrices = sum(shape.numel() for name, shape in one.strategy.shapes.items() if ".h." in name)
+    assert sum(there) == sum(back) == matrices / 8
+    assert max(there) == 4 * 768 * 768  # one matrix, of the largest
 
 
 def test_a_step_of_the_loop_runs_on_any_rank(group):
