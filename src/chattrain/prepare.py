@@ -179,7 +179,7 @@ def _collator(cfg: Config, tokenizer: Tokenizer, sources: dict[str, SourceConfig
     skip = cfg.data.on_malformed.name == "skip"
     caches = [prepare(name, source, tokenizer, cache_dir(cfg), skip, cfg.data.workers)
               for name, source in sources.items()]
-    documents = Mixture(caches, list(sources.values()), seed)
+    documents = Mixture(caches, list(sources.values()), seed, folder=cache_dir(cfg) / "rows")
     return build_part(cfg.collator, documents, cfg.train.seq_len, tokenizer.pad_id, last_epoch=last_epoch)
 
 

@@ -109,6 +109,24 @@ def test_rows_follow_from_seed_and_number_alone_and_epochs_differ(documents):
     assert [one.describe(r) for r in range(rows)] != [one.describe(rows + r) for r in range(rows)]
 
 
+def test_rows_are_packed_once_and_taken_from_the_cache_by_later_runs(documents, tmp_path, monkeypatch):
+    def kept(seed: int, seq_len: int = SEQ_LEN) -> BestFit:
+        return BestFit(Mixture(documents.caches, documents.sources, seed, folder=tmp_path / "rows"), seq_len, 0)
+
+    def packs(*_):
+        raise AssertionError("packed again")
+
+    fresh, first = BestFit(documents, SEQ_LEN, 0), kept(documents.seed)
+    rows = fresh.rows_in(2)
+    assert [first.describe(r) for r in range(rows)] == [fresh.describe(r) for r in range(rows)]
+    monkeypatch.setattr("chattrain.data.collators.best_fit", packs)
+    again = kept(documents.seed)
+    assert [again.describe(r) for r in range(rows)] == [fresh.describe(r) for r in range(rows)]
+    for other in (lambda: kept(documents.seed + 1), lambda: kept(documents.seed, SEQ_LEN + 1)):
+        with pytest.raises(AssertionError, match="packed again"):
+            other().describe(0)
+
+
 def test_evaluation_ends_with_its_epoch(documents):
     best = BestFit(documents, SEQ_LEN, 0, last_epoch=0)
     batch = best.batch(np.array([best.rows_in(1), EMPTY]))

@@ -17,6 +17,7 @@ from chattrain.data.batch import Batch, as_batch
 from chattrain.data.mixture import Mixture
 from chattrain.data.packing import (
     IGNORE_INDEX,
+    Rows,
     best_fit,
     padded_width,
     shift,
@@ -26,6 +27,7 @@ from chattrain.data.packing import (
 from chattrain.errors import UserError
 
 EMPTY = -1
+PLAN_VERSION = 1  # of BestFit's rows
 PASS_COST = 1 / 48  # what a micro-batch costs beside its tokens, as a share of the largest one's: weights cast, kernels launched
 
 
@@ -245,14 +247,18 @@ class BestFit(Conversations):
             self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
         return self._starts[epoch]
 
-    def _plan(self, epoch: int) -> list[np.ndarray]:
-        """Documents of each row of an epoch."""
+    def _plan(self, epoch: int) -> Rows:
+        return Rows(**self.documents.worked_out([PLAN_VERSION, self.seq_len, epoch], lambda: self._packed(epoch)))
+
+    def _packed(self, epoch: int) -> dict[str, np.ndarray]:
+        """The fields of `Rows`. Packing a million documents takes a second; that is done once, and not in every run."""
         order = self.documents.order(epoch)
         row_of = best_fit(np.clip(self.documents.lengths[order] - 1, 1, self.seq_len), self.seq_len)
         by_row = np.argsort(row_of, kind="stable")
         rows = np.split(order[by_row], np.flatnonzero(np.diff(row_of[by_row])) + 1)
         shuffled = np.random.default_rng([self.documents.seed, epoch, len(rows)]).permutation(len(rows))
-        return [rows[i] for i in shuffled]
+        rows = [rows[i] for i in shuffled]
+        return {"documents": np.concatenate(rows), "ends": np.cumsum([0] + [len(row) for row in rows])}
 
 
 def _within(sizes: list[int], total: int) -> list[int]:

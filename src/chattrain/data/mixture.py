@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from chattrain.data.cache import Documents
 from chattrain.data.config import SourceConfig
+from chattrain.files import make_folder
 
 
 def epoch_counts(sizes: list[int], sources: list[SourceConfig]) -> list[int]:
@@ -31,11 +36,13 @@ def epoch_counts(sizes: list[int], sources: list[SourceConfig]) -> list[int]:
 class Mixture:
     """Documents of all sources under one numbering, and the order of every epoch.
 
-    `lengths` (documents,) int64 counts tokens. `keep` (documents,) bool leaves documents out for good.
+    `lengths` (documents,) int64 counts tokens. `keep` (documents,) bool leaves documents out for good. `folder`: where what is
+    worked out from them is kept from run to run; None: nowhere.
     """
 
-    def __init__(self, caches: list[Documents], sources: list[SourceConfig], seed: int, keep: np.ndarray | None = None):
-        self.caches, self.sources, self.seed = caches, sources, seed
+    def __init__(self, caches: list[Documents], sources: list[SourceConfig], seed: int, keep: np.ndarray | None = None,
+                 folder: Path | None = None):
+        self.caches, self.sources, self.seed, self.folder = caches, sources, seed, folder
         self.starts = np.cumsum([0] + [len(c) for c in caches])
         self.lengths = np.concatenate([np.diff(c.offsets) for c in caches])
         keep = np.ones(len(self.lengths), dtype=bool) if keep is None else keep
@@ -50,7 +57,19 @@ class Mixture:
         return len(self.lengths)
 
     def restricted(self, keep: np.ndarray) -> Mixture:
-        return Mixture(self.caches, self.sources, self.seed, keep)
+        return Mixture(self.caches, self.sources, self.seed, keep, self.folder)
+
+    def worked_out(self, key: list, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of `make`, which follow from these documents and their sources, the seed and the key: memory-mapped where
+        an earlier run has made them."""
+        if self.folder is None:
+            return make()
+        decides = [[c.content_hash, s.epochs, s.weight] for c, s in zip(self.caches, self.sources, strict=True)]
+        folder = self.folder / hashlib.sha256(json.dumps([decides, self.seed, key]).encode()).hexdigest()[:24]
+        if not folder.is_dir():
+            made = make()
+            make_folder(folder, lambda scratch: [np.save(scratch / f"{name}.npy", array) for name, array in made.items()])
+        return {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, loss_mask) of document i."""

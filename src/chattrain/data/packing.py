@@ -5,6 +5,8 @@ T tokens a row. Targets are shifted: targets[t] is the token after inputs[t], or
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 IGNORE_INDEX = -1
@@ -85,6 +87,20 @@ def _largest(there: np.ndarray, free: int) -> list[int]:
     """The largest size that is left and fits; [] where there is none."""
     size = free - int(there[free::-1].argmax())
     return [size] if there[size] else []
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents of each row of an epoch: row r has documents[ends[r] : ends[r + 1]]."""
+
+    documents: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.documents[self.ends[row] : self.ends[row + 1]]
 
 
 def positions_of(sizes: list[int], width: int) -> np.ndarray:
