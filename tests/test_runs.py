@@ -237,6 +237,12 @@ def test_inspect_shows_what_is_supervised_and_trains_nothing(base, place, capsys
     assert contents(place / "runs") == before
 
 
+def test_inspect_shows_where_documents_of_a_row_begin(base, place, capsys):
+    tiny("inspect", "stage=sft", "collator=best_fit", "inspect.rows=1", "train.max_steps=5")
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("<|bos|>"))
+    assert shown.count("<|bos|>") == shown.count("<|user_start|>") >= 2 and "[<|bos|>]" not in shown
+
+
 def test_report_writes_the_report_anew(base, place, capsys):
     report = place / "runs/base/first/report.html"
     report.unlink()

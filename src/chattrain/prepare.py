@@ -28,6 +28,7 @@ from chattrain.device import pick_device
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
 from chattrain.files import make_folder, replace_text
+from chattrain.model import fp8
 from chattrain.names import launch_name
 from chattrain.schema import to_yaml
 from chattrain.tasks import document, multiple_choice
@@ -66,7 +67,10 @@ class RunData:
 def make_plan(cfg: Config, world_size: int) -> tuple[Plan, RunData]:
     """Raises UserError before anything is written for this run, except caches."""
     cfg.train.rows_a_step(world_size)
-    launch.check_devices(pick_device(cfg.train.device), world_size)
+    where = pick_device(cfg.train.device)
+    launch.check_devices(where, world_size)
+    if cfg.train.fp8:
+        fp8.check(where)
     run_dir = choose_run_dir(cfg)
     resume = _find_resume(cfg, run_dir)
     start = init.Start(resume, f"{resume} (resumed)") if resume else find_start(cfg)

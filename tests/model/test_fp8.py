@@ -88,6 +88,7 @@ def test_a_run_on_a_cpu_is_refused(workplace, capsys):
     outcome = command_line(capsys, "stage=base", "init.from=scratch", *TINY, "train.dtype=bf16", "train.fp8=true")
     assert outcome.status == 2
     assert "train.fp8=true needs a GPU" in outcome.message and "the device is cpu; use train.fp8=false" in outcome.message
+    assert not (workplace / "runs").exists()
 
 
 @pytest.mark.parametrize("override, message", [("train.dtype=fp32", "use bf16 or auto"), ("train.seq_len=1000", "try 992")])

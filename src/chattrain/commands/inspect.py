@@ -49,4 +49,6 @@ def _colour(data, inputs: list[int], targets: list[int]) -> str:
         else:
             text = data.tokenizer.decode([target])
             out.append(f"\033[32m{text}\033[0m" if tty else f"[{text}]")
+            if token != target:  # the next document begins, and its first token is no target
+                out.append(data.tokenizer.decode([token]))
     return "".join(out)

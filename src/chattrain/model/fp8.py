@@ -11,6 +11,18 @@ from chattrain.errors import UserError
 OLDEST = (8, 9)  # compute capability: Ada, then Hopper and later
 
 
+def check(device: torch.device) -> None:
+    """Raises UserError where device or torchao do not allow it: before a run is begun."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < OLDEST:
+        found = f"this is an {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"the device is {device.type}"
+        raise UserError(f"train.fp8=true needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more (RTX 40, L40, H100 "
+                        f"and later), but {found}; use train.fp8=false")
+    try:
+        import torchao.float8  # noqa: F401
+    except ImportError:
+        raise UserError("train.fp8=true needs torchao: pip install torchao, or use train.fp8=false") from None
+
+
 def convert(model: nn.Module, device: torch.device) -> None:
     """From now on the products of the model's linear layers are in fp8, forward and backward, with a scale a tensor.
 
@@ -18,14 +30,9 @@ def convert(model: nn.Module, device: torch.device) -> None:
     the rounding most, and so are layers whose sides fp8 products do not take. Raises UserError where device, torchao or
     the model's sizes do not allow it.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < OLDEST:
-        found = f"this is an {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"the device is {device.type}"
-        raise UserError(f"train.fp8=true needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more (RTX 40, L40, H100 "
-                        f"and later), but {found}; use train.fp8=false")
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise UserError("train.fp8=true needs torchao: pip install torchao, or use train.fp8=false") from None
+    check(device)
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     head = model.lm_head
 
     def fits(layer: nn.Module, name: str) -> bool:
