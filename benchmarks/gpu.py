@@ -56,7 +56,7 @@ def measure(model: str, where: str, steps: int, overrides: list[str]) -> dict:
     cfg = compose([f"model={model}", "stage=base", "eval=none", "tracking=none", f"train.device={where}",
                    f"train.max_steps={WARM_UP + steps}", *overrides])
     found: dict = {}
-    parts = build_parts(cfg, lambda step, values: found.update(values))
+    parts = build_parts(cfg, lambda step, values: found.update(values), Ranks())
     state = loop.State()
     for until in (WARM_UP, WARM_UP + steps):  # the second call measures its own steps only
         state = loop.fit(parts, state, loop.Cadence(log=until, evaluate=None, save=None, num_steps=until))
@@ -67,28 +67,29 @@ def measure(model: str, where: str, steps: int, overrides: list[str]) -> dict:
             "settings": kept, "overrides": overrides}
 
 
-def build_parts(cfg: Config, track) -> loop.Parts:
+def build_parts(cfg: Config, track, ranks: Ranks) -> loop.Parts:
     """As the runner does, without a run: nothing is read, evaluated or saved."""
     where = device.pick_device(cfg.train.device)
     bf16 = device.use_bf16(cfg.train.dtype, where)
-    model, strategy = build_model(cfg, cfg.tokenizer.vocab_size, None, where, Ranks(), bf16)
+    model, strategy = build_model(cfg, cfg.tokenizer.vocab_size, None, where, ranks, bf16)
     autocast = device.autocast(bf16, where)
     return loop.Parts(
         model=model, loss_of=inside(autocast, model.loss), optimizer=build_part(cfg.optimizer, model, strategy),
-        lr_factor=lambda step: 1.0, loader=RandomRows(cfg, where), evaluate=lambda step: {}, save=lambda state: None,
-        track=track, show=lambda step: None, stop_asked=lambda: False, ranks=Ranks(), max_grad_norm=cfg.train.max_grad_norm,
-        flops_per_token=model.flops_per_token(cfg.train.seq_len), peak_flops=device.peak_flops(where),
-        meters=device.meters(where), strategy=strategy)
+        lr_factor=lambda step: 1.0, loader=RandomRows(cfg, where, ranks.world_size), evaluate=lambda step: {},
+        save=lambda state: None, track=track, show=lambda step: None, stop_asked=lambda: False, ranks=ranks,
+        max_grad_norm=cfg.train.max_grad_norm, flops_per_token=model.flops_per_token(cfg.train.seq_len),
+        peak_flops=device.peak_flops(where), meters=device.meters(where), strategy=strategy)
 
 
 class RandomRows:
     """In the loader's place: the same rows of random tokens, full and every token a target, in each micro-batch."""
 
-    def __init__(self, cfg: Config, where: torch.device):
+    def __init__(self, cfg: Config, where: torch.device, world_size: int):
         B, T = cfg.train.device_batch_size, cfg.train.seq_len
         ids = torch.randint(0, cfg.tokenizer.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(where)
         batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), num_tokens=B * T, num_targets=B * T)
-        self.batches = [batch] * (cfg.train.rows_a_step(world_size=1) // B)
+        count = cfg.train.rows_a_step(world_size) // (B * world_size)
+        self.batches = [batch._replace() for _ in range(count)]  # objects of their own: a strategy asks which is the last
         self.tokens = len(self.batches) * B * T  # an optimizer step
         self.waited_s = 0.0  # nothing is waited for
 

@@ -18,8 +18,9 @@ from chattrain.data.config import DataConfig
 from chattrain.errors import UserError
 from chattrain.model.config import ModelConfig
 from chattrain.optim.config import OptimizerConfig, ScheduleConfig
+from chattrain.planning.config import PlanConfig
 
-Command = Enum("Command", ["train", "evaluate", "chat", "inspect", "report", "import", "export"])
+Command = Enum("Command", ["train", "evaluate", "chat", "inspect", "plan", "report", "import", "export"])
 Format = Enum("Format", ["hf"])
 Resume = Enum("Resume", ["auto", "never", "must"])
 DType = Enum("DType", ["auto", "bf16", "fp32"])
@@ -281,10 +282,11 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def check(self) -> None:
         """Raises UserError for values that are wrong alone or together."""
         for part in (self.run, self.train, self.model, self.data, self.optimizer, self.schedule, self.eval, self.checkpoint,
-                     self.log, self.distributed, self.chat, self.inspect):
+                     self.log, self.distributed, self.chat, self.inspect, self.plan):
             part.check()

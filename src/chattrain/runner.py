@@ -151,9 +151,17 @@ def build_model(cfg: Config, vocab_size: int, start: Path | None, where: torch.d
     """The model on its device, ready to train: in fp8, with activations recomputed, compiled, as train.* ask for; and how it
     is spread over ranks."""
     model = build_part(cfg.model, vocab_size=vocab_size, start=start, seed=cfg.run.seed)
-    sharded = cfg.distributed.strategy == Strategy.fsdp and ranks.world_size > 1
-    if not sharded:
+    if not _sharded(cfg, ranks):
         model.to(where)
+    return model, make_ready(cfg, model, where, ranks, bf16)
+
+
+def _sharded(cfg: Config, ranks: Ranks) -> bool:
+    return cfg.distributed.strategy == Strategy.fsdp and ranks.world_size > 1
+
+
+def make_ready(cfg: Config, model, where: torch.device, ranks: Ranks, bf16: bool) -> Alone:
+    """Do to a model what `build_model` promises, but for weights and their place; returns how it is spread."""
     if cfg.train.fp8:
         fp8.convert(model, where)
     asked = cfg.train.activation_checkpointing
@@ -163,10 +171,10 @@ def build_model(cfg: Config, vocab_size: int, start: Path | None, where: torch.d
     if ranks.world_size == 1:
         strategy = Alone(dtype)
     else:
-        strategy = FSDP(model, ranks, dtype, where) if sharded else DDP(model, ranks, dtype)
+        strategy = FSDP(model, ranks, dtype, where) if _sharded(cfg, ranks) else DDP(model, ranks, dtype)
     if device.compiles(cfg.train.compile, where):
         model.compile_trunk(dynamic=cfg.collator.varies, by_block=ranks.world_size > 1)
-    return model, strategy
+    return strategy
 
 
 def meters(where: torch.device, ranks: Ranks):

@@ -30,6 +30,11 @@ class Bucket:
         self.wait = None  # for the collective that is on its way
         self.gathered: Tensor | None = None  # weights of all ranks, on their way
 
+    def arrive(self) -> None:
+        """Wait for what is on its way, and forget the collective: as long as it is known, it holds the tensors that it moved."""
+        self.wait()
+        self.wait = None
+
     def gradients(self) -> Tensor:
         """All ranks' shares one after another. The parameters' own gradients are dropped; one that backward has not reached
         counts as zero."""
@@ -107,7 +112,7 @@ class DDP(Spread):
             self._launch(bucket)
         self.launched = 0
         for bucket in self.buckets:
-            bucket.wait()
+            bucket.arrive()
             bucket.missing = len(bucket.params)
             sizes = [p.numel() for _, p in self.pieces_of[bucket]]
             for (_, p), grad in zip(self.pieces_of[bucket], bucket.share[: sum(sizes)].split(sizes), strict=True):
@@ -159,7 +164,7 @@ class DDP(Spread):
     @torch.no_grad()
     def _settle(self, bucket: Bucket) -> None:
         if bucket.gathered is not None:
-            bucket.wait()
+            bucket.arrive()
             bucket.take_weights(self.place)
             bucket.gathered = None
 

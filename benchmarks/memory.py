@@ -1,0 +1,116 @@
+"""Memory of a training step on a CPU: what command=plan predicts, and what torch's CPU allocator saw in a real run.
+
+    python -m benchmarks.memory distributed.strategy=fsdp --models d6 d12 --ranks 2
+
+A run in processes of its own makes its model and does two steps of two micro-batches of random tokens, while torch's profiler
+reports each allocation and each release of the first rank; their running sum is the bytes alive. That is the sound measure: it
+comes from the allocator that served real operations, workspaces of kernels included, and owes nothing to the prediction.
+Resident memory would add what is no tensor (libraries, code, oneDNN's caches, threads) and leave out pages that a tensor has but
+never touched. What gloo's own threads give back the profiler does not see: it counts until its address is given out again, which
+makes the figures of several ranks upper bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import gpu
+from chattrain import distributed, launch, loop
+from chattrain.compose import compose
+from chattrain.config import Config
+from chattrain.device import GIB
+from chattrain.distributed import Ranks
+from chattrain.planning.memory import Shape, step_memory
+
+STEPS = 2  # the first makes the optimizer's state
+KINDS = ["none", "block"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["d6", "d12"], help="choices of conf/model (default d6 d12)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # the process of its own
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration")
+    asked = parser.parse_intermixed_args(arguments)
+    if asked.measure:
+        print(json.dumps(run(settings(asked.models[0], asked.ranks, *asked.overrides), asked.ranks)))
+        return
+    for model in asked.models:
+        for kind in KINDS:
+            overrides = [*asked.overrides, f"train.activation_checkpointing={kind}"]
+            predicted, found = predict(model, asked.ranks, *overrides), measure(model, asked.ranks, *overrides)
+            print(f"{model} {kind:5s} predicted {predicted / GIB:.3f} GiB, measured {found / GIB:.3f} GiB: "
+                  f"{predicted / found - 1:+.1%}", flush=True)
+
+
+def settings(model: str, ranks: int, *overrides: str) -> Config:
+    """Short rows, two micro-batches a rank and step, in fp32 and without compilation, unless the overrides say otherwise."""
+    return compose([f"model={model}", "stage=base", "eval=none", "tracking=none", "train.device=cpu", "train.dtype=fp32",
+                    "train.compile=false", "train.seq_len=512", "train.device_batch_size=2",
+                    f"train.total_batch_size={2048 * ranks}", *overrides])
+
+
+def predict(model: str, ranks: int, *overrides: str) -> int:
+    """Bytes of the first rank at the peak, as command=plan has them."""
+    cfg = settings(model, ranks, *overrides)
+    repeats = cfg.train.rows_a_step(ranks) > cfg.train.device_batch_size * ranks
+    shape = Shape(cfg.train.device_batch_size, cfg.train.seq_len, partial=False, isolated=False, repeats=repeats)
+    return step_memory(cfg, cfg.tokenizer.vocab_size, None, shape, ranks).peak
+
+
+def measure(model: str, ranks: int, *overrides: str) -> int:
+    """The same of a real run, in processes of its own."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *overrides, "--measure", "--ranks", str(ranks), "--models",
+                           model], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(cfg: Config, ranks: int) -> int:
+    """Bytes at the first rank's peak."""
+    return allocated(cfg, Ranks()) if ranks == 1 else launch.start(ranks, _as_rank, cfg)
+
+
+def _as_rank(cfg: Config) -> int:
+    ranks = distributed.join(cfg.distributed.timeout_s, cuda=False)
+    try:
+        return allocated(cfg, ranks)
+    finally:
+        ranks.close()
+
+
+def allocated(cfg: Config, ranks: Ranks) -> int:
+    """The most bytes that were alive at once in this process, from before the model was made to after the last step."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        parts = gpu.build_parts(cfg, lambda step, values: None, ranks)
+        for step in range(STEPS):
+            loop.train_step(parts, parts.loader.step(step), step)
+    alive: dict[int, int] = {}  # address -> bytes
+    now = most = 0
+    for _, address, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):
+        now += max(size, 0) - alive.pop(address, 0)
+        if size > 0:
+            alive[address] = size
+        most = max(most, now)
+    return most
+
+
+def _allocations(events: list) -> Iterator[tuple[int, int, int]]:
+    """(time, address, bytes: negative where they are given back) of all allocations in the profiler's tree."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.typed[0].name == "Allocation":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""command=plan: what a run would take on other devices: memory, steps, tokens, traffic, time and money. Starts no training."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from chattrain.config import Config
+from chattrain.errors import UserError
+from chattrain.init import Start
+from chattrain.model.config import GPTConfig
+from chattrain.planning import cost, show
+from chattrain.planning.data import count, shape_of
+from chattrain.planning.hardware import hardware_of
+from chattrain.planning.memory import Memory, largest, step_memory
+from chattrain.planning.work import workload
+from chattrain.prepare import RunData, choose_tokenizer, find_start, open_data, report_counts
+from chattrain.tracking import setup_logging
+
+log = logging.getLogger("chattrain")
+MOST_ROWS = 1024  # rows of a forward pass that are tried, at most
+
+
+def main(cfg: Config) -> dict:
+    """Print the plan for plan.world_size devices, and give its figures. Memory is measured on shapes, time is an estimate.
+
+    Raises UserError for what cannot be planned: a Hugging Face model without its folder, fp8, a batch that does not divide.
+    """
+    close_log = setup_logging(None, console=True, resume=False)
+    try:
+        hardware = hardware_of(cfg.plan)
+        start = _start(cfg)
+        cfg.eval.validation = cfg.eval.multiple_choice = False  # only the training rows are looked at
+        data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
+        report_counts(data.train, data.num_steps)
+        counts = count(data, cfg.train.device_batch_size, cfg.plan.world_size)
+        work, groups = workload(cfg, data, start.checkpoint, counts)
+        memory, fits = _memory(cfg, data, start, hardware.usable)
+        step = cost.step_on(work, hardware, cfg.plan.mfu, cfg.plan.world_size)
+        rows = cost.scaling(work, hardware, cfg.plan.mfu)
+        hours = cost.hours_of(work, step)
+        price = cfg.plan.price_per_gpu_hour
+        facts = {
+            "device": hardware.name, "world_size": cfg.plan.world_size, "strategy": work.strategy,
+            "parameters": groups, "parameters_total": sum(groups.values()),
+            "memory": asdict(memory), "usable_bytes": int(hardware.usable), "fits": memory.peak <= hardware.usable,
+            "largest_device_batch_size": fits, **_batch(cfg, data, fits),
+            "flops_per_token": work.flops_a_token, "num_steps": data.num_steps, "tokens": counts.tokens,
+            "supervised_tokens": counts.supervised, "supervised_exact": counts.exact,
+            "bytes_sent_per_step": step.bytes_sent, "seconds_per_step": step.seconds, "hours": hours,
+            "cost": None if price is None else hours * cfg.plan.world_size * price,
+            "communication_dominates_from": cost.dominated_from(rows),
+            "scaling": [show.scaling_row(work, row, price) for row in rows]}
+        show.plan(facts, step, cfg)
+        return facts
+    finally:
+        close_log()
+
+
+def _start(cfg: Config) -> Start:
+    """Where the run would start. A plan needs no weights: where there are none yet, it says so and goes on with the sizes."""
+    try:
+        return find_start(cfg)
+    except UserError as error:
+        if not isinstance(cfg.model, GPTConfig):
+            raise
+        log.warning("%s. The plan goes on without weights, as it needs only their sizes", error)
+        return Start(None, "nothing")
+
+
+def _memory(cfg: Config, data: RunData, start: Start, limit: float) -> tuple[Memory, int]:
+    """Memory with train.device_batch_size rows, and the most rows a forward pass that keep within the limit."""
+    isolated, varies, mine = cfg.collator.isolates, cfg.collator.varies, data.rows_per_step // cfg.plan.world_size
+    found: dict[int, Memory] = {}
+
+    def measure(rows: int) -> int:
+        if rows not in found:
+            shape = shape_of(data.train, isolated, varies, rows, repeats=rows < mine)
+            found[rows] = step_memory(cfg, data.tokenizer.vocab_size, start.checkpoint, shape, cfg.plan.world_size)
+        return found[rows].peak
+
+    asked = cfg.train.device_batch_size
+    measure(asked)
+    return found[asked], largest(measure, limit, asked, max(asked, min(mine, MOST_ROWS)))
+
+
+def _batch(cfg: Config, data: RunData, fits: int) -> dict[str, Any]:
+    """The most rows that fit and divide a rank's share of the step, and how many micro-batches they make of it."""
+    mine = data.rows_per_step // cfg.plan.world_size
+    rows = max((b for b in range(1, min(fits, mine) + 1) if mine % b == 0), default=None)
+    return {"suggested_device_batch_size": rows, "grad_accum_steps": mine // rows if rows else None}

@@ -1,0 +1,97 @@
+"""A plan as tables on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from chattrain.config import Config
+from chattrain.device import GIB
+from chattrain.planning import cost
+from chattrain.planning.cost import Step, Workload
+from chattrain.planning.hardware import CONTEXT, FRAGMENTED
+
+
+def scaling_row(work: Workload, step: Step, price: float | None) -> dict[str, Any]:
+    """The run on this many devices, as facts."""
+    hours = cost.hours_of(work, step)
+    return {"world_size": step.world_size, "rows_per_step": step.rows, "device_batch_size": step.device_batch_size,
+            "grad_accum_steps": step.grad_accum_steps, "steps": cost.steps_of(work, step), "seconds_per_step": step.seconds,
+            "communication_seconds": step.talks, "exposed_seconds": step.waits, "hours": hours,
+            "gpu_hours": hours * step.world_size, "cost": None if price is None else hours * step.world_size * price}
+
+
+def plan(facts: dict[str, Any], step: Step, cfg: Config) -> None:
+    """Print what the plan found."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 128, highlight=False)
+    _pairs(console, f"{facts['world_size']} x {facts['device']}, {facts['strategy']}", _run(facts, step, cfg))
+    _pairs(console, "memory of a rank, GiB", _memory(facts))
+    _scaling(console, facts, cfg)
+
+
+def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
+    told = "counted" if facts["supervised_exact"] else "estimated from steps spread over the run"
+    suggested = facts["suggested_device_batch_size"]
+    found = {
+        "parameters": f"{facts['parameters_total']:,} (" + ", ".join(f"{n} {s:,}" for n, s in facts["parameters"].items()) + ")",
+        "FLOPs a token": f"{facts['flops_per_token']:.3g}, forward and backward",
+        "steps": f"{facts['num_steps']:,}", "tokens": f"{facts['tokens']:,}",
+        "supervised tokens": f"{facts['supervised_tokens']:,} ({told})",
+        "bytes sent a step and rank": f"{facts['bytes_sent_per_step'] / 1e9:,.2f} GB",
+        "time a step": f"{facts['seconds_per_step']:.3g} s: forward and backward {step.computes:.3g}, update {step.updates:.3g}, "
+                       f"communication {step.talks:.3g}, of which {step.waits:.3g} is not hidden",
+        "time": f"{facts['hours']:.3g} h without evaluation and checkpoints, at an assumed plan.mfu={cfg.plan.mfu}"}
+    if facts["cost"] is not None:
+        found["cost"] = f"{facts['cost']:,.2f} at {cfg.plan.price_per_gpu_hour} a GPU hour"
+    most = facts["largest_device_batch_size"]
+    found["device_batch_size"] = "not one row fits" if not most else \
+        f"{most} at most; {suggested} with {facts['grad_accum_steps']} micro-batches a step for the asked total batch"
+    return found
+
+
+def _memory(facts: dict[str, Any]) -> dict[str, str]:
+    memory, usable = facts["memory"], facts["usable_bytes"]
+    found = {name: _gib(size) for name, size in memory["at_peak"].items()}
+    found |= {f"activations: {name}": _gib(size) for name, size in memory["components"].items()}
+    found |= {f"peak in {phase}": _gib(size) for phase, size in memory["phases"].items()}
+    fits = "fits" if facts["fits"] else "DOES NOT FIT"
+    return found | {"peak": f"{_gib(memory['peak'])}: {fits} in {_gib(usable)} (the device's less {FRAGMENTED:.0%} and "
+                            f"{_gib(CONTEXT)})"}
+
+
+def _scaling(console, facts: dict[str, Any], cfg: Config) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="the same run on more devices", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for column in ("devices", "rows a step", "batch x micro", "steps", "s a step", "communication", "not hidden", "hours",
+                   "GPU hours", "cost"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in facts["scaling"]:
+        table.add_row(f"{row['world_size']:,}", f"{row['rows_per_step']:,}",
+                      f"{row['device_batch_size']} x {row['grad_accum_steps']}", f"{row['steps']:,}",
+                      f"{row['seconds_per_step']:.3g}", f"{row['communication_seconds']:.3g}",
+                      f"{row['exposed_seconds'] / row['seconds_per_step']:.0%}", f"{row['hours']:.3g}",
+                      f"{row['gpu_hours']:.3g}", "" if row["cost"] is None else f"{row['cost']:,.2f}")
+    console.print(table)
+    first = facts["communication_dominates_from"]
+    console.print("Communication stays below forward and backward." if first is None else
+                  f"From {first:,} devices on, communication takes longer than forward and backward.", soft_wrap=True)
+
+
+def _pairs(console, title: str, pairs: dict[str, str]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3f}"
