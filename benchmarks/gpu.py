@@ -22,8 +22,8 @@ from chattrain.config import Config
 from chattrain.data.batch import Batch
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
+from chattrain.parts import build_model, inside
 from chattrain.prepare import build_part
-from chattrain.runner import build_model, inside
 
 WARM_UP = 3  # steps: the first compiles, the second has the optimizer's state for the first time
 

@@ -13,8 +13,8 @@ from benchmarks.timing import show
 from chattrain import loop
 from chattrain.compose import compose
 from chattrain.distributed import Ranks
+from chattrain.parts import build_parts
 from chattrain.prepare import make_plan
-from chattrain.runner import build_parts
 from chattrain.tracking import NullTracker
 
 STEPS, GOAL = 10, 0.5  # per cent of the time

@@ -19,8 +19,8 @@ from chattrain import loop
 from chattrain.compose import compose
 from chattrain.device import autocast, pick_device, use_bf16
 from chattrain.distributed import Ranks
+from chattrain.parts import build_parts
 from chattrain.prepare import make_plan
-from chattrain.runner import build_parts
 from chattrain.tasks import document, generated
 from chattrain.tracking import NullTracker
 

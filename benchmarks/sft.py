@@ -24,8 +24,8 @@ from chattrain.compose import compose
 from chattrain.device import autocast, pick_device, use_bf16
 from chattrain.distributed import Ranks
 from chattrain.model.gpt import GPT
+from chattrain.parts import build_parts
 from chattrain.prepare import make_plan
-from chattrain.runner import build_parts
 from chattrain.tracking import NullTracker
 
 ROWS, SEQ_LEN, CONVERSATIONS, SECONDS = 8, 512, 32, 15.0

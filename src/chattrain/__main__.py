@@ -6,8 +6,8 @@ Imports stay light up here, so that `--help` answers at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import tempfile
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,13 +16,15 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from chattrain import compose, names, schema, usage
-from chattrain.errors import UserError
+from chattrain.errors import RunFailed, UserError
 from chattrain.sweep import ChainBroken, Sweep
 
 
 def main() -> None:
     """Exit status 0 only when the work was done; 2 for a user's mistake, 1 for a failed run, 130 when interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors reach us as they are; we say them in one message
+    if "RANK" not in os.environ:  # a rank that has nothing to save yet may be waiting for others where Python hears nothing
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     schema.register_schemas()
     names.set_launch()
     arguments = compose.settle_alternatives(sys.argv[1:])
@@ -36,16 +38,22 @@ def main() -> None:
 
     try:
         sweep.check()
-        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
-            os.environ["CHATTRAIN_SCRATCH"] = scratch  # for what Hydra writes: each run has its config.yaml already
+        with sweep.workspace() as scratch:
+            os.environ["CHATTRAIN_SCRATCH"] = str(scratch)
             usage.show(job, arguments) if helps else job()
     except ChainBroken:
         pass
     except KeyboardInterrupt:
-        print("chattrain: interrupted", file=sys.stderr)
+        if names.is_first():
+            print("chattrain: interrupted", file=sys.stderr)
         sweep.status = 130
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sweep.status = compose.say(error)
+    except Exception as error:
+        if sweep.launcher is None:
+            raise
+        sweep.status = compose.say(RunFailed(f"hydra/launcher={sweep.launcher}: {error}"))
+    sweep.collect()
     sweep.show_table()
     sys.exit(sweep.status)
 

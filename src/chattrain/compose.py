@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chattrain.config import ALTERNATIVES, Config
-from chattrain.errors import RunFailed, UserError
+from chattrain.errors import OtherRankFailed, RunFailed, UserError
 from chattrain.names import is_first
 from chattrain.schema import VARIANTS, from_hydra, register_schemas
 
@@ -70,8 +70,10 @@ def say(error: BaseException) -> int:
     """Put the error on stderr: one message for what a user can mend, a traceback for what only we can. The exit status."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         error = explain(error)
+    if isinstance(error, OtherRankFailed):
+        return error.exit_status
     if isinstance(error, UserError | RunFailed):
-        if is_first():
+        if is_first() or error.speaks:
             print(f"chattrain: {error}", file=sys.stderr)
         else:
             time.sleep(SPEAK_FIRST_S)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,25 +16,48 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from chattrain.errors import RunFailed, UserError
+from chattrain.failures import Watch
+from chattrain.signals import stopped_at_once
 
 log = logging.getLogger("chattrain")
 
+NCCL_LONGER = timedelta(seconds=60)  # than gloo, whose time-out can say who is missing; NCCL's aborts the process
+
 
 class Ranks:
-    """The processes of a run. With one process, every collective is the identity.
+    """The processes of a run. With one process, every collective is the identity. `watch`: where there are several.
 
     `moved_bytes`: what this rank has sent so far for gradients and weights, by the least that each collective needs
     (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
     """
 
-    def __init__(self, rank: int = 0, local_rank: int = 0, world_size: int = 1):
-        self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
+    def __init__(self, rank: int = 0, local_rank: int = 0, world_size: int = 1, watch: Watch | None = None):
+        self.rank, self.local_rank, self.world_size, self.watch = rank, local_rank, world_size, watch
+        self.timeout = timedelta(seconds=watch.timeout_s) + NCCL_LONGER if watch else None
         self.moved_bytes = 0.0
         self._meshes: dict[str, DeviceMesh] = {}
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def at(self, place: str) -> None:
+        """This rank has come to a place such as `step 12`: what a collective that times out can say of it."""
+        if self.watch:
+            self.watch.at(place)
+
+    def before_the_end(self, log_file: Path, last_words: Callable[[BaseException], Any]) -> None:
+        """Where this rank has to be ended by its watch: the file for its stacks, and what is called with the reason."""
+        if self.watch:
+            self.watch.log_file, self.watch.last_words = log_file, last_words
+
+    def failed(self) -> bool:
+        """Has a rank failed, as far as this one has heard?"""
+        return self.watch is not None and self.watch.failed.is_set()
+
+    def first_error(self, raised: BaseException, where: str | None = None) -> BaseException:
+        """The error that the run ends with: that of the rank which failed first."""
+        return self.watch.first_error(raised, where) if self.watch else raised
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over ranks of a few numbers, in fp64."""
@@ -89,8 +113,9 @@ class Ranks:
         """This rank's group, of `size` ranks that follow one another, and the ranks of its place in all groups."""
         if size == self.world_size:
             return Group(self, size, None, None)
-        here, _ = dist.new_subgroups(size)
-        across, _ = dist.new_subgroups_by_enumeration([list(range(place, self.world_size, size)) for place in range(size)])
+        lines = [list(range(place, self.world_size, size)) for place in range(size)]
+        here, _ = dist.new_subgroups(size, timeout=self.timeout)
+        across, _ = dist.new_subgroups_by_enumeration(lines, timeout=self.timeout)
         return Group(self, size, here, across)
 
     def to_main(self, source: int, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -122,6 +147,8 @@ class Ranks:
         return list(received.split(sizes))
 
     def close(self) -> None:
+        if self.watch:
+            self.watch.close()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -185,5 +212,14 @@ def join(timeout_s: int, cuda: bool) -> Ranks:
     if cuda:
         torch.cuda.set_device(local_rank)
         backend += ",cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return Ranks(rank, local_rank, world_size)
+    timeout = timedelta(seconds=timeout_s)
+    with stopped_at_once():
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        watch = Watch(store, rank, world_size, timeout_s)
+        try:
+            dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
+                                    timeout=timeout + NCCL_LONGER)
+            dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
+        except Exception as raised:
+            raise watch.first_error(raised) from None
+    return Ranks(rank, local_rank, world_size, watch)

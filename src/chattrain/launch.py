@@ -1,20 +1,27 @@
-"""Starting the processes of a run: how many, on which devices, and what becomes of them."""
+"""Starting the processes of a run: how many, on which devices and nodes, and what becomes of them."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from chattrain import slurm
 from chattrain.config import Device
-from chattrain.errors import RunFailed, UserError
+from chattrain.errors import OtherRankFailed, RunFailed, UserError
+from chattrain.signals import signals_to_ranks
 
-SAVE_S = 600  # seconds that ranks have, after a signal, to finish their step and save
+STOP_S = 10  # seconds that ranks have to end after a second signal
+OTHER_NODES_S = 4  # seconds that the ranks of other nodes need to hear of a failure and end
+INTERRUPTED = 130  # exit status of a rank that was stopped at once
+ERRORS = {kind.__name__: kind for kind in (UserError, RunFailed, OtherRankFailed)}
 
 
 class Stopped(Exception):
@@ -28,7 +35,7 @@ def started_by_launcher() -> bool:
 
 def world_size(nproc: str, device: Device) -> int:
     """Processes a run will have: the launcher's number, or distributed.nproc (auto: the visible GPUs where the run may
-    use them, else 1).
+    use them, else 1) on each node.
 
     Raises UserError where a launcher started another number than distributed.nproc asks for.
     """
@@ -38,6 +45,12 @@ def world_size(nproc: str, device: Device) -> int:
             raise UserError(f"distributed.nproc={nproc}, but the launcher started "
                             f"{os.environ.get('LOCAL_WORLD_SIZE', started)} processes here; leave distributed.nproc out")
         return started
+    nodes = slurm.nodes()
+    return processes_here(nproc, device) * (nodes.count if nodes else 1)
+
+
+def processes_here(nproc: str, device: Device) -> int:
+    """What distributed.nproc means on this host."""
     if nproc != "auto":
         return int(nproc)
     return max(1, torch.cuda.device_count()) if device in (Device.auto, Device.cuda) else 1
@@ -53,36 +66,64 @@ def check_devices(device: torch.device, world_size: int) -> None:
         raise UserError(f"{world_size} processes, but MPS works with one; use distributed.nproc=1, or train.device=cpu")
 
 
-def start(nproc: int, entry: Callable, *arguments: Any) -> Any:
-    """Run entry(*arguments) in nproc processes of this host through torch's elastic launcher; rank 0's result.
+def start(nproc: int, nodes: slurm.Nodes | None, entry: Callable, *arguments: Any) -> Any:
+    """Run entry(*arguments) in nproc processes of this host through torch's elastic launcher, together with those that the
+    same call starts on the other `nodes`; the result of the first rank here.
 
     Raises what the first failing rank raised: UserError and RunFailed as they are, others as RunFailed. Raises Stopped
-    when this process got Ctrl-C or SIGTERM, after the ranks have saved and ended.
+    where a signal ended the ranks before they could say so themselves.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    nodes = nodes or slurm.Nodes(1, f"localhost:{_free_port()}", str(os.getpid()))
     try:
-        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
-            config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d",
-                                  start_method="spawn", rdzv_endpoint=f"localhost:{_free_port()}",
-                                  run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.1,
-                                  shutdown_timeout=SAVE_S,
+        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch, signals_to_ranks() as asked:
+            config = LaunchConfig(min_nodes=nodes.count, max_nodes=nodes.count, nproc_per_node=nproc, rdzv_backend="c10d",
+                                  start_method="spawn", rdzv_endpoint=nodes.endpoint, run_id=nodes.run_id,
+                                  max_restarts=0, monitor_interval=0.1, shutdown_timeout=STOP_S, signals_to_handle="",
                                   logs_specs=DefaultLogsSpecs(log_dir=scratch))
-            return elastic_launch(config, entry)(*arguments)[0]
+            results = elastic_launch(config, _rank)(entry, *arguments)
+            return results[min(results)]
     except SignalException:
         raise Stopped from None
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message["message"] if isinstance(failure.message, dict) else str(failure.message)
-        kind, _, text = message.partition(": ")
-        if kind in ("UserError", "RunFailed"):
-            raise (UserError if kind == "UserError" else RunFailed)(text) from None
-        raise RunFailed(f"rank {rank} failed: {message}") from None
+        if nodes.count > 1:
+            time.sleep(OTHER_NODES_S)  # this process may hold the store, until it leaves this block
+        raise _reason(error, asked()) from None
+    except RendezvousError as error:
+        raise RunFailed(f"the {nodes.count} nodes of Slurm job {nodes.run_id} are not together at {nodes.endpoint} (any more): "
+                        f"{error}; the output of the other nodes may say why") from None
+
+
+def _rank(entry: Callable, *arguments: Any) -> Any:
+    """What each process runs. torch takes a KeyboardInterrupt in it for an end without fault, and would wait for a result."""
+    try:
+        return entry(*arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _reason(error: Exception, asked: bool) -> Exception:
+    """What a launch raises for the rank that torch saw fail first."""
+    rank, failure = error.get_first_failure()
+    message = failure.message["message"] if isinstance(failure.message, dict) else str(failure.message)
+    kind, _, text = message.partition(": ")
+    if kind in ERRORS:
+        return ERRORS[kind](text)
+    if failure.exitcode in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+        return Stopped()
+    if failure.exitcode == -signal.SIGKILL:
+        return RunFailed(f"rank {rank} was killed (SIGKILL), as the kernel does where memory runs out; dmesg would say so")
+    if failure.exitcode < 0:
+        return RunFailed(f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; see its log for the stacks")
+    return Stopped() if asked else RunFailed(f"rank {rank} ended with status {failure.exitcode}: {message}")
 
 
 def _free_port() -> int:

@@ -132,13 +132,14 @@ def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
     no supervised token, or (on a CPU, elsewhere `fit` finds it) loss or gradient are not finite.
     """
     ranks = parts.ranks
+    ranks.at(f"step {step}")
     supervised, tokens, stop = ranks.sum([sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches),
                                           float(parts.stop_asked())])
     if not supervised:
         raise RunFailed(f"step {step} has no supervised token in its rows: {parts.loader.describe(step)}")
     total: Tensor | float = 0.0
-    for batch in batches:
-        parts.strategy.before_backward(last=batch is batches[-1])
+    for number, batch in enumerate(batches, start=1):
+        parts.strategy.before_backward(last=number == len(batches))
         loss = parts.loss_of(batch) / supervised
         loss.backward()
         total = total + loss.detach()

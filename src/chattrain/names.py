@@ -14,8 +14,9 @@ def new_launch() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def set_launch() -> None:
-    os.environ[LAUNCH_VARIABLE] = new_launch()
+def set_launch(name: str | None = None) -> None:
+    """Begin a launch; `name`: join one that was begun elsewhere."""
+    os.environ[LAUNCH_VARIABLE] = name or new_launch()
 
 
 def launch_name() -> str:
@@ -24,8 +25,8 @@ def launch_name() -> str:
 
 
 def is_first() -> bool:
-    """Is this the process that speaks: rank 0, or one that no launcher started?"""
-    return int(os.environ.get("RANK", 0)) == 0
+    """Is this the process that speaks: rank 0, the first of Slurm's tasks, or one that no launcher started?"""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
 def sweep_suffix(job_overrides: list[str], swept: set[str]) -> str:

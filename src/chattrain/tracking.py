@@ -187,8 +187,8 @@ class _StderrHandler(logging.Handler):
             self.handleError(record)
 
 
-def setup_logging(run_dir: Path | None, console: bool, resume: bool) -> Callable[[], None]:
-    """Sends the logger "chattrain" to run_dir/train.log (appended to on `resume`) and stderr; returns what undoes it.
+def setup_logging(run_dir: Path | None, console: bool, resume: bool, name: str = "train.log") -> Callable[[], None]:
+    """Sends the logger "chattrain" to run_dir/<name> (appended to on `resume`) and stderr; returns what undoes it.
 
     A second call takes the place of the first, so a sweep in one process prints each line once. `propagate` stays
     on, which lets pytest's caplog listen; give the root logger no handler of its own, or each line is printed twice.
@@ -196,7 +196,9 @@ def setup_logging(run_dir: Path | None, console: bool, resume: bool) -> Callable
     handlers: list[logging.Handler] = [logging.NullHandler()]  # alone, it keeps logging's own fallback off stderr
     if run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(run_dir) / "train.log", mode="a" if resume else "w", encoding="utf-8")
+        if not resume:
+            (Path(run_dir) / name).unlink(missing_ok=True)
+        file = logging.FileHandler(Path(run_dir) / name, encoding="utf-8")  # appends: see failures.Watch, which does too
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     if console:

@@ -18,7 +18,7 @@ from chattrain.data.mixture import Mixture
 from chattrain.data.packing import IGNORE_INDEX, best_fit, positions_of
 from chattrain.errors import RunFailed
 from chattrain.model.gpt import GPT
-from chattrain.runner import check_isolation
+from chattrain.parts import check_isolation
 from tests.foreign import random_gpt
 from tests.helpers import TINY, metrics, write_talk
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from chattrain.model.generate import generate, generate_batch
-from chattrain.model.gpt import GPT, KVCache
+from chattrain.model.gpt import GPT
+from chattrain.model.kv_cache import KVCache
 
 
 def random_gpt(n_kv_head: int | None = None) -> GPT:

@@ -189,8 +189,9 @@ def test_a_step_of_the_loop_runs_on_any_rank(group):
         spread = DDP(model, ranks, torch.float32)
         ids = torch.zeros(1, 8, dtype=torch.long)
         batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_targets=8)
-        parts = SimpleNamespace(ranks=SimpleNamespace(sum=lambda values: values), stop_asked=lambda: False, loss_of=model.loss,
-                                strategy=spread, optimizer=muon_adamw.build(model, spread, **MUON), max_grad_norm=1.0)
+        alone = SimpleNamespace(sum=lambda values: values, at=lambda place: None)
+        parts = SimpleNamespace(ranks=alone, stop_asked=lambda: False, loss_of=model.loss, strategy=spread,
+                                optimizer=muon_adamw.build(model, spread, **MUON), max_grad_norm=1.0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "read", lambda *_: None)
             result = loop.train_step(parts, [batch, batch], 0)

@@ -43,7 +43,7 @@ def together(jobs: list[list[str]], nproc: int, until: int | None = None) -> lis
         planned.append((cfg, make_plan(cfg, nproc)[0]))
     if nproc == 1:
         return _work(planned, distributed.Ranks(), until)
-    return launch.start(nproc, _as_rank, planned, until)
+    return launch.start(nproc, None, _as_rank, planned, until)
 
 
 def _as_rank(planned, until):
@@ -147,3 +147,16 @@ def test_a_hugging_face_model_is_the_same_on_two_ranks(talk):
         assert losses(run) == pytest.approx(losses(reference), rel=1e-6)
         ours, theirs = (load_file(Path(r["checkpoint"]) / "model.safetensors") for r in (run, reference))
         assert ours.keys() == theirs.keys()
+
+
+def test_questions_get_the_same_answers_from_weights_that_are_sharded(talk):
+    settings = ["stage=sft", *[o for o in SETTINGS if not o.startswith(("data", "eval", "train.seq_len"))],
+                "data=demo", "eval=full", "eval.max_problems=37", "eval.max_tokens=2048", "train.seq_len=256",
+                "train.rows_per_step=8",
+                "train.device_batch_size=4", "train.num_epochs=null", "train.max_steps=3", "eval.batch_size=4",
+                "schedule.init_lr_frac=1.0"]
+    alone, = together([[*settings, "run.name=alone"]], 1)
+    jobs = [[*settings, f"run.name={strategy}", f"distributed.strategy={strategy}"] for strategy in ("ddp", "fsdp")]
+    for run in together(jobs, 2):
+        assert losses(run, "eval/demo_acc")[0] == losses(alone, "eval/demo_acc")[0] > 0  # before the first step
+        assert abs(losses(run, "eval/demo_acc")[1] - losses(alone, "eval/demo_acc")[1]) < 2 / 37

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from chattrain import device, distributed, init, launch, runner
+from chattrain import device, distributed, init, launch, parts, slurm
 from chattrain.config import Config
 from chattrain.distributed import Ranks
 from chattrain.errors import UserError
@@ -20,14 +20,15 @@ log = logging.getLogger("chattrain")
 
 def main(cfg: Config) -> dict:
     """Evaluate the checkpoint that init.from names; auto: the newest finished run of this stage. Returns the metrics."""
-    nproc = launch.world_size(cfg.distributed.nproc, cfg.train.device)
+    world_size = launch.world_size(cfg.distributed.nproc, cfg.train.device)
     close_log = setup_logging(None, console=is_first(), resume=False)
     try:
         if launch.started_by_launcher():
             return _evaluate_as_rank(cfg)
         find_checkpoint(cfg)
+        nproc, nodes = launch.processes_here(cfg.distributed.nproc, cfg.train.device), slurm.nodes()
         launch.check_devices(device.pick_device(cfg.train.device), nproc)
-        return evaluate(cfg, Ranks()) if nproc == 1 else launch.start(nproc, _evaluate_as_rank, cfg)
+        return evaluate(cfg, Ranks()) if world_size == 1 else launch.start(nproc, nodes, _evaluate_as_rank, cfg)
     except launch.Stopped:
         raise KeyboardInterrupt from None
     finally:
@@ -59,8 +60,8 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     where = device.pick_device(cfg.train.device, ranks.local_rank)
     model = build_part(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(where)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, where), where)
-    losses_of = runner.inside(autocast, model)  # a single pass is over before a compilation would pay
-    metrics = runner.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks, Alone())(0)
+    losses_of = parts.inside(autocast, model)  # a single pass is over before a compilation would pay
+    metrics = parts.build_evaluation(cfg, data, model, losses_of, autocast, where, ranks, Alone())(0)
     if not metrics:
         raise UserError("there is nothing to evaluate: eval=none, or no question set and no validation; "
                         "use eval=bpb, eval=mmlu_arc or eval=full")
@@ -84,6 +85,8 @@ def _evaluate_as_rank(cfg: Config) -> dict:
     close_log = setup_logging(None, console=ranks.is_main, resume=False)
     try:
         return evaluate(cfg, ranks)
+    except BaseException as raised:
+        raise ranks.first_error(raised) from None
     finally:
         close_log()
         ranks.close()

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from chattrain import checkpoint
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
-from chattrain.model.attention import attention, block_attention, causal_mask, document_mask, has_varlen, varlen_attention
+from chattrain.model.attention import attention, block_attention, document_mask, has_varlen, varlen_attention
 from chattrain.model.compiling import compile_each
 from chattrain.model.head import summed_loss
+from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
 
 ROPE_BASE = 10_000.0
@@ -44,35 +45,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
-
-
-class KVCache:
-    """Keys and values of the tokens so far, (layers, B, max_tokens, H, D); `length` tokens of it are filled.
-
-    The first padding[b] tokens of row b are none of its own. They move no position: rotary embeddings tell distances only.
-    """
-
-    def __init__(self, model: GPT, batch_size: int, max_tokens: int, padding: Tensor | None = None):
-        shape = (model.n_layer, batch_size, max_tokens, model.n_kv_head, model.head_dim)
-        device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.padding = torch.zeros(batch_size, dtype=torch.long, device=device) if padding is None else padding  # (B,)
-        self.length = 0
-
-    def mask(self, count: int) -> Tensor:
-        """(B, 1, count, keys) bool: the next tokens see those before them, padding (which must see something) itself only."""
-        keys = torch.arange(self.length + count, device=self.padding.device)
-        padded = (keys < self.padding[:, None])[:, None]  # (B, 1, keys)
-        causal = causal_mask(count, len(keys), keys.device)
-        return causal & (padded[..., None, :] == padded[..., self.length :, None])
-
-    def attend(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v (B, T, H, D) behind what is there, and attend to all. `length` moves when the pass is over."""
-        end = self.length + k.size(1)
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
-        return attention(q, self.keys[layer, :, :end].to(k.dtype), self.values[layer, :, :end].to(v.dtype), mask)
 
 
 class Attention(nn.Module):

@@ -30,9 +30,9 @@ from chattrain.distributed import Group, Ranks
 from chattrain.model import head
 from chattrain.optim import newton_schulz
 from chattrain.parallel import fsdp
+from chattrain.parts import make_ready
 from chattrain.planning.model import fake_model
 from chattrain.prepare import build_part
-from chattrain.runner import make_ready
 
 CPU = torch.device("cpu")
 COLLECTIVES = (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default)

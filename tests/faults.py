@@ -1,0 +1,28 @@
+"""`schedule._target_=tests.faults.schedule`: at step 3, FAULT happens to rank FAULT_RANK and FAULT_OF_OTHERS to the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+
+def schedule(step: int, num_steps: int, **settings) -> float:
+    if step == 3:
+        mine = os.environ["RANK"] == os.environ["FAULT_RANK"]
+        happen(os.environ["FAULT"] if mine else os.environ.get("FAULT_OF_OTHERS"))
+    return 1.0
+
+
+def happen(what: str | None) -> None:
+    if what == "raise":
+        raise ValueError("the wheel came off")
+    if what == "sleep":
+        time.sleep(3600)
+    if what == "compute":
+        while True:
+            pass
+    if what == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
