@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+from chattrain.choices import choices
 from chattrain.data.config import DataConfig
 from chattrain.errors import UserError
 from chattrain.model.config import ModelConfig
 from chattrain.optim.config import OptimizerConfig, ScheduleConfig
 from chattrain.planning.config import PlanConfig
 
-Command = Enum("Command", ["train", "evaluate", "chat", "inspect", "plan", "report", "import", "export"])
-Format = Enum("Format", ["hf"])
-Resume = Enum("Resume", ["auto", "never", "must"])
-DType = Enum("DType", ["auto", "bf16", "fp32"])
-Device = Enum("Device", ["auto", "cuda", "mps", "cpu"])
-Strategy = Enum("Strategy", ["ddp", "fsdp"])
-ActivationCheckpointing = Enum("ActivationCheckpointing", ["none", "block", "selective"])
+Command = choices("Command", "train", "evaluate", "chat", "inspect", "plan", "report", "import", "export", module=__name__)
+Format = choices("Format", "hf", module=__name__)
+Resume = choices("Resume", "auto", "never", "must", module=__name__)
+DType = choices("DType", "auto", "bf16", "fp32", module=__name__)
+Device = choices("Device", "auto", "cuda", "mps", "cpu", module=__name__)
+Strategy = choices("Strategy", "ddp", "fsdp", module=__name__)
+ActivationCheckpointing = choices("ActivationCheckpointing", "none", "block", "selective", module=__name__)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from chattrain.parallel.fsdp import FSDP
 from chattrain.prepare import Plan, RunData, build_part
 from chattrain.schema import to_yaml
 from chattrain.tracking import NullTracker, Tracker
+
+log = logging.getLogger("chattrain")
 
 
 def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, stop_asked,
@@ -80,6 +83,8 @@ def make_ready(cfg: Config, model, where: torch.device, ranks: Ranks, bf16: bool
         model.checkpoint_activations(selective=asked == ActivationCheckpointing.selective)
     dtype = torch.bfloat16 if bf16 else torch.float32
     if ranks.world_size == 1:
+        if cfg.distributed.strategy == Strategy.fsdp:
+            log.warning("distributed.strategy=fsdp, but there is one process: nothing is sharded, all is on it")
         strategy = Alone(dtype)
     else:
         strategy = FSDP(model, ranks, dtype, where) if _sharded(cfg, ranks) else DDP(model, ranks, dtype)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+from chattrain.choices import choices
 from chattrain.errors import UserError
 
-Schema = Enum("Schema", ["messages", "multiple_choice", "gsm8k", "text"])
-OnMalformed = Enum("OnMalformed", ["refuse", "skip"])
+Schema = choices("Schema", "messages", "multiple_choice", "gsm8k", "text", module=__name__)
+OnMalformed = choices("OnMalformed", "refuse", "skip", module=__name__)
 
 
 @dataclass

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 
 from omegaconf import MISSING
 
+from chattrain.choices import choices
 from chattrain.errors import UserError
 
-StateDType = Enum("StateDType", ["fp32", "bf16"])
+StateDType = choices("StateDType", "fp32", "bf16", module=__name__)
 
 
 @dataclass

@@ -8,8 +8,8 @@ from enum import Enum
 
 from chattrain.errors import UserError
 
-# Numbers stand for the names that are numbers: `plan.device=4090` arrives as one.
-PlanDevice = Enum("PlanDevice", {"h100": 100, "h200": 200, "a100": 101, "4090": 4090, "3090": 3090, "custom": 0})
+# `plan.device=4090` arrives as a number.
+PlanDevice = Enum("PlanDevice", {"h100": "h100", "h200": "h200", "a100": "a100", "4090": 4090, "3090": 3090, "custom": "custom"})
 
 
 @dataclass
