@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-STATES = Path(os.environ["SLURM_STAND_IN"])  # a file a task of the array, empty while it runs
+STATES = Path(os.environ.get("SLURM_STAND_IN", "."))  # a file a task of the array, empty while it runs
 
 
 def sbatch(script: str) -> None:

@@ -47,6 +47,7 @@ MISTAKES = {
     "a fraction of a step": (["train.max_steps=2.5"], ["train.max_steps", "2.5", "Integer"]),
     "a wrong value of few": (["run.resume=perhaps"], ["run.resume", "perhaps", "auto, never, must"]),
     "a number for a word": (["train.dtype=1"], ["train.dtype", "'1'", "auto, bf16, fp32"]),
+    "no time to wait": (["distributed.timeout_s=0"], ["distributed.timeout_s=0", "1 second"]),
     "a command that is none": (["command=trian"], ["command", "trian", "train"]),
     "no value": (["train.max_steps"], ["'train.max_steps'", "EQUAL"]),
     "a list without -m": (["stage=mid,sft"], ["stage=mid,sft", "--multirun"]),

@@ -143,7 +143,8 @@ def test_a_killed_rank_is_named(place, rank):
     run = Running(*OWN, *FAULTY, "distributed.nproc=2", FAULT="die", FAULT_RANK=rank)
     assert run.status() == 1
     assert [line.startswith(f"rank {rank} was killed") for line in run.signed] == [True]
-    assert f"rank {rank} was killed" in summary(place)["error"]
+    assert f"rank {rank} was killed" in summary(place)["error"] and summary(place)["steps"] >= 2
+    assert (run_dir(place) / "report.html").is_file()
 
 
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_the_same_command_goes_on(place):

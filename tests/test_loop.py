@@ -50,6 +50,16 @@ def test_a_step_on_another_device_reads_nothing_back():
         result.loss.item()
 
 
+def test_a_parameter_that_the_loss_does_not_reach_counts_as_one_of_gradient_zero():
+    here = Recorder("cpu")
+    here.model.unused = torch.nn.Linear(4, 4, bias=False)
+    here.parts.optimizer = build(here.model, **RATES)
+    before = here.model.unused.weight.detach().clone()
+    loop.train_step(here.parts, here.parts.loader.step(0), 0)
+    assert torch.equal(here.model.unused.weight, before)
+    assert "unused.weight/momentum_buffer" in here.parts.optimizer.state()
+
+
 def test_on_a_cpu_weights_stay_when_a_loss_is_not_finite():
     here = Recorder("cpu", factors=[1.0, 1.0, float("nan")])
     loop.train_step(here.parts, here.parts.loader.step(0), 0)

@@ -69,6 +69,8 @@ def run_job(composed: DictConfig, sweep: Sweep) -> dict:
         cfg.run.name = (cfg.run.name or names.launch_name()) + suffix
     if sweep.goes_on(cfg.stage) and cfg.command.name == "train":
         cfg.init = InitConfig(strict=cfg.init.strict, after=cfg.init.after)
+        if cfg.init.after and (before := names.before(cfg.run.root, cfg.init.after[0], cfg.run.name)):
+            setattr(cfg.init, "from", before)  # of the same job of the sweep: the newest may be that of another
     result = execute(cfg)
     if result.get("status") == "interrupted":
         raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chattrain.config import ALTERNATIVES, Config
-from chattrain.errors import OtherRankFailed, RunFailed, UserError
+from chattrain.errors import LINGER_S, OtherRankFailed, RunFailed, UserError
 from chattrain.names import is_first
 from chattrain.schema import VARIANTS, from_hydra, register_schemas
 
@@ -71,6 +71,7 @@ def say(error: BaseException) -> int:
     if isinstance(error, HydraException | OmegaConfBaseException):
         error = explain(error)
     if isinstance(error, OtherRankFailed):
+        time.sleep(SPEAK_FIRST_S + LINGER_S)
         return error.exit_status
     if isinstance(error, UserError | RunFailed):
         if is_first() or error.speaks:

@@ -232,6 +232,8 @@ class DistributedConfig:
     def check(self) -> None:
         if self.nproc != "auto" and (not self.nproc.isdigit() or int(self.nproc) < 1):
             raise UserError(f"distributed.nproc={self.nproc} is neither auto nor a number of processes")
+        if self.timeout_s < 1:
+            raise UserError(f"distributed.timeout_s={self.timeout_s} must be 1 second or more")
 
 
 @dataclass

@@ -147,10 +147,11 @@ class Ranks:
         return list(received.split(sizes))
 
     def close(self) -> None:
+        """Leave the process group; after a failure the end of this process does, as NCCL would wait for ranks that are gone."""
+        if self.world_size > 1 and dist.is_initialized() and not self.failed():
+            dist.destroy_process_group()
         if self.watch:
             self.watch.close()
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,10 @@ class Group:
         return whole, work.wait
 
     def norm(self, norms: Tensor) -> Tensor:
-        """The norm of all from each place's norm of its part."""
+        """The norm of all from each place's norm of its part: over all groups, so that none differs from another in a bit."""
         total = norms.square()
-        dist.all_reduce(total, group=self.here)
-        return total.sqrt()
+        dist.all_reduce(total)
+        return (total / (self.ranks.world_size // self.size)).sqrt()
 
     def _count(self, share: Tensor, times: float) -> None:
         self.ranks.moved_bytes += share.nbytes * times
@@ -208,10 +209,9 @@ def join(timeout_s: int, cuda: bool) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if world_size == 1:
         return Ranks(rank, local_rank, world_size)
-    backend = "cpu:gloo"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(local_rank)
-        backend += ",cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
     with stopped_at_once():
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))

@@ -1,5 +1,7 @@
 """Errors that carry what is wrong, the value, and the way out."""
 
+LINGER_S = 1.5  # seconds that the first rank to fail stays before it speaks: the store may end with it, and all must have heard
+
 
 class UserError(Exception):
     """A mistake in what the user asked for. Ends with this one message on stderr, no traceback, exit status 2."""

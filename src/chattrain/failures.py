@@ -24,7 +24,7 @@ from pathlib import Path
 from torch.distributed import DistStoreError, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from chattrain.errors import OtherRankFailed, RunFailed, UserError
+from chattrain.errors import LINGER_S, OtherRankFailed, RunFailed, UserError
 
 log = logging.getLogger("chattrain")
 
@@ -32,7 +32,6 @@ FIRST = "chattrain/first_failure"
 POLL_S = 0.5  # seconds between two looks at the store
 GRACE_S = 3.0  # seconds that a rank has to end by itself, once another has failed
 ENDING_S = 20.0  # seconds that it has where it has begun to
-LINGER_S = 1.5  # seconds that the first to fail stays: the store may end with its launcher, and all must have heard
 LATE_S = 2.0  # seconds between the first and the last rank that find the same collective timed out
 
 

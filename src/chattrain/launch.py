@@ -8,7 +8,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,10 +82,10 @@ def start(nproc: int, nodes: slurm.Nodes | None, entry: Callable, *arguments: An
 
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     nodes = nodes or slurm.Nodes(1, f"localhost:{_free_port()}", str(os.getpid()))
     try:
-        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch, signals_to_ranks() as asked:
+        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch, signals_to_ranks() as asked, \
+                _threads(nproc):
             config = LaunchConfig(min_nodes=nodes.count, max_nodes=nodes.count, nproc_per_node=nproc, rdzv_backend="c10d",
                                   start_method="spawn", rdzv_endpoint=nodes.endpoint, run_id=nodes.run_id,
                                   max_restarts=0, monitor_interval=0.1, shutdown_timeout=STOP_S, signals_to_handle="",
@@ -100,6 +101,18 @@ def start(nproc: int, nodes: slurm.Nodes | None, entry: Callable, *arguments: An
     except RendezvousError as error:
         raise RunFailed(f"the {nodes.count} nodes of Slurm job {nodes.run_id} are not together at {nodes.endpoint} (any more): "
                         f"{error}; the output of the other nodes may say why") from None
+
+
+@contextmanager
+def _threads(nproc: int) -> Iterator[None]:
+    """The ranks share the cores of this host, unless the user says otherwise; jobs after this one are not told."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 def _rank(entry: Callable, *arguments: Any) -> Any:

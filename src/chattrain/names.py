@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
+from pathlib import Path
 
 LAUNCH_VARIABLE = "CHATTRAIN_LAUNCH"  # inherited by the processes that a launch starts
 
@@ -27,6 +29,13 @@ def launch_name() -> str:
 def is_first() -> bool:
     """Is this the process that speaks: rank 0, the first of Slurm's tasks, or one that no launcher started?"""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+def before(root: str, stage: str, name: str | None) -> str | None:
+    """The folder of the finished run of a stage that has this name; None where there is none."""
+    folder = Path(root) / stage / (name or launch_name())
+    summary = folder / "summary.json"
+    return str(folder) if summary.is_file() and json.loads(summary.read_text()).get("status") == "completed" else None
 
 
 def sweep_suffix(job_overrides: list[str], swept: set[str]) -> str:

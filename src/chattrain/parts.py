@@ -58,7 +58,7 @@ def build_parts(cfg: Config, plan: Plan, ranks: Ranks, data: RunData, tracker, s
         save=lambda s: save_checkpoint(cfg, plan, data, model, optimizer, tracker, ranks, strategy, s),
         track=tracker.log, show=tracker.update, stop_asked=stop_asked, ranks=ranks,
         max_grad_norm=cfg.train.max_grad_norm, flops_per_token=model.flops_per_token(cfg.train.seq_len),
-        peak_flops=device.peak_flops(where), meters=meters(where, ranks), strategy=strategy), state
+        peak_flops=device.peak_flops(where), meters=meters(where, strategy), strategy=strategy), state
 
 
 def build_model(cfg: Config, vocab_size: int, start: Path | None, where: torch.device, ranks: Ranks, bf16: bool):
@@ -93,13 +93,15 @@ def make_ready(cfg: Config, model, where: torch.device, ranks: Ranks, bf16: bool
     return strategy
 
 
-def meters(where: torch.device, ranks: Ranks):
-    """device.meters, and train/sent_gib of a run of several ranks: what this one has sent of gradients and weights since last."""
+def meters(where: torch.device, strategy: Alone):
+    """device.meters, and train/sent_gib under ddp: what this rank has sent of gradients and weights since it was last asked."""
     used = device.meters(where)
 
     def read() -> dict[str, float]:
-        sent, ranks.moved_bytes = ranks.moved_bytes / device.GIB, 0.0
-        return used() | ({"train/sent_gib": sent} if ranks.world_size > 1 else {})
+        if not isinstance(strategy, DDP):
+            return used()
+        sent, strategy.ranks.moved_bytes = strategy.ranks.moved_bytes / device.GIB, 0.0
+        return used() | {"train/sent_gib": sent}
 
     return read
 

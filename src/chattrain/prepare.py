@@ -201,10 +201,9 @@ def report_counts(collator: Collator, num_steps: int) -> None:
     """Say what the training data holds and what of it is lost."""
     counts = collator.counts
     log.info("training mixture: %s documents an epoch; %d steps", f"{counts.documents:,}", num_steps)
-    for cache in collator.documents.caches:
-        if cache.skipped:
-            log.warning("data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped,
-                        cache.skipped + len(cache))
+    for cache in (cache for cache in collator.documents.caches if cache.skipped):
+        log.warning("data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped,
+                    cache.skipped + len(cache))
     if counts.truncated:
         log.warning("%d conversations are longer than train.seq_len and cut (%d tokens lost)", counts.truncated,
                     counts.truncated_tokens)
@@ -276,7 +275,10 @@ def _trained_tokenizer(cfg: Config) -> Path:
     if not (folder / "encoding.json").is_file():
         log.info("training a tokenizer of %d tokens on this data", cfg.tokenizer.vocab_size)
         opened = [(source, open_rows(name, source, cache_dir(cfg))) for name, source in sources.values()]
-        make_folder(folder, Tokenizer.train(_texts(opened, cfg.tokenizer.train_chars), cfg.tokenizer.vocab_size).save)
+        trained = Tokenizer.train(_texts(opened, cfg.tokenizer.train_chars), cfg.tokenizer.vocab_size)
+        if trained.vocab_size < cfg.tokenizer.vocab_size:
+            log.warning("the data gives only %d tokens, not tokenizer.vocab_size", trained.vocab_size)
+        make_folder(folder, trained.save)
     return folder
 
 

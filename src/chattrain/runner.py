@@ -19,7 +19,7 @@ from chattrain.parts import build_parts, build_tracker
 from chattrain.prepare import Plan, RunData, make_plan, open_data, report_counts
 from chattrain.report import write_report
 from chattrain.signals import stop_on_signal
-from chattrain.tracking import NullTracker, setup_logging
+from chattrain.tracking import NullTracker, read_metrics, setup_logging
 
 log = logging.getLogger("chattrain")
 
@@ -57,14 +57,28 @@ def _train_on(nodes: slurm.Nodes, nproc: int, cfg: Config) -> dict:
 def amended_summary(cfg: Config, plan: Plan, data: RunData, error: Exception) -> dict:
     """Make what rank 0 left say what the launch says, and write it where rank 0 was ended before it could."""
     file = plan.run_dir / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else summarize(cfg, plan, data, NullTracker(), loop.State(), error)
+    summary = json.loads(file.read_text()) if file.is_file() else summarize(cfg, plan, data, *_as_left(plan), error)
     if isinstance(error, launch.Stopped):
         summary["status"] = "interrupted"
         summary.pop("error", None)
     else:
         summary |= {"status": "failed", "error": named(error)}
     replace_text(file, json.dumps(summary, indent=1) + "\n")
+    write_report(plan.run_dir)
     return summary
+
+
+def _as_left(plan: Plan) -> tuple[NullTracker, loop.State]:
+    """What can be known of a run whose rank 0 was ended before it could say it: what it has logged and saved."""
+    tracker, state = NullTracker(), loop.State()
+    for row in read_metrics(plan.run_dir / "metrics.jsonl"):
+        state.step = row["step"]
+        tracker.last |= {name: value for name, value in row.items() if name not in ("step", "time")}
+    state.tokens_seen = tracker.last.get("train/tokens_seen", 0)
+    state.supervised_tokens = tracker.last.get("train/supervised_tokens", 0)
+    saved = checkpoint.all_checkpoints(plan.run_dir)
+    tracker.mlflow_run_id = checkpoint.load_state(saved[-1]).mlflow_run_id if saved else None
+    return tracker, state
 
 
 def _train_as_rank(cfg: Config, plan: Plan | None) -> dict:

@@ -40,8 +40,9 @@ def nodes(environ: Mapping[str, str] = os.environ) -> Nodes | None:
                         "its own; use srun --ntasks-per-node=1 (each task starts a process a GPU: distributed.nproc=auto), "
                         "or torchrun")
     job = environ["SLURM_JOB_ID"]
-    port = 20_000 + int(job) % 10_000
-    return Nodes(count, f"{first_host(environ['SLURM_JOB_NODELIST'])}:{port}", f"{job}.{step}")
+    port = 20_000 + (int(job) + 1_009 * int(step)) % 10_000  # steps of a job may run side by side
+    hosts = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])
+    return Nodes(count, f"{first_host(hosts)}:{port}", f"{job}.{step}")
 
 
 def first_host(nodelist: str) -> str:

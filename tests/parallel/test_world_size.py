@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 import chattrain
 from chattrain import distributed, launch, loop, runner
 from chattrain.compose import compose
+from chattrain.parallel import layout
 from chattrain.prepare import make_plan, open_data
 from tests.test_equivalence import SETTINGS, conversation, losses
 from tests.tiny_hf import write_model
@@ -34,20 +36,22 @@ def overrides(collator: str, optimizer: str, name: str, rows: int, *more: str) -
             f"train.max_steps={STEPS}", f"run.name={name}", f"train.rows_per_step={ROWS}", *more]
 
 
-def together(jobs: list[list[str]], nproc: int, until: int | None = None) -> list[dict]:
+def together(jobs: list[list[str]], nproc: int, until: int | None = None, sharing: int | None = None) -> list[dict]:
     """The summaries of these runs, one after the other in the same nproc processes: starting some for each would take minutes.
-    `until`: the step after which a signal to stop arrives."""
+    `until`: the step after which a signal to stop arrives. `sharing`: ranks of a group, as of hundreds of ranks."""
     planned = []
     for job in jobs:
         cfg = compose([*job, f"distributed.nproc={nproc}"])
         planned.append((cfg, make_plan(cfg, nproc)[0]))
     if nproc == 1:
         return _work(planned, distributed.Ranks(), until)
-    return launch.start(nproc, None, _as_rank, planned, until)
+    return launch.start(nproc, None, _as_rank, planned, until, sharing)
 
 
-def _as_rank(planned, until):
+def _as_rank(planned, until, sharing):
     torch.set_num_threads(1)
+    if sharing:
+        layout.ranks_that_share = lambda items, world_size: sharing
     ranks = distributed.join(120, cuda=False)
     try:
         return _work(planned, ranks, until)
@@ -123,10 +127,26 @@ def test_an_evaluation_gives_the_same_numbers_on_any_number_of_ranks(talk):
     assert found[0] == found[1] == found[2] and found[0]["val/bpb"] > 0
 
 
-def test_metrics_tell_what_a_step_has_sent(talk):
+def test_uneven_ranks_and_groups_of_ranks_train_the_same_run(talk):
+    """Three ranks, whose rows of a matrix are not equal in number; two groups of two ranks, which do the same."""
+    for nproc, sharing, jobs in [(3, None, [("ddp", "muon_adamw"), ("fsdp", "muon_adamw"), ("fsdp", "adamw")]),
+                                 (4, 2, [("ddp", "muon_adamw"), ("ddp", "adamw")])]:
+        more = ["train.rows_per_step=12", "train.max_grad_norm=0.5"]
+        names = ["-".join([str(nproc), *job]) for job in jobs]
+        many = together([[*overrides("masked", optimizer, name, 1, *more), f"distributed.strategy={strategy}"]
+                         for name, (strategy, optimizer) in zip(names, jobs, strict=True)], nproc, sharing=sharing)
+        for run, name, (_, optimizer) in zip(many, names, jobs, strict=True):
+            alone, = together([overrides("masked", optimizer, f"alone-{name}", 12, *more)], 1)
+            assert losses(run) == pytest.approx(losses(alone), rel=1e-6)
+            assert losses(run, "val/bpb") == pytest.approx(losses(alone, "val/bpb"), rel=1e-6)
+
+
+def test_metrics_tell_what_a_step_has_sent(talk, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run, = together([overrides("packed", "muon_adamw", "sent", 4)], 2)
     params = sum(t.numel() for t in load_file(Path(run["checkpoint"]) / "model.safetensors").values())
     assert losses(run, "train/sent_gib") == pytest.approx([2 * (1 / 2) * 4 * params / 2**30] * STEPS, rel=1e-3)
+    assert "OMP_NUM_THREADS" not in os.environ  # the threads of two ranks are not those of the next job of a sweep
 
 
 def test_a_hugging_face_model_is_the_same_on_two_ranks(talk):

@@ -17,7 +17,7 @@ def main(cfg: Config) -> dict:
     """Print inspect.rows rows, supervised targets in green, and the counts of the mixture. Starts no training."""
     close_log = setup_logging(None, console=True, resume=False)
     start = find_start(cfg)
-    world_size = launch.world_size(cfg.distributed.nproc, cfg.train.device)
+    world_size = launch.processes_here(cfg.distributed.nproc, cfg.train.device)
     cfg.eval.validation = cfg.eval.multiple_choice = False  # only the training rows are looked at
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
     report_counts(data.train, data.num_steps)

@@ -45,7 +45,8 @@ def main(cfg: Config) -> dict:
             "device": hardware.name, "world_size": cfg.plan.world_size, "strategy": work.strategy,
             "parameters": groups, "parameters_total": sum(groups.values()),
             "memory": asdict(memory), "usable_bytes": int(hardware.usable), "fits": memory.peak <= hardware.usable,
-            "largest_device_batch_size": fits, **_batch(cfg, data, fits),
+            "largest_device_batch_size": fits, "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
+            **_batch(cfg, data, fits),
             "flops_per_token": work.flops_a_token, "num_steps": data.num_steps, "tokens": counts.tokens,
             "supervised_tokens": counts.supervised, "supervised_exact": counts.exact,
             "bytes_sent_per_step": step.bytes_sent, "seconds_per_step": step.seconds, "hours": hours,
@@ -60,6 +61,8 @@ def main(cfg: Config) -> dict:
 
 def _start(cfg: Config) -> Start:
     """Where the run would start. A plan needs no weights: where there are none yet, it says so and goes on with the sizes."""
+    level = log.level
+    log.setLevel(logging.WARNING)  # which runs it is not would be a line for each
     try:
         return find_start(cfg)
     except UserError as error:
@@ -67,6 +70,8 @@ def _start(cfg: Config) -> Start:
             raise
         log.warning("%s. The plan goes on without weights, as it needs only their sizes", error)
         return Start(None, "nothing")
+    finally:
+        log.setLevel(level)
 
 
 def _memory(cfg: Config, data: RunData, start: Start, limit: float) -> tuple[Memory, int]:

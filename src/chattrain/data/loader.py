@@ -24,9 +24,12 @@ class Loader:
         self.collator, self.rows_per_step, self.device_batch_size = collator, rows_per_step, device_batch_size
         self.device, self.rank, self.world_size = device, rank, world_size
         self.waited_s = 0.0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        cuda = device.type == "cuda"
+        # A thread begins on GPU 0, where every rank would take memory for a context.
+        on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if cuda else {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader", **on_device)
         self._ahead: tuple[int, Future] | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if cuda else None
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the device. The next step's are begun in the background."""
@@ -45,7 +48,7 @@ class Loader:
         return np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
 
     def describe(self, step: int) -> str:
-        named = [self.collator.describe(int(row)) for row in self.rows(step)]
+        named = list(dict.fromkeys(self.collator.describe(int(row)) for row in self.rows(step)))
         return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
 
     def close(self) -> None:

@@ -34,6 +34,9 @@ class Alone:
 
     def reduce(self, optimizer: NamedOptimizer) -> Tensor:
         """Give the optimizer's parameters their gradients, summed over ranks; returns the norm of all, on the device."""
+        for p in optimizer.parameters():
+            if p.grad is None:  # the loss does not reach it
+                p.grad = torch.zeros_like(p)
         return nn.utils.get_total_norm([p.grad for p in optimizer.parameters()])
 
     def step(self, optimizer: NamedOptimizer) -> None:

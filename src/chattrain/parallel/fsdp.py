@@ -1,7 +1,8 @@
 """Sharded weights, for models that do not fit: FSDP2 (https://arxiv.org/abs/2304.11277), a block at a time.
 
 Every rank holds, and steps, some rows of every parameter. A block's weights are gathered before its forward and its backward
-and freed after; gradients are summed in fp32 into the rows' holders, in the last micro-batch only.
+and freed after; its gradients are summed in fp32 into the rows' holders, in every micro-batch: kept whole until the last one,
+they would not fit where the weights do not.
 """
 
 from __future__ import annotations
@@ -56,9 +57,6 @@ class FSDP(Spread):
     def piece_shape(self, name: str, part: Range) -> torch.Size:
         rows, *rest = self.shapes[name]
         return torch.Size([(part.stop - part.start) * rows // self.shapes[name].numel(), *rest])
-
-    def before_backward(self, last: bool) -> None:
-        self.model.set_requires_gradient_sync(last)
 
     def reduce(self, optimizer: NamedOptimizer) -> Tensor:
         for name, p in self.model.named_parameters():

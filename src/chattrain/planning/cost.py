@@ -60,8 +60,9 @@ def traffic(work: Workload, world_size: int, micro_batches: int) -> dict[str, fl
     """Bytes that a rank sends a step, by what they are.
 
     ddp: gradients reduce-scattered over the ranks that share the update, and summed over those that do the same; weights
-    gathered, all in fp32. fsdp: weights gathered in the compute format, in forward and again in backward of each micro-batch,
-    gradients reduce-scattered in fp32 once, Muon's matrices to their owner and back in the compute format.
+    gathered, all in fp32. fsdp: in each micro-batch weights gathered in the compute format, in forward and again in backward (but
+    for embedding and head, which is left out here), and gradients reduce-scattered in fp32; Muon's matrices to their owner and
+    back in the compute format.
     """
     sharers = work.sharing[world_size]
     share, copies = (sharers - 1) / sharers, world_size // sharers
@@ -69,20 +70,21 @@ def traffic(work: Workload, world_size: int, micro_batches: int) -> dict[str, fl
     if work.strategy == "ddp":
         return gradients | {"weights": share * FP32 * work.weights}
     in_matrices = sum(rows * columns for rows, columns in work.matrices)
-    return gradients | {"weights": 2 * micro_batches * share * work.compute_bytes * work.weights,
-                        "matrices": 2 * share * (BF16 if work.compute_bytes == BF16 else FP32) * in_matrices / world_size}
+    return {"gradients": micro_batches * gradients["gradients"],
+            "weights": 2 * micro_batches * share * work.compute_bytes * work.weights,
+            "matrices": 2 * share * (BF16 if work.compute_bytes == BF16 else FP32) * in_matrices / world_size}
 
 
 def hidden(work: Workload, seconds: dict[str, float], computes: float, micro_batches: int) -> float:
     """Seconds of communication that run beside computation.
 
-    Gradients leave while backward of the last micro-batch makes the next ones, up to as long as it takes. fsdp gathers a block
-    while another is computed, in all passes. ddp's gather of new weights and Muon's matrices hide behind nothing.
+    ddp's gradients leave while backward of the last micro-batch makes the next ones, up to as long as it takes; fsdp's in every
+    backward, and it gathers a block while another is computed. ddp's gather of new weights and Muon's matrices hide behind
+    nothing.
     """
-    last = computes / micro_batches * BACKWARD
-    gradients = min(seconds["gradients"], last)
     if work.strategy == "ddp":
-        return gradients
+        return min(seconds["gradients"], computes / micro_batches * BACKWARD)
+    gradients = min(seconds["gradients"], computes * BACKWARD)
     return gradients + min(seconds["weights"], computes - gradients)
 
 

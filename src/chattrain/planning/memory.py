@@ -10,6 +10,7 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -125,7 +126,9 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: Shape, 
             lr_factor=lambda step: 1.0, loader=None, evaluate=None, save=None, track=None, show=None, stop_asked=lambda: False,
             ranks=ranks, max_grad_norm=cfg.train.max_grad_norm, flops_per_token=0, peak_flops=None, meters=None,
             strategy=strategy)
-        _second_step(parts, tracker, shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Expected a tensor or a traceable wrapper-subclass")
+            _second_step(parts, tracker, shape)
     at_peak = {name: size for name, size in tracker.at_peak.items() if name != "total"}
     return Memory(max(tracker.phases.values()), tracker.phases, at_peak, seen["kept"], ranks.moved_bytes)
 
@@ -176,6 +179,7 @@ def _kept(tracker: Tracker, model: nn.Module) -> dict[str, int]:
 
     blocks = sum(activations(block, _ModState.POST_FW) - activations(block, _ModState.PRE_FW) for block in model.blocks)
     now = tracker.now()
+    blocks = min(blocks, now["activations"])  # fsdp's gathered weights are among them, and soon gone
     return {"blocks": blocks, "embedding and head": now["activations"] - blocks,
             "logits": max(0, tracker.phases["forward"] - now["total"])}
 
