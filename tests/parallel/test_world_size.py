@@ -138,6 +138,7 @@ def test_uneven_ranks_and_groups_of_ranks_train_the_same_run(talk):
         for run, name, (_, optimizer) in zip(many, names, jobs, strict=True):
             alone, = together([overrides("masked", optimizer, f"alone-{name}", 12, *more)], 1)
             assert losses(run) == pytest.approx(losses(alone), rel=1e-6)
+            assert losses(run, "train/grad_norm") == pytest.approx(losses(alone, "train/grad_norm"), rel=2e-5)
             assert losses(run, "val/bpb") == pytest.approx(losses(alone, "val/bpb"), rel=1e-6)
 
 
