@@ -75,7 +75,7 @@ def measure(model: str, ranks: int, *overrides: str) -> int:
 
 def run(cfg: Config, ranks: int) -> int:
     """Bytes at the first rank's peak."""
-    return allocated(cfg, Ranks()) if ranks == 1 else launch.start(ranks, _as_rank, cfg)
+    return allocated(cfg, Ranks()) if ranks == 1 else launch.start(ranks, None, _as_rank, cfg)
 
 
 def _as_rank(cfg: Config) -> int:
