@@ -76,8 +76,8 @@ def _as_left(plan: Plan) -> tuple[NullTracker, loop.State]:
         tracker.last |= {name: value for name, value in row.items() if name not in ("step", "time")}
     state.tokens_seen = tracker.last.get("train/tokens_seen", 0)
     state.supervised_tokens = tracker.last.get("train/supervised_tokens", 0)
-    saved = checkpoint.all_checkpoints(plan.run_dir)
-    tracker.mlflow_run_id = checkpoint.load_state(saved[-1]).mlflow_run_id if saved else None
+    saved = checkpoint.newest_valid(plan.run_dir)
+    tracker.mlflow_run_id = checkpoint.load_state(saved).mlflow_run_id if saved else None
     return tracker, state
 
 

@@ -57,10 +57,10 @@ class Bucket:
     def take_weights(self, place: int) -> None:
         """Those of the other places, which have come."""
         for other, (share, new) in enumerate(zip(self.plan.shares, self.gathered.split(self.plan.size), strict=True)):
-            if other != place:
+            if other != place and share:
                 sizes = [b - a for _, a, b in share]
                 old = [self.params[n].detach().view(-1)[a:b] for n, a, b in share]
-                torch._foreach_copy_(old, list(new[: sum(sizes)].split(sizes))) if old else None
+                torch._foreach_copy_(old, list(new[: sum(sizes)].split(sizes)))
 
     def _room(self, share: tuple[layout.Piece, ...]) -> Tensor:
         p = next(iter(self.params.values()))
