@@ -1,23 +1,25 @@
-"""Memory of a training step on a CPU: what command=plan predicts, and what torch's CPU allocator saw in a real run.
+"""Memory of a training step on a CPU: what command=plan predicts, and what the allocator saw in a real run.
 
     python -m benchmarks.memory distributed.strategy=fsdp --models d6 d12 --ranks 2
 
-A run in processes of its own makes its model and does two steps of two micro-batches of random tokens, while torch's profiler
-reports each allocation and each release of the first rank; their running sum is the bytes alive. That is the sound measure: it
-comes from the allocator that served real operations, workspaces of kernels included, and owes nothing to the prediction.
-Resident memory would add what is no tensor (libraries, code, oneDNN's caches, threads) and leave out pages that a tensor has but
-never touched. What gloo's own threads give back the profiler does not see: it counts until its address is given out again, which
-makes the figures of several ranks upper bounds.
+Runs in processes of their own make their model and do a few steps of two micro-batches of random tokens. Of one process torch's
+profiler reports each allocation and each release, and their running sum is the bytes alive. It does not see what gloo's threads
+take and give back, so of several ranks it is what malloc itself says is in use, asked every half millisecond: about 10 MiB more,
+for all that is no tensor. Both come from the allocator that served real operations, workspaces of kernels included, and owe
+nothing to the prediction. Resident memory would add libraries, code and stacks, and leave out pages that a tensor has but never
+touched.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,7 +31,7 @@ from chattrain.device import GIB
 from chattrain.distributed import Ranks
 from chattrain.planning.memory import Shape, step_memory
 
-STEPS = 2  # the first makes the optimizer's state
+STEPS = 4  # the first makes the optimizer's state; several after it, as what ranks hold at once varies
 KINDS = ["none", "block"]
 
 
@@ -68,30 +70,70 @@ def predict(model: str, ranks: int, *overrides: str) -> int:
 
 def measure(model: str, ranks: int, *overrides: str) -> int:
     """The same of a real run, in processes of its own."""
+    # One arena, as malloc tells of its first only.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *overrides, "--measure", "--ranks", str(ranks), "--models",
-                           model], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           model], capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(cfg: Config, ranks: int) -> int:
-    """Bytes at the first rank's peak."""
-    return allocated(cfg, Ranks()) if ranks == 1 else launch.start(ranks, None, _as_rank, cfg)
+    """Bytes at the first rank's peak, of all that is alive from before the model is made to after the last step."""
+    return seen_by_profiler(lambda: steps(cfg, Ranks())) if ranks == 1 else launch.start(ranks, None, _as_rank, cfg)
 
 
 def _as_rank(cfg: Config) -> int:
     ranks = distributed.join(cfg.distributed.timeout_s, cuda=False)
     try:
-        return allocated(cfg, ranks)
+        return seen_by_malloc(lambda: steps(cfg, ranks))
     finally:
         ranks.close()
 
 
-def allocated(cfg: Config, ranks: Ranks) -> int:
-    """The most bytes that were alive at once in this process, from before the model was made to after the last step."""
+def steps(cfg: Config, ranks: Ranks) -> None:
+    parts = gpu.build_parts(cfg, lambda step, values: None, ranks)
+    for step in range(STEPS):
+        loop.train_step(parts, parts.loader.step(step), step)
+
+
+class MallocInfo(ctypes.Structure):
+    """What glibc's mallinfo2 gives."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                                                     "uordblks", "fordblks", "keepcost")]
+
+
+def seen_by_malloc(work: Callable[[], None]) -> int:
+    """The most bytes in use above those before, by malloc's own count; in one arena, or by the system's mappings."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = MallocInfo
+    done = threading.Event()
+
+    def in_use() -> int:
+        info = libc.mallinfo2()
+        return info.uordblks + info.hblkhd
+
+    most = before = in_use()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.0005):
+            most = max(most, in_use())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return most - before
+
+
+def seen_by_profiler(work: Callable[[], None]) -> int:
+    """The most bytes that were alive at once, by this thread's allocations."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        parts = gpu.build_parts(cfg, lambda step, values: None, ranks)
-        for step in range(STEPS):
-            loop.train_step(parts, parts.loader.step(step), step)
+        work()
     alive: dict[int, int] = {}  # address -> bytes
     now = most = 0
     for _, address, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):

@@ -183,12 +183,12 @@ class Group:
 
         return share, wait
 
-    def all_gather(self, share: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """The n elements of each place, (size x n), once waited for."""
-        whole = share.new_empty(share.numel() * self.size)
-        work = dist.all_gather_single(whole, share, group=self.here, async_op=True)
+    def all_gather(self, rows: Tensor) -> Callable[[], None]:
+        """Row i of (size, n) from place i, once waited for; this place's row must be there already."""
+        share = rows[self.place]
+        work = dist.all_gather_single(rows.view(-1), share, group=self.here, async_op=True)
         self._count(share, self.size - 1)
-        return whole, work.wait
+        return work.wait
 
     def norm(self, norms: Tensor) -> Tensor:
         """The norm of all from each place's norm of its part: over all groups, so that none differs from another in a bit."""

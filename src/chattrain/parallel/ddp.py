@@ -18,6 +18,8 @@ from chattrain.parallel.alone import Groups
 from chattrain.parallel.layout import Item
 from chattrain.parallel.spread import Range, Spread
 
+SUMMED_AT_ONCE = 2  # buckets of gradients on their way: one keeps the network busy while backward fills the next
+
 
 class Bucket:
     """Parameters whose gradients and weights travel together."""
@@ -31,9 +33,10 @@ class Bucket:
         self.gathered: Tensor | None = None  # weights of all ranks, on their way
 
     def arrive(self) -> None:
-        """Wait for what is on its way, and forget the collective: as long as it is known, it holds the tensors that it moved."""
-        self.wait()
-        self.wait = None
+        """Wait for what is on its way, if it is, and forget the collective: while it is known, it holds the tensors it moved."""
+        if self.wait is not None:
+            self.wait()
+            self.wait = None
 
     def gradients(self) -> Tensor:
         """All ranks' shares one after another. The parameters' own gradients are dropped; one that backward has not reached
@@ -50,13 +53,16 @@ class Bucket:
         return flat
 
     def weights(self, place: int) -> Tensor:
-        """A place's share of them."""
+        """Room for those of all places, with this place's in it."""
+        p = next(iter(self.params.values()))
+        room = p.new_empty(len(self.plan.shares), self.plan.size)
         share = self.plan.shares[place]
-        return torch.cat([self.params[n].detach().view(-1)[a:b] for n, a, b in share] + [self._room(share)])
+        torch.cat([self.params[n].detach().view(-1)[a:b] for n, a, b in share] + [self._room(share)], out=room[place])
+        return room
 
     def take_weights(self, place: int) -> None:
         """Those of the other places, which have come."""
-        for other, (share, new) in enumerate(zip(self.plan.shares, self.gathered.split(self.plan.size), strict=True)):
+        for other, (share, new) in enumerate(zip(self.plan.shares, self.gathered, strict=True)):
             if other != place and share:
                 sizes = [b - a for _, a, b in share]
                 old = [self.params[n].detach().view(-1)[a:b] for n, a, b in share]
@@ -108,8 +114,8 @@ class DDP(Spread):
 
     def reduce(self, optimizer: NamedOptimizer) -> Tensor:
         self.last = False
-        for bucket in self.buckets[self.launched :]:  # parameters that this model's loss does not reach
-            self._launch(bucket)
+        while self.launched < len(self.buckets):  # parameters that this model's loss does not reach
+            self._launch_next()
         self.launched = 0
         for bucket in self.buckets:
             bucket.arrive()
@@ -125,11 +131,12 @@ class DDP(Spread):
         optimizer.zero_grad()
         for bucket in reversed(self.buckets):
             for _, p in self.pieces_of[bucket]:
-                p.grad = grads[p]
+                p.grad = grads.pop(p)
             optimizer.step()
             optimizer.zero_grad()
             bucket.share = None
-            bucket.gathered, bucket.wait = self.group.all_gather(bucket.weights(self.place))
+            bucket.gathered = bucket.weights(self.place)
+            bucket.wait = self.group.all_gather(bucket.gathered)
         if not self.model.blocks:  # nothing tells when which weights are needed
             self.settle()
 
@@ -155,11 +162,16 @@ class DDP(Spread):
             return
         bucket.missing -= 1
         while self.launched < len(self.buckets) and not self.buckets[self.launched].missing:
-            self._launch(self.buckets[self.launched])
-            self.launched += 1
+            self._launch_next()
 
-    def _launch(self, bucket: Bucket) -> None:
+    def _launch_next(self) -> None:
+        """Its gradients leave as soon as those of the buckets before have arrived but for the last few: all of them together
+        would be another model in memory."""
+        for bucket in self.buckets[: max(0, self.launched + 1 - SUMMED_AT_ONCE)]:
+            bucket.arrive()
+        bucket = self.buckets[self.launched]
         bucket.share, bucket.wait = self.group.reduce_scatter(bucket.gradients())
+        self.launched += 1
 
     @torch.no_grad()
     def _settle(self, bucket: Bucket) -> None:

@@ -159,6 +159,7 @@ def _second_step(parts: loop.Parts, tracker: Tracker, shape: Shape) -> None:
         parts.strategy.reduce(parts.optimizer)
         parts.strategy.step(parts.optimizer)
         if shape.repeats and not sharded:
+            parts.strategy.settle()  # in the first micro-batch's forward
             _put_gradients(parameters)
             tracker.adopt(parts.model)
         tracker.forget()
