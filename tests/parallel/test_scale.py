@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from chattrain import loop
+from chattrain import distributed, loop
 from chattrain.data.batch import Batch
 from chattrain.distributed import Ranks
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw, muon_adamw
+from chattrain.parallel import ddp
 from chattrain.parallel.ddp import DDP
 from chattrain.parallel.fsdp import FSDP
 from tests.optim.test_optimizers import ADAMW, MUON
@@ -114,14 +115,22 @@ def test_groups_of_ranks_that_do_the_same_hold_the_whole_each(group):
     assert first.state == last.state and first.mine * 64 == pytest.approx(first.params, rel=0.01)
 
 
-def test_gradients_leave_while_backward_runs_and_in_the_last_micro_batch_only(group):
+def test_gradients_leave_while_backward_runs_and_in_the_last_micro_batch_only(group, monkeypatch):
     ranks = group(1, 4)
     seen: list[tuple[str, int]] = []
+    on_their_way: list[int] = []
+    reduce_scatter = distributed.Group.reduce_scatter
+
+    def send(self, whole):
+        seen.append(("sent", len(seen)))
+        on_their_way.append(1 + sum(bucket.wait is not None for bucket in spread.buckets))
+        return reduce_scatter(self, whole)
+
+    monkeypatch.setattr(distributed.Group, "reduce_scatter", send)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = GPT(65_536, 6, 384, 6)
         spread = DDP(model, ranks, torch.float32)
         optimizer = muon_adamw.build(model, spread, **MUON)
-        launch, spread._launch = spread._launch, lambda bucket: (seen.append(("sent", len(seen))), launch(bucket))
         for i in (5, 0):
             model.transformer.h[i].mlp.c_fc.weight.register_hook(lambda grad, i=i: seen.append((f"block {i}", len(seen))))
         ids = torch.zeros(1, 8, dtype=torch.long)
@@ -135,6 +144,7 @@ def test_gradients_leave_while_backward_runs_and_in_the_last_micro_batch_only(gr
     assert "sent" not in first
     assert second.index("sent") < second.index("block 0") and second.count("sent") == len(spread.buckets) >= 2
     assert second[-1] == "backward is over"
+    assert max(on_their_way) == ddp.SUMMED_AT_ONCE  # the others' gradients have been given back
 
 
 def test_new_weights_are_waited_for_where_forward_needs_them(group):
