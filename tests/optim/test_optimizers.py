@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from chattrain.errors import UserError
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw, muon_adamw, newton_schulz
 from chattrain.optim.config import StateDType
+from chattrain.optim.cores import on_cores
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.muon_adamw import STATE_DTYPES, Muon
 from chattrain.optim.newton_schulz import alike, orthogonalize
@@ -83,6 +86,70 @@ def test_matrices_of_a_shape_take_the_same_step_together_and_alone(monkeypatch, 
     for p, q in zip(alone.parameters(), batched.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
     assert alike([p for p in alone.transformer.h.parameters()], 2)[:2] == [[0, 3], [6, 9]]
+
+
+@pytest.mark.parametrize("shape", [(500, 500), (200, 900), (500, 300), (192, 192), (193, 400)])
+def test_symmetric_products_in_strips_change_no_direction(monkeypatch, shape):
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    in_strips = orthogonalize(update, 5, torch.float64)
+    monkeypatch.setattr(newton_schulz, "STRIP", 1000)
+    torch.testing.assert_close(in_strips, orthogonalize(update, 5, torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(256, 512), (200, 800), (800, 200), (256, 256)])
+@pytest.mark.parametrize("decades", [0.5, 2, 3])
+def test_several_iterations_at_once_round_no_more_than_torchs_single_ones(shape, decades):
+    """In bf16, against the same polynomials in fp64, with singular values over so many decades."""
+    generator = torch.Generator().manual_seed(5)
+    short, long = sorted(shape)
+    left, right = (torch.linalg.qr(torch.randn(n, short, generator=generator, dtype=torch.float64))[0] for n in (short, long))
+    update = left * torch.logspace(0, -decades, short, dtype=torch.float64) @ right.T
+    update = update if shape[0] == short else update.T
+    exact = orthogonalize(update, 5, torch.float64)
+    theirs = nn.Parameter(torch.zeros(shape))
+    theirs.grad = update.float()
+    torch.optim.Muon([theirs], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0).step()
+    theirs = -theirs.detach() / max(1.0, shape[0] / shape[1]) ** 0.5
+    error, reference = (torch.dist(found.double(), exact) / exact.norm() for found in (orthogonalize(update, 5), theirs))
+    assert error < 1.8 * reference < 0.15
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(cores):
+    def stepped(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        model = small_gpt()
+        optimizer = muon_adamw.build(model, **MUON)
+        for step in range(3):
+            gradients(model, step)
+            optimizer.step()
+        assert torch.get_num_threads() == threads
+        return list(model.parameters())
+
+    before = torch.get_num_threads()
+    try:
+        for p, q in zip(stepped(1), stepped(cores), strict=True):
+            assert torch.equal(p, q)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_work_on_cores_raises_and_leaves_the_threads_of_others_alone():
+    def fail(piece: int) -> None:
+        raise ValueError(f"piece {piece}")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        done = []
+        on_cores(lambda piece: done.append((piece, torch.get_num_threads())), list(range(6)))
+        assert sorted(done) == [(piece, 1) for piece in range(6)]
+        with pytest.raises(ValueError, match="piece 0"):
+            on_cores(fail, [0, 1])
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_update_of_zeros_stays_zero():

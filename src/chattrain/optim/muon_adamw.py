@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -44,14 +46,14 @@ class Muon(torch.optim.Optimizer):
                                   "momentum_warmup_steps": momentum_warmup_steps, "ns_steps": ns_steps,
                                   "momentum_dtype": momentum_dtype})
 
-    @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for places in self.orthogonalizer.turns(params):
-                self._update([params[place] for place in places], group)
+            self.orthogonalizer.in_turns(params, partial(self._update, group, params))
 
-    def _update(self, params: list[Tensor], group: dict) -> None:
+    @torch.no_grad()
+    def _update(self, group: dict, params: list[Tensor], places: list[int]) -> None:
+        params = [params[place] for place in places]
         updates = [self._momentum(p, p.grad, group).to(self.orthogonalizer.dtype) for p in params]
         moves = self.orthogonalizer(params, updates, group["ns_steps"])
         for p, move in zip(params, moves, strict=True):

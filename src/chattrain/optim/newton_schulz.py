@@ -5,14 +5,20 @@ Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon/.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from chattrain.optim.cores import on_cores
 
 # Quintic of the iteration, chosen for the steepest slope at 0: singular values end near 1, not at it.
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Matrices of one shape that go through a batched iteration together: on a GPU they fill it and start fewer kernels, on a CPU one
-# after the other is faster.
+# after the other is faster, each on a core of its own.
 TOGETHER = {"cuda": 16}
+STRIP = 192  # rows of a symmetric product that a CPU computes at a time, up to the diagonal
+AT_ONCE = 3  # iterations of a wide matrix at once: more would let rounding of its Gram matrix grow beyond that of single ones
 
 
 def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -20,25 +26,79 @@ def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype = torch.bfloat1
 
     With (matrices, rows, columns), of each matrix.
     """
-    a, b, c = NS_COEFFICIENTS
-    multiply_add = torch.addmm if update.ndim == 2 else torch.baddbmm
-    wide = update.size(-2) <= update.size(-1)
+    short, long = sorted(update.shape[-2:])
+    wide = update.size(-2) == short
     x = (update if wide else update.mT).to(dtype)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # spectral norm at most 1
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram^2) x
+    for times in _turns(short, long, steps):
+        x = iterate(x, times)
     return x if wide else x.mT
 
 
-def cost(shape: torch.Size) -> int:
-    """Multiplications of one iteration on a matrix of this shape.
+def iterate(x: Tensor, times: int) -> Tensor:
+    """x after so many iterations x <- p(x x^T) x, with p(g) = a + b g + c g^2.
 
-    >>> cost(torch.Size([4, 4])), cost(torch.Size([16, 4]))
-    (192, 576)
+    Several at once take fewer multiplications where x is wide: x x^T goes through them alone, as p(g) g p(g), and x is multiplied
+    by the product of all p. (What is done here with p is done with p - a, so that a is not rounded.)
+    """
+    a, b, c = NS_COEFFICIENTS
+    gram = symmetric(x, x)
+    p = symmetric(gram, gram, gram, b, c)
+    if times == 1:
+        return _multiply_add(x, p, x, a)
+    product = p.clone()
+    product.diagonal(dim1=-2, dim2=-1).add_(a)
+    for _ in range(times - 1):
+        half = symmetric(p, gram, gram, a)
+        gram = symmetric(half, p, half, a)
+        p = symmetric(gram, gram, gram, b, c)
+        product = symmetric(p, product, product, a)
+    return product @ x
+
+
+def symmetric(x: Tensor, y: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """alpha x y^T + beta plus, where that is known to be symmetric: a CPU computes strips of it up to the diagonal, and mirrors
+    them.
+
+    >>> x = torch.randn(500, 300, dtype=torch.float64)
+    >>> torch.allclose(symmetric(x, x), x @ x.T)
+    True
+    """
+    rows = x.size(-2)
+    if x.ndim > 2 or x.device.type != "cpu" or rows <= STRIP:
+        return x @ y.mT if plus is None else _multiply_add(plus, x, y.mT, beta, alpha)
+    out = x.new_empty(rows, rows)
+    for start in range(0, rows, STRIP):
+        stop = min(start + STRIP, rows)
+        strip = out[start:stop, :stop]
+        if plus is None:
+            torch.mm(x[start:stop], y[:stop].mT, out=strip)
+        else:
+            torch.addmm(plus[start:stop, :stop], x[start:stop], y[:stop].mT, beta=beta, alpha=alpha, out=strip)
+        out[:start, start:stop] = strip[:, :start].mT
+    return out
+
+
+def _multiply_add(plus: Tensor, x: Tensor, y: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """alpha x y + beta plus, of matrices or of batches of them."""
+    return (torch.addmm if x.ndim == 2 else torch.baddbmm)(plus, x, y, beta=beta, alpha=alpha)
+
+
+def cost(shape: tuple[int, int], steps: int = 5) -> int:
+    """Multiplications of the iterations on a matrix of this shape, all products in full.
+
+    >>> cost(torch.Size([4, 4]), 1), cost(torch.Size([16, 4]), 1), cost(torch.Size([1600, 400])) / cost(torch.Size([400, 400]))
+    (192, 576, 2.0)
     """
     short, long = sorted(shape)
-    return short * short * (2 * long + short)
+    turns = _turns(short, long, steps)
+    return short * short * sum(2 * long + (4 * times - 3) * short for times in turns)
+
+
+def _turns(short: int, long: int, steps: int) -> list[int]:
+    """How many of the iterations go at once."""
+    most = AT_ONCE if short > STRIP and long >= 2 * short else 1
+    return [min(most, steps - done) for done in range(0, steps, most)]
 
 
 def alike(matrices: list[Tensor], together: int) -> list[list[int]]:
@@ -59,9 +119,14 @@ class Orthogonalizer:
     def __init__(self, dtype: torch.dtype = torch.bfloat16):
         self.dtype = dtype
 
-    def turns(self, params: list[Tensor]) -> list[list[int]]:
-        """Places of the matrices that go through one call."""
-        return alike(params, TOGETHER.get(params[0].device.type, 1)) if params else []
+    def in_turns(self, params: list[Tensor], update: Callable[[list[int]], None]) -> None:
+        """update(places) for the places of all these matrices, of those that go through one call at a time."""
+        turns = alike(params, TOGETHER.get(params[0].device.type, 1)) if params else []
+        if params and params[0].device.type == "cpu":
+            on_cores(update, sorted(turns, key=lambda places: -cost(params[places[0]].shape)))
+        else:
+            for places in turns:
+                update(places)
 
     def shape(self, param: Tensor) -> torch.Size:
         """Of the whole matrix."""

@@ -3,6 +3,7 @@ back. No rank holds more than a few whole matrices at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 
 import torch
@@ -36,7 +37,7 @@ def row_bounds(rows: int, ranks: int) -> list[tuple[int, int]]:
 
 
 class Exchange(Orthogonalizer):
-    """`shapes`: of the whole matrices, in the order of the parameters (this rank's rows of them) that `turns` gets."""
+    """`shapes`: of the whole matrices, in the order of the parameters (this rank's rows of them) that `in_turns` gets."""
 
     def __init__(self, dtype: torch.dtype, ranks: Ranks, shapes: dict[Tensor, torch.Size]):
         super().__init__(dtype)
@@ -46,7 +47,7 @@ class Exchange(Orthogonalizer):
     def shape(self, param: Tensor) -> torch.Size:
         return self.shapes[param]
 
-    def turns(self, params: list[Tensor]) -> list[list[int]]:
+    def in_turns(self, params: list[Tensor], update: Callable[[list[int]], None]) -> None:
         """In each turn every rank orthogonalizes up to TOGETHER matrices of its own."""
         together = TOGETHER.get(params[0].device.type, 1) if params else 1
         seen = [0] * self.ranks.world_size
@@ -54,7 +55,8 @@ class Exchange(Orthogonalizer):
         for i, p in sorted(enumerate(params), key=lambda pair: -cost(self.shapes[pair[1]])):
             turns.setdefault(seen[self.owner[p]] // together, []).append(i)
             seen[self.owner[p]] += 1
-        return list(turns.values())
+        for places in turns.values():
+            update(places)
 
     def __call__(self, params: list[Tensor], updates: list[Tensor], steps: int) -> list[Tensor]:
         """Rows of the updates in, the same rows of their directions out."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from chattrain.optim.newton_schulz import cost
 from chattrain.planning.hardware import Hardware
 
 FP32, BF16 = 4, 2  # bytes
@@ -88,19 +89,9 @@ def hidden(work: Workload, seconds: dict[str, float], computes: float, micro_bat
     return gradients + min(seconds["weights"], computes - gradients)
 
 
-def newton_schulz(rows: int, columns: int, iterations: int) -> int:
-    """FLOPs of orthogonalizing a matrix: x x^T, its square, and their product with x, in each iteration.
-
-    >>> newton_schulz(2, 3, 1)
-    64
-    """
-    m, n = sorted((rows, columns))
-    return iterations * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
-
-
 def update_seconds(work: Workload, hardware: Hardware, mfu: float, world_size: int) -> float:
     """The optimizer's part on the rank that has most to do: whole matrices for Muon, in bf16, a slice of all weights to move."""
-    sizes = sorted((newton_schulz(*sides, work.ns_steps) for sides in work.matrices), reverse=True)
+    sizes = sorted((2 * cost(sides, work.ns_steps) for sides in work.matrices), reverse=True)  # FLOPs
     sharers = work.sharing[world_size]
     busiest = max(sum(sizes) / sharers, sizes[0]) if sizes else 0.0
     return busiest / (hardware.bf16 * mfu) + UPDATE_BYTES * work.weights / sharers / hardware.bandwidth

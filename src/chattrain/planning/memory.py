@@ -256,6 +256,7 @@ def as_on(kind: str, compiled: bool) -> Iterator[None]:
 
         put(head.CHUNK_ELEMENTS, "cpu", head.CHUNK_ELEMENTS[kind])
         put(newton_schulz.TOGETHER, "cpu", newton_schulz.TOGETHER.get(kind, 1))
+        put(vars(newton_schulz), "on_cores", lambda work, pieces: [work(piece) for piece in pieces])  # modes are a thread's own
         put(vars(loop), "read", lambda parts, results: (0.0, 0.0))  # a loss without content is neither finite nor not
         if compiled:
             put(vars(head), "_loss_and_gradient", _fused_loss_and_gradient)
