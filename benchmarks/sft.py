@@ -53,8 +53,8 @@ def measure(vocab_size: int = VOCAB_SIZE) -> list[dict]:
             run.parts.loader.close()
     middle = {name: float(np.median(found)) for name, found in rates.items()}
     tokens = runs["masked"].data.tokenizer.vocab_size
-    return [{"case": f"sft, d6, vocabulary {tokens:,}, {name}", "unit": "supervised/s", "ours": middle[name], "reference": middle["reference"],
-             "ratio": middle[name] / middle["reference"]} for name in runs]
+    return [{"case": f"sft, d6, vocabulary {tokens:,}, {name}", "unit": "supervised/s", "ours": middle[name],
+             "reference": middle["reference"], "ratio": middle[name] / middle["reference"]} for name in runs]
 
 
 def _rate(step, seconds: float) -> float:

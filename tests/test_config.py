@@ -202,6 +202,14 @@ def test_a_batch_that_does_not_divide_names_its_parts_and_the_nearest_that_does(
                                   "tokens); try 497664")
 
 
+@pytest.mark.parametrize("rows, ways_out", [(9, "24, or train.device_batch_size=3"), (8, "24")])
+def test_rows_that_do_not_divide_name_a_smaller_batch_only_where_one_divides(rows, ways_out):
+    train = compose(["train.device_batch_size=8", "train.total_batch_size=null", f"train.rows_per_step={rows}"]).train
+    with pytest.raises(UserError) as refused:
+        train.rows_a_step(world_size=3)
+    assert str(refused.value) == f"train.rows_per_step={rows} rows is not a multiple of 24 (3 ranks x 8 rows); try {ways_out}"
+
+
 # --- config.yaml -----------------------------------------------------------------------------------------------------
 
 

@@ -114,18 +114,18 @@ class TrainConfig:
             if self.rows_per_step % (B * world_size):
                 near = _nearest_multiple(self.rows_per_step, B * world_size)
                 raise UserError(f"train.rows_per_step={self.rows_per_step} rows is not a multiple of {B * world_size} "
-                                f"({unit}); try {near}, or a smaller train.device_batch_size")
+                                f"({unit}); try {near}" + self._smaller_batch(self.rows_per_step, world_size))
             return self.rows_per_step
         tokens = B * T * world_size
         if self.total_batch_size % tokens:
             near = _nearest_multiple(self.total_batch_size, tokens)
             raise UserError(f"train.total_batch_size={self.total_batch_size} tokens is not a multiple of {tokens} "
-                            f"({unit} x {T} tokens); try {near}" + self._smaller_batch(world_size))
+                            f"({unit} x {T} tokens); try {near}" + self._smaller_batch(self.total_batch_size / T, world_size))
         return self.total_batch_size // T
 
-    def _smaller_batch(self, world_size: int) -> str:
-        """The largest device_batch_size that divides total_batch_size, as a way out; empty where there is none."""
-        fits = [b for b in range(1, self.device_batch_size) if self.total_batch_size % (b * self.seq_len * world_size) == 0]
+    def _smaller_batch(self, rows: float, world_size: int) -> str:
+        """The largest device_batch_size that divides these rows, as a way out; empty where there is none."""
+        fits = [b for b in range(1, self.device_batch_size) if rows % (b * world_size) == 0]
         return f", or train.device_batch_size={fits[-1]}" if fits else ""
 
 
