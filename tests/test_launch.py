@@ -293,3 +293,18 @@ def test_of_several_errors_the_first_is_everybodys():
             watch.close()
     assert type(first) is RunFailed and first.speaks
     assert type(second) is OtherRankFailed and str(second) == str(first) and not second.speaks
+
+
+@pytest.mark.parametrize("said", [
+    "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 4000ms for recv operation to complete",
+    "Application timeout caused pair closure"])  # of two collectives on their way, either's may be the one that is heard of
+def test_whatever_gloo_says_of_a_time_that_is_out_the_missing_rank_is_named(said):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=9))
+    watches = [Watch(store, rank, 2, timeout_s=4) for rank in range(2)]
+    try:
+        watches[0].at("step 3")
+        error = watches[0].first_error(RuntimeError(said))
+    finally:
+        for watch in watches:
+            watch.close()
+    assert str(error).startswith("rank 1 did not arrive at step 3 within 4 s (its last was the start); see rank_1.log")

@@ -33,6 +33,8 @@ POLL_S = 0.5  # seconds between two looks at the store
 GRACE_S = 3.0  # seconds that a rank has to end by itself, once another has failed
 ENDING_S = 20.0  # seconds that it has where it has begun to
 LATE_S = 2.0  # seconds between the first and the last rank that find the same collective timed out
+# What gloo says of a collective whose time was out, and of another that was on its way over the same connection.
+TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Watch:
         if isinstance(raised, UserError | RunFailed | KeyboardInterrupt):
             kind = "UserError" if isinstance(raised, UserError) else kind
             return Failure(self.rank, self._node, kind, text)
-        if ("gloo" in text and "Timed out" in text) or (isinstance(raised, DistStoreError) and "wait timeout" in text):
+        if any(words in text for words in TIMED_OUT) or (isinstance(raised, DistStoreError) and "wait timeout" in text):
             self.at(self._arrival.place, waited=True)
             time.sleep(LATE_S)
             return Failure(self.rank, self._node, "RunFailed", self._late())
