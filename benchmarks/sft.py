@@ -68,7 +68,7 @@ def _rate(step, seconds: float) -> float:
 def _data(vocab_size: int) -> list[str]:
     folder = os.environ.get("BENCHMARK_DATA")
     if folder is None:
-        return ["data=demo"]
+        return ["data=demo", f"tokenizer.vocab_size={vocab_size}"]
     paths = [Path(folder).resolve() / name for name in ("sgd/train.parquet", "gsm8k/main/train.parquet")]
     return ["data=local", f"data.train_path=[{paths[0]},{paths[1]}]", "data.schema=[messages,gsm8k]",
             f"tokenizer.vocab_size={vocab_size}"]

@@ -5,6 +5,7 @@ Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon/.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,8 +18,9 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Matrices of one shape that go through a batched iteration together: on a GPU they fill it and start fewer kernels, on a CPU one
 # after the other is faster, each on a core of its own.
 TOGETHER = {"cuda": 16}
-STRIP = 192  # rows of a symmetric product that a CPU computes at a time, up to the diagonal
-AT_ONCE = 3  # iterations of a wide matrix at once: more would let rounding of its Gram matrix grow beyond that of single ones
+STRIP = {"cpu": 192}  # rows of a symmetric product that are computed at a time, up to the diagonal; elsewhere all
+SMALL = 192  # rows up to which a wide matrix gains nothing by several iterations at once
+AT_ONCE = 3  # iterations of a wide matrix: with more, rounding of its Gram matrix would be many times that of single ones
 
 
 def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -57,19 +59,19 @@ def iterate(x: Tensor, times: int) -> Tensor:
 
 
 def symmetric(x: Tensor, y: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """alpha x y^T + beta plus, where that is known to be symmetric: a CPU computes strips of it up to the diagonal, and mirrors
-    them.
+    """alpha x y^T + beta plus, where that is known to be symmetric: of a matrix on a CPU strips up to the diagonal are computed,
+    and mirrored.
 
     >>> x = torch.randn(500, 300, dtype=torch.float64)
     >>> torch.allclose(symmetric(x, x), x @ x.T)
     True
     """
-    rows = x.size(-2)
-    if x.ndim > 2 or x.device.type != "cpu" or rows <= STRIP:
+    rows, strip_rows = x.size(-2), STRIP.get(x.device.type, math.inf)
+    if x.ndim > 2 or rows <= strip_rows:
         return x @ y.mT if plus is None else _multiply_add(plus, x, y.mT, beta, alpha)
     out = x.new_empty(rows, rows)
-    for start in range(0, rows, STRIP):
-        stop = min(start + STRIP, rows)
+    for start in range(0, rows, strip_rows):
+        stop = min(start + strip_rows, rows)
         strip = out[start:stop, :stop]
         if plus is None:
             torch.mm(x[start:stop], y[:stop].mT, out=strip)
@@ -97,7 +99,7 @@ def cost(shape: tuple[int, int], steps: int = 5) -> int:
 
 def _turns(short: int, long: int, steps: int) -> list[int]:
     """How many of the iterations go at once."""
-    most = AT_ONCE if short > STRIP and long >= 2 * short else 1
+    most = AT_ONCE if short > SMALL and long >= 2 * short else 1
     return [min(most, steps - done) for done in range(0, steps, most)]
 
 
@@ -120,7 +122,8 @@ class Orthogonalizer:
         self.dtype = dtype
 
     def in_turns(self, params: list[Tensor], update: Callable[[list[int]], None]) -> None:
-        """update(places) for the places of all these matrices, of those that go through one call at a time."""
+        """update(places) until all these matrices have had their turn, for those that go through one call together; on a CPU
+        several turns are taken at a time, in threads."""
         turns = alike(params, TOGETHER.get(params[0].device.type, 1)) if params else []
         if params and params[0].device.type == "cpu":
             on_cores(update, sorted(turns, key=lambda places: -cost(params[places[0]].shape)))

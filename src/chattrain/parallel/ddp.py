@@ -18,7 +18,7 @@ from chattrain.parallel.alone import Groups
 from chattrain.parallel.layout import Item
 from chattrain.parallel.spread import Range, Spread
 
-SUMMED_AT_ONCE = 2  # buckets of gradients on their way: one keeps the network busy while backward fills the next
+SUMMED_AT_ONCE = 2  # buckets of gradients on their way: the network goes on with the second when the first has arrived
 
 
 class Bucket:
@@ -165,8 +165,8 @@ class DDP(Spread):
             self._launch_next()
 
     def _launch_next(self) -> None:
-        """Its gradients leave as soon as those of the buckets before have arrived but for the last few: all of them together
-        would be another model in memory."""
+        """Sum a bucket's gradients into their shares, once fewer than SUMMED_AT_ONCE others are on their way: all of them at
+        once would be another model in memory."""
         for bucket in self.buckets[: max(0, self.launched + 1 - SUMMED_AT_ONCE)]:
             bucket.arrive()
         bucket = self.buckets[self.launched]

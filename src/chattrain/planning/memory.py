@@ -10,6 +10,7 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,6 @@ from chattrain.data.batch import Batch
 from chattrain.distributed import Group, Ranks
 from chattrain.model import head
 from chattrain.optim import newton_schulz
-from chattrain.parallel import fsdp
 from chattrain.parts import make_ready
 from chattrain.planning.model import fake_model
 from chattrain.prepare import build_part
@@ -148,23 +148,22 @@ def _watched(model: nn.Module, tracker: Tracker, autocast: Any, seen: dict) -> C
 def _second_step(parts: loop.Parts, tracker: Tracker, shape: Shape) -> None:
     """A step on gradients without content makes the optimizer's state; peaks are counted in the one after it.
 
-    A micro-batch that others came before meets their gradients. fsdp keeps them where only a real one can put them.
+    Its micro-batch is its last: where others came before, it meets their gradients, and weights that have arrived.
     """
-    parameters, sharded = list(parts.model.parameters()), isinstance(parts.strategy, fsdp.FSDP)
+    parameters = list(parts.model.parameters())
     tracker.track_external(parts.model)
     with tracker:
-        if not sharded:
-            _put_gradients(parameters)
+        _put_gradients(parameters)
         tracker.adopt(parts.model)
         parts.strategy.reduce(parts.optimizer)
         parts.strategy.step(parts.optimizer)
-        if shape.repeats and not sharded:
-            parts.strategy.settle()  # in the first micro-batch's forward
+        if shape.repeats:
+            parts.strategy.settle()
             _put_gradients(parameters)
             tracker.adopt(parts.model)
         tracker.forget()
         parts.ranks.moved_bytes = 0.0
-        loop.train_step(parts, [fake_batch(shape) for _ in range(1 + (shape.repeats and sharded))], step=1)
+        loop.train_step(parts, [fake_batch(shape)], step=1)
 
 
 def _put_gradients(parameters: list[nn.Parameter]) -> None:
@@ -256,6 +255,7 @@ def as_on(kind: str, compiled: bool) -> Iterator[None]:
 
         put(head.CHUNK_ELEMENTS, "cpu", head.CHUNK_ELEMENTS[kind])
         put(newton_schulz.TOGETHER, "cpu", newton_schulz.TOGETHER.get(kind, 1))
+        put(newton_schulz.STRIP, "cpu", math.inf)  # products of whole matrices take as much memory, and fewer operations
         put(vars(newton_schulz), "on_cores", lambda work, pieces: [work(piece) for piece in pieces])  # modes are a thread's own
         put(vars(loop), "read", lambda parts, results: (0.0, 0.0))  # a loss without content is neither finite nor not
         if compiled:
