@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ def main() -> None:
     rows = []
     for case in CASES:
         print(f"{case} ...", file=sys.stderr)
-        rows += importlib.import_module(f"benchmarks.{case}").measure()
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # what a case sets does not change the next one
+            rows += process.submit(importlib.import_module(f"benchmarks.{case}").measure).result()
     show(rows)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
                "processor": platform.processor() or platform.machine(),

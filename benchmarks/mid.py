@@ -2,7 +2,7 @@
 
 Same model and batch: 8,192 tokens a step, rows of 512, in bf16 and in fp32, compiled on both sides. The reference tokenises as
 it goes into a deque, computes all logits and the mean loss of each micro-batch, and steps torch.optim.Muon and
-torch.optim.AdamW.
+torch.optim.AdamW. It has a process of its own, which waits while ours steps: a run of ours sets how its process allocates memory.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import roofline
-from benchmarks.timing import in_turns, row, show
+from benchmarks.timing import apart, in_turns, row, show
 from chattrain import loop
 from chattrain.compose import compose
-from chattrain.device import autocast, pick_device, use_bf16
+from chattrain.device import autocast, keep_freed_memory, pick_device, use_bf16
 from chattrain.distributed import Ranks
 from chattrain.parts import build_parts
 from chattrain.prepare import make_plan
@@ -38,18 +38,19 @@ def _measure(dtype: str) -> dict:
                        f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}", "train.max_steps=1000",
                        f"train.total_batch_size={TOKENS}", f"train.dtype={dtype}", "tokenizer.vocab_size=8192"])
         plan, data = make_plan(cfg, world_size=1)
+        where = pick_device(cfg.train.device)
+        keep_freed_memory(where)  # as the runner does
         parts, _ = build_parts(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
-        reference = Reference(cfg, data.tokenizer)
         step = iter(range(10**9))
 
         def ours() -> None:
             number = next(step)
             loop.train_step(parts, parts.loader.step(number), number)
 
-        seconds = in_turns(ours, reference.step, rounds=3)
+        with apart(Reference, cfg, data.tokenizer) as reference:
+            seconds = in_turns(ours, reference, rounds=3)
         parts.loader.close()
-        bf16 = use_bf16(cfg.train.dtype, pick_device(cfg.train.device))
-        products = roofline.step_seconds(reference.model, ROWS, SEQ_LEN, TOKENS // (ROWS * SEQ_LEN), bf16)
+        products = roofline.step_seconds(parts.model, ROWS, SEQ_LEN, TOKENS // (ROWS * SEQ_LEN), use_bf16(cfg.train.dtype, where))
     return row(f"mid step, d6, 8,192 tokens, {dtype}", TOKENS, "tokens", *seconds, products)
 
 
@@ -85,7 +86,7 @@ class Reference:
         taken = torch.tensor([self.tokens.popleft() for _ in range(ROWS * SEQ_LEN + 1)], device=self.device)
         return taken[:-1].view(ROWS, SEQ_LEN), taken[1:].view(ROWS, SEQ_LEN)
 
-    def step(self) -> None:
+    def __call__(self) -> None:
         micro = TOKENS // (ROWS * SEQ_LEN)
         for _ in range(micro):
             inputs, targets = self.batch()

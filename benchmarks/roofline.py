@@ -8,12 +8,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chattrain.config import Device
 from chattrain.device import pick_device
 from chattrain.model.gpt import GPT
+from chattrain.optim import cores
+from chattrain.optim.newton_schulz import TOGETHER, alike, orthogonalize
+
+aten = torch.ops.aten
 
 
 def step_seconds(model: GPT, rows: int, seq_len: int, micro_batches: int, bf16: bool, ns_steps: int = 5) -> float:
@@ -25,17 +31,43 @@ def step_seconds(model: GPT, rows: int, seq_len: int, micro_batches: int, bf16: 
         out, into = linear.weight.shape
         products.update([(1, M, into, out), (1, M, out, into), (1, out, M, into)])  # forward, and gradients of both factors
     seconds = micro_batches * (_seconds(products, dtype) + _attention_seconds(model, rows, seq_len, dtype))
-    return seconds + optimizer_seconds(model, ns_steps)
+    return seconds + optimizer_seconds(model, dtype, ns_steps)
 
 
-def optimizer_seconds(model: GPT, ns_steps: int = 5) -> float:
-    """Of Muon's Newton-Schulz iterations, which are in bf16 whatever the model is in."""
-    products: Counter = Counter()
-    for name, p in model.named_parameters():
-        if name.startswith("transformer.h"):
-            r, c = sorted(p.shape)
-            products.update([(1, r, c, r), (1, r, r, r), (1, r, r, c)] * ns_steps)
-    return _seconds(products, torch.bfloat16)
+def optimizer_seconds(model: GPT, dtype: torch.dtype = torch.bfloat16, ns_steps: int = 5) -> float:
+    """Of the products that Muon's directions take, as few as it makes do with."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("transformer.h")]
+    turns = alike(matrices, TOGETHER.get(pick_device(Device.auto).type, 1))
+    shapes = Counter((len(places), *matrices[places[0]].shape) for places in turns)
+    return sum(count * _direction_seconds(*shape, dtype, ns_steps) for shape, count in shapes.items())
+
+
+def _direction_seconds(together: int, rows: int, columns: int, dtype: torch.dtype, ns_steps: int) -> float:
+    """Of matrices that go through the iterations together; on a CPU as many side by side as in a real step."""
+    where = pick_device(Device.auto)
+    with Products() as seen:
+        orthogonalize(torch.randn(*([together] if together > 1 else []), rows, columns, device=where), ns_steps, dtype)
+    factors = [[torch.randn(size, device=where).to(dtype) for size in sizes] for sizes in seen.sizes]
+    side_by_side = min(torch.get_num_threads(), cores.MOST) if where.type == "cpu" else 1
+
+    def products(_: int) -> None:
+        for a, b in factors:
+            torch.matmul(a, b)
+
+    return _median(lambda: cores.on_cores(products, list(range(side_by_side)))) / side_by_side
+
+
+class Products(TorchDispatchMode):
+    """Sizes of the factors of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[torch.Size, torch.Size]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm):
+            self.sizes.append((args[-2].shape, args[-1].shape))
+        return func(*args, **(kwargs or {}))
 
 
 def _attention_seconds(model: GPT, rows: int, seq_len: int, dtype: torch.dtype) -> float:
@@ -47,21 +79,24 @@ def _attention_seconds(model: GPT, rows: int, seq_len: int, dtype: torch.dtype) 
 
 def _seconds(products: Counter, dtype: torch.dtype) -> float:
     """Median seconds of products (batch, n, k) x (batch, k, m), each as often as it is counted."""
-    return sum(count * _median(*shape, dtype) for shape, count in products.items())
+    return sum(count * _product_seconds(*shape, dtype) for shape, count in products.items())
 
 
-def _median(batch: int, n: int, k: int, m: int, dtype: torch.dtype, rounds: int = 5) -> float:
+def _product_seconds(batch: int, n: int, k: int, m: int, dtype: torch.dtype) -> float:
     where = pick_device(Device.auto)
-    wait = torch.cuda.synchronize if where.type == "cuda" else (lambda: None)
     a, b = torch.randn(batch, n, k, device=where).to(dtype), torch.randn(batch, k, m, device=where).to(dtype)
     if batch == 1:
         a, b = a[0], b[0]
-    torch.matmul(a, b)
-    wait()
+    return _median(lambda: torch.matmul(a, b))
+
+
+def _median(work: Callable[[], object], rounds: int = 5) -> float:
+    """Seconds, after one call that warms up."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     times = []
-    for _ in range(rounds):
+    for _ in range(1 + rounds):
         begun = time.perf_counter()
-        torch.matmul(a, b)
+        work()
         wait()
         times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return statistics.median(times[1:])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
 
 
 def in_turns(ours: Callable[[], None], reference: Callable[[], None], rounds: int = 7) -> tuple[float, float]:
@@ -18,6 +22,38 @@ def in_turns(ours: Callable[[], None], reference: Callable[[], None], rounds: in
             function()
             kept.append(time.perf_counter() - begun)
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+@contextmanager
+def apart(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterator[Callable[[], None]]:
+    """A function that calls make(*arguments) in a process of its own, made there once. Raises EOFError where that fails; its
+    traceback is on stderr."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(there, make, arguments), daemon=True)
+    process.start()
+    there.close()
+
+    def call() -> None:
+        here.send(True)
+        here.recv()
+
+    try:
+        yield call
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(asked: Connection, make: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
+    function = make(*arguments)
+    while True:
+        try:
+            asked.recv()
+        except EOFError:
+            return
+        function()
+        asked.send(True)
 
 
 def row(case: str, work: float, unit: str, ours: float, reference: float, products: float | None = None) -> dict:
