@@ -66,7 +66,7 @@ def autocast(bf16: bool, device: torch.device) -> AbstractContextManager:
 
 def keep_freed_memory(device: torch.device) -> None:
     """Let glibc keep the memory of tensors that a step on a CPU freed. By default each large one goes back to the kernel, and the
-    next step waits for fresh, zeroed pages: from 4 % to a third of a step of d6. The peak grows by 5 %. Elsewhere nothing happens."""
+    next step waits for fresh, zeroed pages: 4 % to a third of a step of d6. The peak grows by 5 %. Elsewhere nothing happens."""
     if device.type == "cpu" and sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
