@@ -26,8 +26,8 @@ def in_turns(ours: Callable[[], None], reference: Callable[[], None], rounds: in
 
 @contextmanager
 def apart(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterator[Callable[[], None]]:
-    """A function that calls make(*arguments) in a process of its own, made there once. Raises EOFError where that fails; its
-    traceback is on stderr."""
+    """A function that calls make(*arguments)() in a process of its own, made there once. Raises EOFError or OSError where that
+    process fails; its traceback is on stderr."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=_serve, args=(there, make, arguments), daemon=True)
