@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.multiple_choice import VOCABULARY, random_model
 from benchmarks.timing import row, show
-from chattrain.config import Device
+from chattrain.config.words import Device
 from chattrain.device import pick_device
 from chattrain.model.generate import generate_batch
 

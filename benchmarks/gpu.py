@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 from chattrain import device, loop
-from chattrain.compose import compose
 from chattrain.config import Config
+from chattrain.config.compose import compose
+from chattrain.config.instantiate import instantiate_config
 from chattrain.data.batch import Batch
-from chattrain.distributed import Ranks
 from chattrain.errors import UserError
-from chattrain.parts import build_model, inside
-from chattrain.prepare import build_part
+from chattrain.parallel.ranks import Ranks
+from chattrain.setup.build import build_model, in_context
 
 WARM_UP = 3  # steps: the first compiles, the second has the optimizer's state for the first time
 
@@ -67,17 +67,17 @@ def measure(model: str, where: str, steps: int, overrides: list[str]) -> dict:
             "settings": kept, "overrides": overrides}
 
 
-def build_parts(cfg: Config, track, ranks: Ranks) -> loop.Parts:
+def build_parts(cfg: Config, track, ranks: Ranks) -> loop.TrainerComponents:
     """As the runner does, without a run: nothing is read, evaluated or saved."""
     where = device.pick_device(cfg.train.device)
     bf16 = device.use_bf16(cfg.train.dtype, where)
     model, strategy = build_model(cfg, cfg.tokenizer.vocab_size, None, where, ranks, bf16)
     autocast = device.autocast(bf16, where)
-    return loop.Parts(
-        model=model, loss_of=inside(autocast, model.loss), optimizer=build_part(cfg.optimizer, model, strategy),
+    return loop.TrainerComponents(
+        model=model, loss_of=in_context(autocast, model.loss), optimizer=instantiate_config(cfg.optimizer, model, strategy),
         lr_factor=lambda step: 1.0, loader=RandomRows(cfg, where, ranks.world_size), evaluate=lambda step: {},
         save=lambda state: None, track=track, show=lambda step: None, stop_asked=lambda: False, ranks=ranks,
-        max_grad_norm=cfg.train.max_grad_norm, flops_per_token=model.flops_per_token(cfg.train.seq_len),
+        max_grad_norm=cfg.train.max_grad_norm, checks_each_step=where.type == "cpu", flops_per_token=model.flops_per_token(cfg.train.seq_len),
         peak_flops=device.peak_flops(where), meters=device.meters(where), strategy=strategy)
 
 
@@ -87,7 +87,7 @@ class RandomRows:
     def __init__(self, cfg: Config, where: torch.device, world_size: int):
         B, T = cfg.train.device_batch_size, cfg.train.seq_len
         ids = torch.randint(0, cfg.tokenizer.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(where)
-        batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), num_tokens=B * T, num_targets=B * T)
+        batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), num_tokens=B * T, num_supervised=B * T)
         count = cfg.train.rows_a_step(world_size) // (B * world_size)
         self.batches = [batch._replace() for _ in range(count)]  # objects of their own: a strategy asks which is the last
         self.tokens = len(self.batches) * B * T  # an optimizer step

@@ -11,11 +11,11 @@ import time
 
 from benchmarks.timing import show
 from chattrain import loop
-from chattrain.compose import compose
-from chattrain.distributed import Ranks
-from chattrain.parts import build_parts
-from chattrain.prepare import make_plan
-from chattrain.tracking import NullTracker
+from chattrain.config.compose import compose
+from chattrain.parallel.ranks import Ranks
+from chattrain.setup.build import build_components
+from chattrain.setup.plan import setup_run
+from chattrain.tracking.tracker import NullTracker
 
 STEPS, GOAL = 10, 0.5  # per cent of the time
 
@@ -28,8 +28,8 @@ def _measure(collator: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         cfg = compose(["stage=mid", "init.from=scratch", f"run.root={folder}", "eval=none", "tracking=none", "model=tiny",
                        f"collator={collator}", "train.max_steps=1000", "train.compile=false"])
-        plan, data = make_plan(cfg, world_size=1)
-        parts, _ = build_parts(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
+        plan, data = setup_run(cfg, world_size=1)
+        parts, _ = build_components(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
         for step in range(2):
             loop.train_step(parts, parts.loader.step(step), step)
         waited, begun = parts.loader.waited_s, time.perf_counter()

@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterator
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import gpu
-from chattrain import distributed, launch, loop
-from chattrain.compose import compose
+from chattrain import loop
 from chattrain.config import Config
+from chattrain.config.compose import compose
 from chattrain.device import GIB
-from chattrain.distributed import Ranks
-from chattrain.planning.memory import Shape, step_memory
+from chattrain.parallel import launch
+from chattrain.parallel.ranks import Ranks, join
+from chattrain.planning.memory import MicroBatchSpec, step_memory
 
 STEPS = 4  # the first makes the optimizer's state; several after it, as what ranks hold at once varies
 KINDS = ["none", "block"]
@@ -64,7 +65,7 @@ def predict(model: str, ranks: int, *overrides: str) -> int:
     """Bytes of the first rank at the peak, as command=plan has them."""
     cfg = settings(model, ranks, *overrides)
     repeats = cfg.train.rows_a_step(ranks) > cfg.train.device_batch_size * ranks
-    shape = Shape(cfg.train.device_batch_size, cfg.train.seq_len, partial=False, isolated=False, repeats=repeats)
+    shape = MicroBatchSpec(cfg.train.device_batch_size, cfg.train.seq_len, partial=False, isolated=False, repeats=repeats)
     return step_memory(cfg, cfg.tokenizer.vocab_size, None, shape, ranks).peak
 
 
@@ -83,7 +84,7 @@ def run(cfg: Config, ranks: int) -> int:
 
 
 def _as_rank(cfg: Config) -> int:
-    ranks = distributed.join(cfg.distributed.timeout_s, cuda=False)
+    ranks = join(cfg.distributed.timeout_s, cuda=False)
     try:
         return seen_by_malloc(lambda: steps(cfg, ranks))
     finally:

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import roofline
-from benchmarks.timing import apart, in_turns, row, show
+from benchmarks.timing import apart, for_each_batch, row, show
 from chattrain import loop
-from chattrain.compose import compose
+from chattrain.config.compose import compose
 from chattrain.device import autocast, keep_freed_memory, pick_device, use_bf16
-from chattrain.distributed import Ranks
-from chattrain.parts import build_parts
-from chattrain.prepare import make_plan
+from chattrain.parallel.ranks import Ranks
+from chattrain.setup.build import build_components
+from chattrain.setup.plan import setup_run
 from chattrain.tasks import document, generated
-from chattrain.tracking import NullTracker
+from chattrain.tracking.tracker import NullTracker
 
 ROWS, SEQ_LEN, TOKENS = 8, 512, 8192
 MODEL = ["model.n_layer=6", "model.n_embd=384", "model.n_head=3"]
@@ -37,10 +37,10 @@ def _measure(dtype: str) -> dict:
         cfg = compose(["stage=mid", "init.from=scratch", f"run.root={folder}", "eval=none", "tracking=none", *MODEL,
                        f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}", "train.max_steps=1000",
                        f"train.total_batch_size={TOKENS}", f"train.dtype={dtype}", "tokenizer.vocab_size=8192"])
-        plan, data = make_plan(cfg, world_size=1)
+        plan, data = setup_run(cfg, world_size=1)
         where = pick_device(cfg.train.device)
         keep_freed_memory(where)  # as the runner does
-        parts, _ = build_parts(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
+        parts, _ = build_components(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
         step = iter(range(10**9))
 
         def ours() -> None:
@@ -48,7 +48,7 @@ def _measure(dtype: str) -> dict:
             loop.train_step(parts, parts.loader.step(number), number)
 
         with apart(Reference, cfg, data.tokenizer) as reference:
-            seconds = in_turns(ours, reference, rounds=3)
+            seconds = for_each_batch(ours, reference, rounds=3)
         parts.loader.close()
         products = roofline.step_seconds(parts.model, ROWS, SEQ_LEN, TOKENS // (ROWS * SEQ_LEN), use_bf16(cfg.train.dtype, where))
     return row(f"mid step, d6, 8,192 tokens, {dtype}", TOKENS, "tokens", *seconds, products)
@@ -79,10 +79,10 @@ class Reference:
         self.rows = iter(generated.rows("count_letters", "train", 4000) * 100)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        from chattrain.chat import encode_pieces
+        from chattrain.chat import chat_format
 
         while len(self.tokens) < ROWS * SEQ_LEN + 1:
-            self.tokens.extend(encode_pieces([document(next(self.rows), "messages")], self.tokenizer, None)[0].ids)
+            self.tokens.extend(chat_format(self.tokenizer).encode([document(next(self.rows), "messages")])[0].ids)
         taken = torch.tensor([self.tokens.popleft() for _ in range(ROWS * SEQ_LEN + 1)], device=self.device)
         return taken[:-1].view(ROWS, SEQ_LEN), taken[1:].view(ROWS, SEQ_LEN)
 

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import row, show
-from chattrain.config import Device, DType, EvalConfig
-from chattrain.data.config import Schema, SourceConfig
-from chattrain.data.sources import Rows, open_rows
+from chattrain.config.data import SourceConfig
+from chattrain.config.eval import EvalConfig
+from chattrain.config.words import Device, DType, Schema
+from chattrain.data.sources import Records, open_records
 from chattrain.device import autocast, pick_device, use_bf16
-from chattrain.distributed import Ranks
 from chattrain.evals.multiple_choice import MultipleChoice, Question, questions
 from chattrain.model.gpt import GPT
+from chattrain.parallel.ranks import Ranks
 from chattrain.tasks import generated, multiple_choice
 from chattrain.tokenizer import Tokenizer
 
@@ -97,11 +98,11 @@ def _asked() -> tuple[list[Question], int]:
     return [question for start in chosen for question in asked[start : start + BATCH]], tokenizer.pad_id
 
 
-def _sets(cache: Path) -> list[Rows]:
+def _sets(cache: Path) -> list[Records]:
     folder = os.environ.get("BENCHMARK_DATA")
     if folder is None:
-        return [Rows(generated.rows("demo_choice", "val", QUESTIONS))]
-    return [open_rows(name, SourceConfig(str(Path(folder).resolve() / name), Schema.multiple_choice, subset=subset, split="test"),
+        return [Records(generated.rows("demo_choice", "val", QUESTIONS))]
+    return [open_records(name, SourceConfig(str(Path(folder).resolve() / name), Schema.multiple_choice, subset=subset, split="test"),
                       cache) for name, subset in SETS]
 
 

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.mid import stock_optimizers
-from benchmarks.timing import in_turns, row, show
+from benchmarks.timing import for_each_batch, row, show
 from chattrain.model.gpt import GPT
 from chattrain.optim.muon_adamw import build
 
@@ -25,7 +25,7 @@ def _measure(name: str, n_layer: int, n_embd: int, n_head: int) -> dict:
         for optimizer in theirs:
             optimizer.step()
 
-    seconds = in_turns(mine.step, step_theirs, rounds=5 if n_layer < 12 else 3)
+    seconds = for_each_batch(mine.step, step_theirs, rounds=5 if n_layer < 12 else 3)
     return row(f"optimizer step, {name}", 1, "steps", *seconds, roofline.optimizer_seconds(ours))
 
 

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chattrain.config import Device
+from chattrain.config.words import Device
 from chattrain.device import pick_device
 from chattrain.model.gpt import GPT
 from chattrain.optim import cores
-from chattrain.optim.newton_schulz import TOGETHER, alike, orthogonalize
+from chattrain.optim.newton_schulz import group_by_shape, muon_settings, orthogonalize
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ def step_seconds(model: GPT, rows: int, seq_len: int, micro_batches: int, bf16: 
 def optimizer_seconds(model: GPT, dtype: torch.dtype = torch.bfloat16, ns_steps: int = 5) -> float:
     """Of the products that Muon's directions take, as few as it makes do with."""
     matrices = [p for name, p in model.named_parameters() if name.startswith("transformer.h")]
-    turns = alike(matrices, TOGETHER.get(pick_device(Device.auto).type, 1))
+    turns = group_by_shape(matrices, muon_settings(pick_device(Device.auto)).batch)
     shapes = Counter((len(places), *matrices[places[0]].shape) for places in turns)
     return sum(count * _direction_seconds(*shape, dtype, ns_steps) for shape, count in shapes.items())
 

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from benchmarks.mid import MODEL, stock_optimizers
 from benchmarks.timing import show
 from chattrain import loop
-from chattrain.compose import compose
+from chattrain.config.compose import compose
 from chattrain.device import autocast, meters, pick_device, use_bf16
-from chattrain.distributed import Ranks
 from chattrain.model.gpt import GPT
-from chattrain.parts import build_parts
-from chattrain.prepare import make_plan
-from chattrain.tracking import NullTracker
+from chattrain.parallel.ranks import Ranks
+from chattrain.setup.build import build_components
+from chattrain.setup.plan import setup_run
+from chattrain.tracking.tracker import NullTracker
 
 ROWS, SEQ_LEN, CONVERSATIONS, SECONDS = 8, 512, 32, 15.0
 VOCAB_SIZE = 65_536
@@ -80,14 +80,14 @@ class Ours:
         self.cfg = compose(["stage=sft", "init.from=scratch", f"run.root={folder}/{collator}", "eval=none", "tracking=none",
                             *MODEL, f"collator={collator}", f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}",
                             "train.max_steps=100000", f"train.rows_per_step={rows}", *_data(vocab_size)])
-        plan, self.data = make_plan(self.cfg, world_size=1)
-        self.parts, _ = build_parts(self.cfg, plan, Ranks(), self.data, NullTracker(), lambda: False, None)
+        plan, self.data = setup_run(self.cfg, world_size=1)
+        self.parts, _ = build_components(self.cfg, plan, Ranks(), self.data, NullTracker(), lambda: False, None)
         self.number = 0
 
     def step(self) -> int:
         result = loop.train_step(self.parts, self.parts.loader.step(self.number), self.number)
         self.number += 1
-        return result.supervised
+        return result.num_supervised
 
     def warm_up(self) -> None:
         """Until three steps in a row have compiled nothing."""
@@ -103,7 +103,7 @@ class Reference:
     def __init__(self, cfg, data):
         self.device = pick_device(cfg.train.device)
         self.autocast = autocast(use_bf16(cfg.train.dtype, self.device), self.device)
-        self.documents, self.pad_id = data.train.documents, data.tokenizer.pad_id
+        self.documents, self.pad_id = data.train.mixture, data.tokenizer.pad_id
         self.model = GPT(data.tokenizer.vocab_size, n_layer=6, n_embd=384, n_head=3)
         self.model.init_weights(torch.Generator().manual_seed(0))
         self.model.to(self.device)

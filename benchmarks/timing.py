@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-def in_turns(ours: Callable[[], None], reference: Callable[[], None], rounds: int = 7) -> tuple[float, float]:
+def for_each_batch(ours: Callable[[], None], reference: Callable[[], None], rounds: int = 7) -> tuple[float, float]:
     """Median seconds of each, after one call that warms up."""
     ours()
     reference()

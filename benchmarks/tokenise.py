@@ -18,9 +18,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks.timing import row, show
+from chattrain.config.data import SourceConfig
+from chattrain.config.words import Schema
 from chattrain.data import cache
-from chattrain.data.config import Schema, SourceConfig
-from chattrain.data.sources import open_rows
+from chattrain.data.sources import open_records
 from chattrain.tasks import document
 from chattrain.tokenizer import Tokenizer
 
@@ -42,7 +43,7 @@ def measure() -> list[dict]:
 
 
 def _measure(name: str, source: SourceConfig, folder: Path) -> list[dict]:
-    rows = open_rows(name, source, folder)
+    rows = open_records(name, source, folder)
     texts = [piece.text for _, found in rows.read(0, len(rows)) for piece in document(found, source.schema.name)
              if not piece.special]
     tokenizer, cores = Tokenizer.train(texts[:TRAINED_ON], 8192), os.cpu_count() or 1

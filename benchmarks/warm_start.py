@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from benchmarks.timing import show
+from chattrain.config.data import SourceConfig
 from chattrain.data import cache
-from chattrain.data.collators import BestFit, Masked, Packed
-from chattrain.data.config import SourceConfig
+from chattrain.data.collators import BestFit, Packed, Padded
 from chattrain.data.loader import Loader
 from chattrain.data.mixture import Mixture
 from chattrain.tokenizer import Tokenizer
 
-COLLATORS = {"packed": Packed, "masked": Masked, "best_fit": BestFit}
+COLLATORS = {"packed": Packed, "masked": Padded, "best_fit": BestFit}
 SEQ_LEN, ROWS_PER_STEP, ROWS, MEAN_TOKENS, CHUNK = 2048, 32, 8, 500, 10_000
 BYTES_A_TOKEN = 3  # uint16 and its mask
 GOAL_S = 0.5
@@ -61,7 +61,7 @@ def _make(folder: Path, megabytes: int) -> None:
 
 
 def _chunks(documents: int) -> Iterator[cache.Chunk]:
-    """Documents of 20 tokens and more (exponential lengths), every second stretch of 50 tokens supervised."""
+    """TokenizedSource of 20 tokens and more (exponential lengths), every second stretch of 50 tokens supervised."""
     rng = np.random.default_rng(0)
     for first in range(0, documents, CHUNK):
         lengths = 20 + rng.exponential(MEAN_TOKENS - 20, min(CHUNK, documents - first)).astype(np.int64)
@@ -72,7 +72,7 @@ def _chunks(documents: int) -> Iterator[cache.Chunk]:
                           list(range(first, first + len(lengths))), [])
 
 
-def _open(folder: Path) -> cache.Documents:
+def _open(folder: Path) -> cache.TokenizedSource:
     source = SourceConfig(str(folder / "rows.jsonl"))
     return cache.prepare("synthetic", source, Tokenizer.load(folder / "tokenizer"), folder / "cache")
 

@@ -15,9 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from chattrain import compose, names, schema, usage
+from chattrain.commands import help
+from chattrain.commands.exit import report_error
+from chattrain.commands.sweep import ChainBroken, Sweep
+from chattrain.config import compose, schema
 from chattrain.errors import RunFailed, UserError
-from chattrain.sweep import ChainBroken, Sweep
+from chattrain.setup import names
 
 
 def main() -> None:
@@ -28,8 +31,8 @@ def main() -> None:
     schema.register_schemas()
     names.set_launch()
     arguments = compose.settle_alternatives(sys.argv[1:])
-    helps = usage.is_asked(arguments)
-    sys.argv[1:] = usage.for_keys(arguments) if helps else arguments
+    helps = help.is_asked(arguments)
+    sys.argv[1:] = help.for_keys(arguments) if helps else arguments
     sweep = Sweep(arguments)
 
     @hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
@@ -40,7 +43,7 @@ def main() -> None:
         sweep.check()
         with sweep.workspace() as scratch:
             os.environ["CHATTRAIN_SCRATCH"] = str(scratch)
-            usage.show(job, arguments) if helps else job()
+            help.show(job, arguments) if helps else job()
     except ChainBroken:
         pass
     except KeyboardInterrupt:
@@ -48,11 +51,11 @@ def main() -> None:
             print("chattrain: interrupted", file=sys.stderr)
         sweep.status = 130
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        sweep.status = compose.say(error)
+        sweep.status = report_error(error)
     except Exception as error:
         if sweep.launcher is None:
             raise
-        sweep.status = compose.say(RunFailed(f"hydra/launcher={sweep.launcher}: {error}"))
+        sweep.status = report_error(RunFailed(f"hydra/launcher={sweep.launcher}: {error}"))
     sweep.collect()
     sweep.show_table()
     sys.exit(sweep.status)
@@ -60,8 +63,8 @@ def main() -> None:
 
 def run_job(composed: DictConfig, sweep: Sweep) -> dict:
     """One job of a launch: the command of one composed configuration."""
-    from chattrain.commands import execute
-    from chattrain.config import InitConfig
+    from chattrain.commands.execute import execute
+    from chattrain.config.run import InitConfig
 
     cfg = schema.from_hydra(composed)
     if sweep.swept:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from chattrain.config import Device, DType
+from chattrain.config.words import Device, DType
 from chattrain.errors import UserError
 
 log = logging.getLogger("chattrain")

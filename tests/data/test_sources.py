@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from chattrain.data.config import Schema, SourceConfig
-from chattrain.data.sources import identity, open_rows
+from chattrain.config.data import SourceConfig
+from chattrain.config.words import Schema
+from chattrain.data.sources import identity, open_records
 from chattrain.errors import UserError
-
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+from tests.conftest import SHARED_DATA
 
 
 def texts(*names: str) -> list[dict]:
@@ -35,12 +35,12 @@ def put(path: Path, rows: list[dict]) -> Path:
 
 
 def rows_of(path, cache: Path, **source) -> list[dict]:
-    rows = open_rows("mine", SourceConfig(path=str(path), schema=Schema.text, **source), cache)
+    rows = open_records("mine", SourceConfig(path=str(path), schema=Schema.text, **source), cache)
     return [row for _, row in rows.read(0, len(rows))]
 
 
 def numbers_of(path, cache: Path, **source) -> list[int]:
-    rows = open_rows("mine", SourceConfig(path=str(path), schema=Schema.text, **source), cache)
+    rows = open_records("mine", SourceConfig(path=str(path), schema=Schema.text, **source), cache)
     return [number for number, _ in rows.read(0, len(rows))]
 
 
@@ -57,7 +57,7 @@ def test_every_kind_of_file_gives_its_rows_in_order(tmp_path, cache, suffix):
 
 
 def test_a_stretch_of_rows_is_numbered_as_in_the_source(tmp_path, cache):
-    rows = open_rows("mine", SourceConfig(path=str(put(tmp_path / "a.jsonl", texts(*"abcdef")))), cache)
+    rows = open_records("mine", SourceConfig(path=str(put(tmp_path / "a.jsonl", texts(*"abcdef")))), cache)
     assert len(rows) == 6
     assert list(rows.read(2, 4)) == [(2, {"text": "c"}), (3, {"text": "d"})]
     assert [number for number, _ in rows.read(4, 99)] == [4, 5]
@@ -207,7 +207,7 @@ def test_an_unknown_generated_task_is_refused_with_the_near_miss(cache):
 def test_real_data_in_the_hubs_layout_opens_whole(cache, path, asked, rows, column):
     if not (SHARED_DATA / path).exists():
         pytest.skip(f"shared/data/{path} is not here")
-    opened = open_rows(path, SourceConfig(path=str(SHARED_DATA / path), **asked), cache)
+    opened = open_records(path, SourceConfig(path=str(SHARED_DATA / path), **asked), cache)
     assert len(opened) == rows
     assert all(row[column] for _, row in opened.read(0, 50))
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chattrain.chat import Malformed, render, render_prompt
+from chattrain.chat import Malformed, chat_format, render, render_prompt
 from chattrain.errors import UserError
 from chattrain.formats import huggingface
 from chattrain.model.generate import generate
-from chattrain.tokenizer import ASSISTANT_END, BOS, SPECIAL_TOKENS, Tokenizer
+from chattrain.tokenizer import SPECIAL_TOKENS, Tokenizer
+from chattrain.tokenizer.special_tokens import ASSISTANT_END, BOS
 from tests.foreign import random_gpt
 
 transformers = pytest.importorskip("transformers")
@@ -82,9 +83,9 @@ def test_greedy_replies_are_those_of_transformers(model, theirs, tokenizer):
     lengths = []
     for text in [*TEXTS, "a", "x", "The", "How many r are in strawberry?"]:
         prompt = render_prompt({"messages": [{"role": "user", "content": text}]}, tokenizer)
-        ours = list(generate(model, prompt, 24, tokenizer.stop_ids))
+        ours = list(generate(model, prompt, 24, chat_format(tokenizer).stop_ids))
         reply = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
-        assert ours == [token for token in reply if token not in tokenizer.stop_ids]
+        assert ours == [token for token in reply if token not in chat_format(tokenizer).stop_ids]
         lengths.append(len(ours))
     assert max(lengths) == 24  # replies that ended at once would agree by chance
 
@@ -247,7 +248,7 @@ def test_what_transformers_saves_is_read_to_the_bit_also_in_shards(written, thei
     transformers.AutoTokenizer.from_pretrained(written).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").is_file() and len(list(tmp_path.glob("*.safetensors"))) > 2
     read = huggingface.read(tmp_path)
-    assert huggingface.holds(tmp_path) and read.sizes == model.shape
+    assert huggingface.find(tmp_path) and read.sizes == model.shape
     assert same(read.weights, {name: t.detach() for name, t in model.weights().items()})
     assert read.tokenizer.fingerprint() == tokenizer.fingerprint()
 
@@ -259,13 +260,13 @@ def test_weights_in_bf16_are_read_exactly(folder):
 
 
 def test_a_folder_without_config_or_weights_holds_no_model(folder):
-    assert huggingface.holds(folder) and huggingface.model_type(folder) == "nanochat"
+    assert huggingface.find(folder) and huggingface.model_type(folder) == "nanochat"
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    assert not huggingface.holds(folder)
+    assert huggingface.find(folder) is None
     (folder / "model.safetensors.index.json").write_text("{}")
-    assert huggingface.holds(folder)
+    assert huggingface.find(folder)
     (folder / "config.json").unlink()
-    assert not huggingface.holds(folder)
+    assert huggingface.find(folder) is None
 
 
 def change(file: Path, **entries) -> None:

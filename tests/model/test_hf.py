@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 import chattrain
-from chattrain import checkpoint
-from chattrain.chat import render_prompt
-from chattrain.data.collators import Batch
+from chattrain.chat import chat_format, render_prompt
+from chattrain.data.batch import Batch
 from chattrain.errors import UserError
 from chattrain.model import hf
 from chattrain.model.generate import generate, generate_batch
+from chattrain.storage import checkpoint
+from chattrain.storage.tensors import read_tensors
 from chattrain.tokenizer import Tokenizer
 from tests import tiny_hf
 from tests.helpers import TINY, command_line, metrics, write_talk
@@ -82,8 +83,8 @@ def test_greedy_replies_are_those_of_transformers(model, reference, folder):
     for question in ("What is 1 + 2?", "A or B?"):
         prompt = render_prompt({"messages": [{"role": "user", "content": question}]}, tokenizer)
         expected = reference.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt):]
-        said = list(generate(model, prompt, 20, tokenizer.stop_ids))
-        assert said == [int(token) for token in expected if int(token) not in tokenizer.stop_ids]
+        said = list(generate(model, prompt, 20, chat_format(tokenizer).stop_ids))
+        assert said == [int(token) for token in expected if int(token) not in chat_format(tokenizer).stop_ids]
 
 
 PROMPTS = [IDS[0, :5].tolist(), IDS[1].tolist(), IDS[2, :1].tolist()]
@@ -167,7 +168,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(talk, folder):
     (last / "manifest.json").unlink()  # as if the plug had been pulled after step 2
     parts = run("sft", folder, "parts")
     assert "(resumed)" in (Path(parts["run_dir"]) / "train.log").read_text()
-    a, b = (checkpoint.read_tensors(Path(s["checkpoint"]) / "model.safetensors") for s in (whole, parts))
+    a, b = (read_tensors(Path(s["checkpoint"]) / "model.safetensors") for s in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -207,9 +208,9 @@ def test_export_of_a_bf16_model_is_bf16_and_training_is_fp32(talk, tmp_path_fact
     folder = tiny_hf.write_model(tmp_path_factory.mktemp("bf16"))
     transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     summary = run("sft", folder, "bf16")
-    saved = checkpoint.read_tensors(Path(summary["checkpoint"]) / "model.safetensors")
+    saved = read_tensors(Path(summary["checkpoint"]) / "model.safetensors")
     made = Path(chattrain.run(["command=export", "stage=sft", *SETTINGS])["folder"])
-    exported = checkpoint.read_tensors(made / "model.safetensors")
+    exported = read_tensors(made / "model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.float32} and {t.dtype for t in exported.values()} == {torch.bfloat16}
     assert all(torch.equal(saved[name].bfloat16(), exported[name]) for name in saved)
 
@@ -246,7 +247,7 @@ def test_a_bad_conversation_is_refused_at_the_start_with_the_turn(talk, folder, 
 
 def test_missing_weights_and_broken_files_are_refused(talk, tmp_path_factory, capsys):
     folder = tiny_hf.write_model(tmp_path_factory.mktemp("broken"))
-    tensors = checkpoint.read_tensors(folder / "model.safetensors")
+    tensors = read_tensors(folder / "model.safetensors")
     lost = next(name for name in tensors if "q_proj" in name)
     del tensors[lost]
     checkpoint.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chattrain.data.collators import Batch
+from chattrain.data.batch import Batch
 from chattrain.errors import UserError
 from chattrain.model.generate import generate
 from chattrain.model.gpt import GPT

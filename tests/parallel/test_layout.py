@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from chattrain.model.gpt import GPT
 from chattrain.optim.newton_schulz import cost
-from chattrain.parallel.exchange import owners, row_bounds
 from chattrain.parallel.layout import Item, buckets, fill, ranks_that_share
+from chattrain.parallel.muon_exchange import owners, row_bounds
 
 SIZES = {"d12": (12, 768), "d20": (20, 1280), "d32": (32, 2048)}
 
@@ -30,20 +30,20 @@ any_items = st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, m
 
 
 def elements(shares) -> list[tuple[str, int]]:
-    return sorted((piece.name, i) for share in shares for piece in share for i in range(piece.start, piece.stop))
+    return sorted((piece.name, i) for shard in shares for piece in shard for i in range(piece.start, piece.stop))
 
 
 @given(any_items, st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
 def test_every_element_is_stepped_once_and_matrices_stay_whole(items, ranks):
     made = buckets(items, ranks)
-    assert elements(share for bucket in made for share in bucket.shares) == \
+    assert elements(shard for bucket in made for shard in bucket.shards) == \
         sorted((item.name, i) for item in items for i in range(item.numel))
     whole = {item.name: item.numel for item in items if item.cost is not None}
     for bucket in made:
-        assert len(bucket.shares) == ranks
-        assert bucket.size == max(sum(piece.stop - piece.start for piece in share) for share in bucket.shares)
-        for piece in (piece for share in bucket.shares for piece in share):
+        assert len(bucket.shards) == ranks
+        assert bucket.size == max(sum(piece.stop - piece.start for piece in shard) for shard in bucket.shards)
+        for piece in (piece for shard in bucket.shards for piece in shard):
             assert piece.name not in whole or (piece.start, piece.stop) == (0, whole[piece.name])
 
 
@@ -51,13 +51,13 @@ def test_every_element_is_stepped_once_and_matrices_stay_whole(items, ranks):
 @settings(max_examples=100, deadline=None)
 def test_buckets_follow_the_order_of_backward(items, ranks):
     order = {item.name: i for i, item in enumerate(items)}
-    seen = [{order[piece.name] for share in bucket.shares for piece in share} for bucket in buckets(items, ranks)]
+    seen = [{order[piece.name] for shard in bucket.shards for piece in shard} for bucket in buckets(items, ranks)]
     assert all(max(before) < min(after) for before, after in pairwise(seen))
 
 
 def test_what_may_be_cut_fills_up_what_whole_matrices_leave_free():
     bucket = fill([Item("wide", 40, 40), Item("square", 10, 10), Item("embedding", 30)], 4)
-    loads = [sum(piece.stop - piece.start for piece in share) for share in bucket.shares]
+    loads = [sum(piece.stop - piece.start for piece in shard) for shard in bucket.shards]
     assert loads == [40, 14, 14, 12]  # 40 + 10 + 30 on four ranks, where one holds 40
 
 

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import chattrain
-from chattrain import distributed, launch, loop, runner
-from chattrain.compose import compose
-from chattrain.parallel import layout
-from chattrain.prepare import make_plan, open_data
+from chattrain import loop, runner
+from chattrain.config.compose import compose
+from chattrain.parallel import launch, layout
+from chattrain.parallel.ranks import Ranks, join
+from chattrain.setup.data import open_data
+from chattrain.setup.plan import setup_run
 from tests.test_equivalence import SETTINGS, conversation, losses
 from tests.tiny_hf import write_model
 
@@ -42,9 +44,9 @@ def together(jobs: list[list[str]], nproc: int, until: int | None = None, sharin
     planned = []
     for job in jobs:
         cfg = compose([*job, f"distributed.nproc={nproc}"])
-        planned.append((cfg, make_plan(cfg, nproc)[0]))
+        planned.append((cfg, setup_run(cfg, nproc)[0]))
     if nproc == 1:
-        return _work(planned, distributed.Ranks(), until)
+        return _work(planned, Ranks(), until)
     return launch.start(nproc, None, _as_rank, planned, until, sharing)
 
 
@@ -52,7 +54,7 @@ def _as_rank(planned, until, sharing):
     torch.set_num_threads(1)
     if sharing:
         layout.ranks_that_share = lambda items, world_size: sharing
-    ranks = distributed.join(120, cuda=False)
+    ranks = join(120, cuda=False)
     try:
         return _work(planned, ranks, until)
     finally:
@@ -73,7 +75,7 @@ def _work(planned, ranks, until):
     loop.fit = stopped
     try:
         for cfg, plan in planned:
-            summaries.append(runner.work(cfg, plan, ranks, open_data(cfg, plan.tokenizer_dir, ranks.world_size)))
+            summaries.append(runner.train_on_rank(cfg, plan, ranks, open_data(cfg, plan.tokenizer_dir, ranks.world_size)))
     finally:
         loop.fit = fit
     return summaries

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from chattrain.chat import Malformed, encode_pieces, render
-from chattrain.compose import compose
-from chattrain.prepare import choose_tokenizer
+from chattrain.chat import Malformed, chat_format, render
+from chattrain.config.compose import compose
+from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tasks import document, gsm8k, messages, multiple_choice
 from chattrain.tokenizer import Tokenizer
-
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+from tests.conftest import SHARED_DATA
 
 MMLU = {"question": "Degree of Q(sqrt 2)?", "subject": "algebra", "choices": ["0", "4", "2", "6"], "answer": 2}
 ARC = {"id": "x", "question": "What do plants need?", "answerKey": "B",
@@ -33,7 +31,7 @@ def without(row: dict, column: str) -> dict:
 
 
 def text_of(row: dict, schema: str, tokenizer, supervised_only: bool = False) -> str:
-    (rendered,) = encode_pieces([document(row, schema)], tokenizer, max_tokens=None)
+    (rendered,) = chat_format(tokenizer).encode([document(row, schema)])
     return tokenizer.decode([i for i, m in zip(*rendered, strict=True) if m or not supervised_only])
 
 
@@ -73,7 +71,7 @@ def test_the_answer_letter_is_the_very_token_that_stands_behind_its_choice(workp
         "stage=sft", "data=local", "data.train_path=q.jsonl", "data.schema=multiple_choice", "tokenizer.vocab_size=400",
     ]), None))
     for row in (MMLU, ARC):
-        ids, mask = encode_pieces([document(row, "multiple_choice")], tokenizer, None)[0]
+        ids, mask = chat_format(tokenizer).encode([document(row, "multiple_choice")])[0]
         answer = ids[mask.index(1)]
         assert answer in ids[: mask.index(1)]
 
@@ -145,7 +143,7 @@ def test_a_gsm8k_row_that_does_not_fit_is_refused(row, reason):
 def test_a_messages_row_is_the_conversation_without_other_columns(tokenizer):
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], "source": "web"}
     assert messages.conversation(row) == {"messages": row["messages"]}
-    assert encode_pieces([document(row, "messages")], tokenizer, None)[0] == render(row, tokenizer, None)
+    assert chat_format(tokenizer).encode([document(row, "messages")])[0] == render(row, tokenizer, None)
 
 
 @pytest.mark.parametrize("row, reason", [({"text": "x", "id": 1}, "no column 'messages' (it has text, id)"),
@@ -159,7 +157,7 @@ def test_a_messages_row_that_does_not_fit_is_refused(row, reason):
 
 def test_a_text_row_is_a_document_with_every_token_but_bos_supervised(tokenizer):
     assert text_of({"text": "Once <|bos|> more", "id": 3}, "text", tokenizer) == "<|bos|>Once <|bos|> more"
-    (ids, mask), = encode_pieces([document({"text": "Once <|bos|> more"}, "text")], tokenizer, None)
+    (ids, mask), = chat_format(tokenizer).encode([document({"text": "Once <|bos|> more"}, "text")])
     assert ids == [tokenizer.special("<|bos|>"), *tokenizer.encode("Once <|bos|> more")]
     assert mask == [0] + [1] * (len(ids) - 1)
 
@@ -179,7 +177,7 @@ def test_every_real_question_becomes_a_conversation_that_ends_with_its_letter(to
     end = tokenizer.special("<|assistant_end|>")
     for start in range(0, len(rows), 500):
         some = rows[start : start + 500]
-        rendered = encode_pieces([document(row, "multiple_choice") for row in some], tokenizer, None)
+        rendered = chat_format(tokenizer).encode([document(row, "multiple_choice") for row in some])
         for row, (ids, mask) in zip(some, rendered, strict=True):
             letter = row["answerKey"] if "answerKey" in row else "ABCD"[row["answer"]]
             assert [i for i, m in zip(ids, mask, strict=True) if m] == [*tokenizer.encode(letter), end]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 from chattrain import device
-from chattrain.chat import Malformed, render_prompt
-from chattrain.commands.evaluate import find_checkpoint
+from chattrain.chat import Malformed, chat_format, render_prompt
 from chattrain.config import Config
+from chattrain.config.instantiate import instantiate_config
 from chattrain.errors import UserError
 from chattrain.model.generate import generate_batch
-from chattrain.prepare import build_part
+from chattrain.setup.start import find_checkpoint
 from chattrain.tokenizer import Tokenizer
-from chattrain.tracking import setup_logging
+from chattrain.tracking.console import setup_logging
 
 TOGETHER = 32  # prompts answered in one batch, at most
 
@@ -23,7 +23,7 @@ def main(cfg: Config) -> dict:
     folder = find_checkpoint(cfg)
     tokenizer = Tokenizer.load(folder)
     where = device.pick_device(cfg.train.device)
-    model = build_part(cfg.model, vocab_size=tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(where).eval()
+    model = instantiate_config(cfg.model, vocab_size=tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(where).eval()
     print(f"model {folder}", file=sys.stderr)
     asked = cfg.chat.prompt if isinstance(cfg.chat.prompt, list) else [cfg.chat.prompt]
     prompts = [str(text) for text in asked if text is not None]
@@ -65,6 +65,6 @@ def _answers(cfg: Config, model, tokenizer: Tokenizer, conversations: list[list[
         prompts = [render_prompt({"messages": messages}, tokenizer) for messages in conversations]
     except Malformed as error:
         raise UserError(f"the prompt cannot be rendered: {error}") from error
-    replies = generate_batch(model, prompts, cfg.chat.max_tokens, tokenizer.stop_ids, cfg.chat.temperature, cfg.chat.top_k,
+    replies = generate_batch(model, prompts, cfg.chat.max_tokens, chat_format(tokenizer).stop_ids, cfg.chat.temperature, cfg.chat.top_k,
                              cfg.run.seed)
     return [tokenizer.decode(ids) for ids in replies]

@@ -11,14 +11,15 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from chattrain import checkpoint
-from chattrain.commands.evaluate import find_checkpoint
 from chattrain.config import Config
 from chattrain.errors import UserError
-from chattrain.files import replace_folder
 from chattrain.formats import huggingface
+from chattrain.setup.start import find_checkpoint
+from chattrain.storage import checkpoint
+from chattrain.storage.files import read_json, replace_folder
+from chattrain.storage.tensors import read_tensors
 from chattrain.tokenizer import Tokenizer
-from chattrain.tracking import setup_logging
+from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
 
@@ -58,7 +59,7 @@ def _target(cfg: Config, source: Path) -> Path:
 
 def _write(folder: Path, source: Path) -> None:
     state = checkpoint.load_state(source)
-    weights = checkpoint.read_tensors(source / "model.safetensors")
+    weights = read_tensors(source / "model.safetensors")
     tokenizer = Tokenizer.load(source)
     if "model_type" in state.model:
         _write_as_it_came(folder, source, weights, tokenizer)
@@ -71,7 +72,7 @@ def _write(folder: Path, source: Path) -> None:
 def _write_as_it_came(folder: Path, source: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
     """A model of model=hf: the files it came with, the weights in the number format that its config.json names."""
     if isinstance(tokenizer, Tokenizer):  # of nanochat's architecture, trained through transformers
-        huggingface.write_tokenizer(folder, tokenizer, huggingface.read_json(source / "config.json")["max_position_embeddings"])
+        huggingface.write_tokenizer(folder, tokenizer, read_json(source / "config.json")["max_position_embeddings"])
     else:
         tokenizer.save(folder)
     for name in ("config.json", "generation_config.json"):

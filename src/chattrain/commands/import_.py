@@ -7,14 +7,15 @@ import logging
 import time
 from pathlib import Path
 
-from chattrain import importing
 from chattrain.config import Config
+from chattrain.config.model import GPTConfig
+from chattrain.config.schema import to_yaml
 from chattrain.errors import UserError
-from chattrain.files import replace_folder, replace_text
-from chattrain.formats import nanochat
-from chattrain.model.config import GPTConfig
-from chattrain.schema import to_yaml
-from chattrain.tracking import setup_logging
+from chattrain.formats import convert
+from chattrain.formats.folder import hint, locate
+from chattrain.formats.imported import ModelFolder
+from chattrain.storage.files import replace_folder, replace_text
+from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
 
@@ -30,38 +31,39 @@ def main(cfg: Config) -> dict:
         if cfg.init.source in ("auto", "scratch"):
             raise UserError("command=import needs a model to import: init.from=<nanochat's folder, a Hugging Face folder, or a "
                             "hub name>")
-        folder = importing.find_folder(cfg.init.source).resolve()
-        if not importing.is_foreign(folder):
+        found = locate(cfg.init.source)
+        folder = found.path
+        if not found.is_foreign:
             raise UserError(f"init.from={cfg.init.source} is no model of nanochat (model_NNNNNN.pt) or Hugging Face "
-                            f"(config.json, model.safetensors){importing.hint(folder)}")
-        stage = nanochat.stage_of(folder)
-        if stage not in (None, cfg.stage):
-            raise UserError(f"{folder} holds a {stage} model, stage={cfg.stage} would file it as another; write stage={stage}")
+                            f"(config.json, model.safetensors){hint(folder)}")
+        if found.stage not in (None, cfg.stage):
+            raise UserError(f"{folder} holds a {found.stage} model, stage={cfg.stage} would file it as another; write "
+                            f"stage={found.stage}")
         name = cfg.run.name or Path(cfg.init.source).name
         run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / name).expanduser().resolve()
         if run_dir.exists() and any(run_dir.iterdir()):
             raise UserError(f"{run_dir} is in use; choose another run.name, or remove the folder")
-        return _write_run(cfg, folder, run_dir)
+        return _write_run(cfg, found, run_dir)
     finally:
         close_log()
 
 
-def _write_run(cfg: Config, folder: Path, run_dir: Path) -> dict:
-    model = importing.read(folder, cfg.tokenizer.path)
+def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
+    model = convert.read(found, cfg.tokenizer.path)
     sizes = {name: size for name, size in model.sizes.items() if name != "vocab_size"}
     cfg.model, cfg.train.seq_len = GPTConfig(**sizes), model.seq_len or cfg.train.seq_len
     saved = run_dir / "checkpoints" / f"step_{model.step:06d}"
     summary = {"status": "completed", "stage": cfg.stage, "run_dir": str(run_dir), "steps": model.step,
                "num_steps": model.step, "tokens_seen": 0, "supervised_tokens": 0, "tokens_per_second": None, "metrics": {},
-               "checkpoint": str(saved), "init": f"imported from {folder}", "mlflow_run_id": None, "finished_at": time.time(),
+               "checkpoint": str(saved), "init": f"imported from {found.path}", "mlflow_run_id": None, "finished_at": time.time(),
                "data": {}}
 
     def fill(scratch: Path) -> None:
-        importing.write(scratch / saved.relative_to(run_dir), model, cfg.stage, to_yaml(cfg))
+        convert.write(scratch / saved.relative_to(run_dir), model, cfg.stage, to_yaml(cfg))
         replace_text(scratch / "config.yaml", to_yaml(cfg))
         replace_text(scratch / "summary.json", json.dumps(summary, indent=1) + "\n")
 
     replace_folder(run_dir, fill)
     shape = " ".join(f"model.{name}={size}" for name, size in sizes.items())
-    log.info("%s is now the %s run %s (%s)", folder, cfg.stage, run_dir, shape)
+    log.info("%s is now the %s run %s (%s)", found.path, cfg.stage, run_dir, shape)
     return summary

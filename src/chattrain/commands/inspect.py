@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 
-from chattrain import launch
 from chattrain.config import Config
 from chattrain.data.packing import IGNORE_INDEX
-from chattrain.prepare import choose_tokenizer, find_start, open_data, report_counts
-from chattrain.tracking import setup_logging
+from chattrain.parallel import launch
+from chattrain.setup.data import open_data, report_counts
+from chattrain.setup.start import find_start
+from chattrain.setup.tokenizer import choose_tokenizer
+from chattrain.tracking.console import setup_logging
 
 
 def main(cfg: Config) -> dict:
@@ -30,7 +32,7 @@ def main(cfg: Config) -> dict:
     facts = {"documents_an_epoch": data.train.counts.documents, "rows_per_step": data.rows_per_step,
              "num_steps": data.num_steps, "truncated": data.train.counts.truncated,
              "left_out": data.train.counts.left_out, "tokens_shown": batch.num_tokens,
-             "supervised_shown": batch.num_targets}
+             "supervised_shown": batch.num_supervised}
     for name, value in facts.items():
         print(f"{name:20s} {value:,}")
     close_log()

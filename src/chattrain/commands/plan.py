@@ -7,16 +7,17 @@ from dataclasses import asdict
 from typing import Any
 
 from chattrain.config import Config
+from chattrain.config.model import GPTConfig
 from chattrain.errors import UserError
-from chattrain.init import Start
-from chattrain.model.config import GPTConfig
 from chattrain.planning import cost, show
 from chattrain.planning.data import count, shape_of
 from chattrain.planning.hardware import hardware_of
 from chattrain.planning.memory import Memory, largest, step_memory
 from chattrain.planning.work import workload
-from chattrain.prepare import RunData, choose_tokenizer, find_start, open_data, report_counts
-from chattrain.tracking import setup_logging
+from chattrain.setup.data import RunData, open_data, report_counts
+from chattrain.setup.start import Start, find_start
+from chattrain.setup.tokenizer import choose_tokenizer
+from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
 MOST_ROWS = 1024  # rows of a forward pass that are tried, at most

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chattrain import init
 from chattrain.config import Config
 from chattrain.errors import UserError
-from chattrain.prepare import choose_run_dir
-from chattrain.report import write_report
+from chattrain.setup.plan import choose_run_dir
+from chattrain.setup.start import newest_finished
+from chattrain.tracking.report import write_report
 
 
 def main(cfg: Config) -> dict:
     """Returns and prints the path of the report. Raises UserError where there is no such run."""
     if cfg.run.dir or cfg.run.name:
-        run_dir = choose_run_dir(cfg)
+        run_dir = choose_run_dir(cfg.run, cfg.stage)
     else:
-        newest = init.newest_finished(Path(cfg.run.root), cfg.stage, model=None)
+        newest = newest_finished(Path(cfg.run.root), cfg.stage, model=None)
         if newest is None:
             raise UserError(f"no finished {cfg.stage} run in {Path(cfg.run.root).resolve()}; name a run with run.dir")
         run_dir = newest.parents[1]

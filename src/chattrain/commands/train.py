@@ -2,8 +2,8 @@
 
 from chattrain import runner
 from chattrain.config import Config
-from chattrain.names import is_first
-from chattrain.tracking import setup_logging
+from chattrain.setup.names import is_first
+from chattrain.tracking.console import setup_logging
 
 
 def main(cfg: Config) -> dict:

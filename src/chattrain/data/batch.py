@@ -20,10 +20,10 @@ class Batch(NamedTuple):
     inputs: torch.Tensor
     targets: torch.Tensor
     num_tokens: int  # inputs that are no padding
-    num_targets: int  # targets that are not ignored
+    num_supervised: int  # targets that are not ignored
     positions: torch.Tensor | None = None  # (B, T) int64, from 0 in each document, where documents are isolated
     cu_seqlens: torch.Tensor | None = None  # (documents + 1,) int32, where each begins in the flattened batch; see packing
-    supervised: torch.Tensor | None = None  # (N,) int64, places of targets in the flattened batch; None: all of it
+    target_indices: torch.Tensor | None = None  # (N,) int64, indices of targets in the flattened batch; None: all of it
 
     @property
     def arguments(self) -> tuple[torch.Tensor, ...]:
@@ -45,9 +45,9 @@ def as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int
     """The (inputs, targets) of each row, padded to the width. `sizes`: of each row's documents, where they are isolated."""
     inputs, targets = pad_rows(pairs, width, pad_id)
     positions = None if sizes is None else np.stack([positions_of(row, width) for row in sizes])
-    places = np.flatnonzero(targets >= 0)
+    indices = np.flatnonzero(targets >= 0)
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), num_tokens=sum(len(x) for x, _ in pairs),
-                 num_targets=len(places),
+                 num_supervised=len(indices),
                  positions=None if positions is None else torch.from_numpy(positions),
                  cu_seqlens=None if positions is None else torch.from_numpy(cu_seqlens_of(positions)),
-                 supervised=torch.from_numpy(places) if len(places) < targets.size else None)
+                 target_indices=torch.from_numpy(indices) if len(indices) < targets.size else None)

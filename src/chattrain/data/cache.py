@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from chattrain import chat
-from chattrain.data.config import SourceConfig
-from chattrain.data.sources import identity, open_rows
+from chattrain.chat import Malformed, chat_format
+from chattrain.config.data import SourceConfig
+from chattrain.data.sources import identity, open_records
 from chattrain.errors import UserError
-from chattrain.files import make_folder
+from chattrain.storage.files import make_folder
 from chattrain.tasks import document
 from chattrain.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ PARALLEL_ROWS = 32 * CHUNK_ROWS  # fewer rows are rendered in the two seconds or
 
 
 @dataclass(frozen=True)
-class Documents:
+class TokenizedSource:
     """Tokenised documents of one source, memory-mapped. Document i is tokens[offsets[i]:offsets[i + 1]]."""
 
     name: str
@@ -66,9 +66,9 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("CHATTRAIN_CACHE", "~/.cache/chattrain")).expanduser()
 
 
-def prepare(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool = False,
-            workers: int | None = None) -> Documents:
-    """Documents of the source, from the cache or made now.
+def load_or_tokenize(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool = False,
+            workers: int | None = None) -> TokenizedSource:
+    """TokenizedSource of the source, from the cache or made now.
 
     Raises UserError with source, row and reason for a malformed row (or leaves it out, counted, with skip_malformed),
     and for a source with no usable row.
@@ -76,22 +76,22 @@ def prepare(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Pa
     key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed)
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
-        rows = open_rows(name, source, cache_dir)
+        rows = open_records(name, source, cache_dir)
         chunks = render_all(name, source, rows, tokenizer, cache_dir, skip_malformed, workers)
         make_folder(folder, lambda scratch: _write(scratch, name, source, chunks, _token_dtype(tokenizer)))
     return _open(name, folder)
 
 
 def _key(rows: list, source: SourceConfig, tokenizer: Tokenizer, skip_malformed: bool) -> str:
-    decides = [FORMAT_VERSION, chat.RENDER_VERSION, rows, source.schema.name, source.limit, source.part,
+    decides = [FORMAT_VERSION, chat_format(tokenizer).version, rows, source.schema.name, source.limit, source.part,
                tokenizer.fingerprint(), skip_malformed]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
 
 
-def _open(name: str, folder: Path) -> Documents:
+def _open(name: str, folder: Path) -> TokenizedSource:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {f: np.load(folder / f"{f}.npy", mmap_mode="r") for f in ARRAYS}
-    return Documents(name=name, skipped=meta["skipped"], content_hash=meta["content_hash"], **arrays)
+    return TokenizedSource(name=name, skipped=meta["skipped"], content_hash=meta["content_hash"], **arrays)
 
 
 def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
@@ -175,14 +175,14 @@ def _stderr_console():
     return Console(stderr=True)
 
 
-_opened: dict[str, tuple] = {}  # of this worker: rows and tokenizer under the folder that belongs to one `prepare`
+_opened: dict[str, tuple] = {}  # of this worker: rows and tokenizer under the folder that belongs to one `load_or_tokenize`
 
 
 def _render_in_worker(work: tuple) -> Chunk:
     name, source, cache_dir, folder, start, skip_malformed = work
     if folder not in _opened:
         _opened.clear()
-        _opened[folder] = open_rows(name, source, cache_dir), Tokenizer.load(folder)
+        _opened[folder] = open_records(name, source, cache_dir), Tokenizer.load(folder)
     rows, tokenizer = _opened[folder]
     return _render(name, source, rows.read(start, start + CHUNK_ROWS), tokenizer, skip_malformed)
 
@@ -190,16 +190,17 @@ def _render_in_worker(work: tuple) -> Chunk:
 def _render(name: str, source: SourceConfig, rows: Iterator[tuple[int, dict]], tokenizer: Tokenizer,
             skip_malformed: bool) -> Chunk:
     documents, numbers, malformed = [], [], []
+    form = chat_format(tokenizer)
     for number, row in rows:
         try:
-            documents.append(document(row, source.schema.name, tokenizer))
+            documents.append(document(row, source.schema.name, form))
             numbers.append(number)
-        except chat.Malformed as error:
+        except Malformed as error:
             if not skip_malformed:
                 raise UserError(f"data source {name} ({source.path}), row {number}: {error}; mend the row, choose "
                                 "its schema (data.schema), or leave such rows out with data.on_malformed=skip") from None
             malformed.append((number, str(error)))
-    rendered = chat.encode_pieces(documents, tokenizer, max_tokens=None)
+    rendered = form.encode(documents)
     dtype = _token_dtype(tokenizer)
     return Chunk(tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
                   loss_mask=b"".join(bytes(r.loss_mask) for r in rendered),

@@ -15,15 +15,7 @@ import numpy as np
 
 from chattrain.data.batch import Batch, as_batch
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import (
-    IGNORE_INDEX,
-    Rows,
-    best_fit,
-    padded_width,
-    shift,
-    split,
-    stretch,
-)
+from chattrain.data.packing import IGNORE_INDEX, Rows, best_fit, padded_width, shift, split, stretch
 from chattrain.errors import UserError
 
 EMPTY = -1
@@ -44,7 +36,7 @@ class Counts:
 class Collator(ABC):
     """What loader and loop ask of a collator."""
 
-    documents: Mixture
+    mixture: Mixture
     counts: Counts
 
     @abstractmethod
@@ -59,7 +51,7 @@ class Collator(ABC):
     def describe(self, row: int) -> str:
         """Which documents a row is made of, for messages."""
 
-    def deal(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
+    def split_micro_batches(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
         """Rows, in whole turns of all ranks, as micro-batches: (world_size, up to device_batch_size) row numbers each.
 
         All ranks get equally many micro-batches, of equally many rows.
@@ -78,11 +70,11 @@ class Packed(Collator):
     `isolate_documents`: attention stays within a document, and the first token of one is no target.
     """
 
-    def __init__(self, documents: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None,
+    def __init__(self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None,
                  isolate_documents: bool = False):
-        self.documents, self.seq_len, self.pad_id, self.last_epoch = documents, seq_len, pad_id, last_epoch
+        self.mixture, self.seq_len, self.pad_id, self.last_epoch = mixture, seq_len, pad_id, last_epoch
         self.isolate_documents = isolate_documents
-        self.counts = Counts(documents=documents.epoch_size)
+        self.counts = Counts(documents=mixture.epoch_size)
         self._starts = [0]  # of each epoch known so far, in tokens of the stream
         self._ends: dict[int, np.ndarray] = {}
 
@@ -99,7 +91,7 @@ class Packed(Collator):
         for row in rows:
             start = int(row) * self.seq_len
             parts = self._parts(start, start + self.seq_len + 1) if row != EMPTY else []
-            ids = np.concatenate([self.documents.document(i)[0][a:b] for i, a, b in parts]) if parts else np.empty(0, np.int64)
+            ids = np.concatenate([self.mixture.document(i)[0][a:b] for i, a, b in parts]) if parts else np.empty(0, np.int64)
             inputs, targets = shift(ids) if len(ids) > 1 else (ids[:0], ids[:0])
             lengths = [b - a for _, a, b in parts]
             sizes.append(_within(lengths, len(inputs)))
@@ -110,7 +102,7 @@ class Packed(Collator):
 
     def describe(self, row: int) -> str:
         parts = self._parts(row * self.seq_len, (row + 1) * self.seq_len + 1)
-        return " + ".join(self.documents.describe(document) for document, _, _ in parts)
+        return " + ".join(self.mixture.describe(document) for document, _, _ in parts)
 
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(document, from, to) of a stretch of the stream, which may run over the end of epochs."""
@@ -120,7 +112,7 @@ class Packed(Collator):
         out: list[tuple[int, int, int]] = []
         while start < stop and (self.last_epoch is None or epoch <= self.last_epoch):
             offset, end = self._start(epoch), min(stop, self._start(epoch + 1))
-            order = self.documents.order(epoch)
+            order = self.mixture.order(epoch)
             found = stretch(self._epoch_ends(epoch), start - offset, end - offset)
             out += [(int(order[i]), a, b) for i, a, b in found]
             start, epoch = end, epoch + 1
@@ -135,7 +127,7 @@ class Packed(Collator):
         if epoch not in self._ends:
             if len(self._ends) > 3:
                 self._ends.pop(min(self._ends))
-            self._ends[epoch] = np.cumsum(self.documents.lengths[self.documents.order(epoch)])
+            self._ends[epoch] = np.cumsum(self.mixture.lengths[self.mixture.order(epoch)])
         return self._ends[epoch]
 
 
@@ -146,29 +138,29 @@ class Conversations(Collator):
     supervised token before the cut is left out, counted too. Raises UserError where that leaves none.
     """
 
-    def __init__(self, documents: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None):
+    def __init__(self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None):
         self.seq_len, self.pad_id, self.last_epoch = seq_len, pad_id, last_epoch
-        usable = _has_targets(documents, seq_len + 1)
+        usable = _has_targets(mixture, seq_len + 1)
         if not usable.any():
             raise UserError(f"no conversation has a supervised token within train.seq_len={seq_len} tokens; "
-                            f"the shortest has {int(documents.lengths.min())} tokens in all. Raise train.seq_len")
-        self.documents = documents.restricted(usable)
-        long = documents.lengths[usable] > seq_len + 1
-        self.counts = Counts(documents=self.documents.epoch_size, truncated=int(long.sum()),
-                             truncated_tokens=int((documents.lengths[usable][long] - seq_len - 1).sum()),
+                            f"the shortest has {int(mixture.lengths.min())} tokens in all. Raise train.seq_len")
+        self.mixture = mixture.restricted(usable)
+        long = mixture.lengths[usable] > seq_len + 1
+        self.counts = Counts(documents=self.mixture.epoch_size, truncated=int(long.sum()),
+                             truncated_tokens=int((mixture.lengths[usable][long] - seq_len - 1).sum()),
                              left_out=int((~usable).sum()))
 
     def _pair(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets) of one conversation."""
-        ids, loss_mask = self.documents.document(document)
+        ids, loss_mask = self.mixture.document(document)
         return shift(ids[: self.seq_len + 1], loss_mask[: self.seq_len + 1])
 
 
-class Masked(Conversations):
+class Padded(Conversations):
     """One conversation a row, padded to a multiple of 8 tokens that the longest of up to device_batch_size rows fits in."""
 
     def rows_in(self, epochs: float) -> int:
-        return max(1, _up(epochs * self.documents.epoch_size))
+        return max(1, _up(epochs * self.mixture.epoch_size))
 
     def batch(self, rows: np.ndarray) -> Batch:
         pairs = []
@@ -182,14 +174,14 @@ class Masked(Conversations):
         return as_batch(pairs, width, self.pad_id)
 
     def describe(self, row: int) -> str:
-        return self.documents.describe(self._document(row))
+        return self.mixture.describe(self._document(row))
 
-    def deal(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
+    def split_micro_batches(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
         """By length, so that rows of a micro-batch are alike and pad little, and all ranks have as much to do.
 
         The rows of the step stay the same set: only their split follows their lengths.
         """
-        lengths = np.array([min(self.documents.lengths[self._document(int(r))] - 1, self.seq_len) if r != EMPTY else 0
+        lengths = np.array([min(self.mixture.lengths[self._document(int(r))] - 1, self.seq_len) if r != EMPTY else 0
                             for r in rows])
         turns = rows[np.argsort(lengths, kind="stable")].reshape(-1, world_size)
         widths = np.array([padded_width(int(n), self.seq_len) for n in np.sort(lengths)[world_size - 1 :: world_size]])
@@ -197,10 +189,10 @@ class Masked(Conversations):
         return [turns[end - count : end].T for count, end in zip(counts, np.cumsum(counts), strict=True)]
 
     def _document(self, row: int) -> int | None:
-        epoch, i = divmod(row, self.documents.epoch_size)
+        epoch, i = divmod(row, self.mixture.epoch_size)
         if row == EMPTY or (self.last_epoch is not None and epoch > self.last_epoch):
             return None
-        return int(self.documents.order(epoch)[i])
+        return int(self.mixture.order(epoch)[i])
 
 
 class BestFit(Conversations):
@@ -210,9 +202,9 @@ class BestFit(Conversations):
     With isolated documents (the default) a conversation's loss is what it is in a row of its own.
     """
 
-    def __init__(self, documents: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None,
+    def __init__(self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None,
                  isolate_documents: bool = True):
-        super().__init__(documents, seq_len, pad_id, last_epoch)
+        super().__init__(mixture, seq_len, pad_id, last_epoch)
         self.isolate_documents = isolate_documents
         self.plan = lru_cache(maxsize=3)(self._plan)
         self._starts = [0]  # first row of each epoch known so far
@@ -232,7 +224,7 @@ class BestFit(Conversations):
         return as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
 
     def describe(self, row: int) -> str:
-        return " + ".join(self.documents.describe(i) for i in self._documents(row))
+        return " + ".join(self.mixture.describe(i) for i in self._documents(row))
 
     def _documents(self, row: int) -> list[int]:
         epoch = 0
@@ -248,15 +240,15 @@ class BestFit(Conversations):
         return self._starts[epoch]
 
     def _plan(self, epoch: int) -> Rows:
-        return Rows(**self.documents.worked_out([PLAN_VERSION, self.seq_len, epoch], lambda: self._packed(epoch)))
+        return Rows(**self.mixture.worked_out([PLAN_VERSION, self.seq_len, epoch], lambda: self._packed(epoch)))
 
     def _packed(self, epoch: int) -> dict[str, np.ndarray]:
         """The fields of `Rows`. Packing a million documents takes a second; that is done once, and not in every run."""
-        order = self.documents.order(epoch)
-        row_of = best_fit(np.clip(self.documents.lengths[order] - 1, 1, self.seq_len), self.seq_len)
+        order = self.mixture.order(epoch)
+        row_of = best_fit(np.clip(self.mixture.lengths[order] - 1, 1, self.seq_len), self.seq_len)
         by_row = np.argsort(row_of, kind="stable")
         rows = np.split(order[by_row], np.flatnonzero(np.diff(row_of[by_row])) + 1)
-        shuffled = np.random.default_rng([self.documents.seed, epoch, len(rows)]).permutation(len(rows))
+        shuffled = np.random.default_rng([self.mixture.seed, epoch, len(rows)]).permutation(len(rows))
         rows = [rows[i] for i in shuffled]
         return {"documents": np.concatenate(rows), "ends": np.cumsum([0] + [len(row) for row in rows])}
 
@@ -271,17 +263,17 @@ def _within(sizes: list[int], total: int) -> list[int]:
     return [size for size in np.diff(ends).tolist() if size]
 
 
-def _has_targets(documents: Mixture, length: int) -> np.ndarray:
+def _has_targets(mixture: Mixture, length: int) -> np.ndarray:
     """(documents,) bool: is one of the first `length` tokens supervised?
 
     Read are only the masks of longer documents that have no more supervised tokens than tokens beyond that length.
     """
-    has = np.concatenate([cache.supervised > 0 for cache in documents.caches])
-    beyond = documents.lengths - length
-    unsure = has & (beyond > 0) & (np.concatenate([cache.supervised for cache in documents.caches]) <= beyond)
+    has = np.concatenate([cache.supervised > 0 for cache in mixture.caches])
+    beyond = mixture.lengths - length
+    unsure = has & (beyond > 0) & (np.concatenate([cache.supervised for cache in mixture.caches]) <= beyond)
     for i in np.flatnonzero(unsure):
-        has[i] = documents.document(int(i))[1][:length].any()
-    documents.release()
+        has[i] = mixture.document(int(i))[1][:length].any()
+    mixture.release()
     return has
 
 

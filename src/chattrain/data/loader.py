@@ -56,9 +56,9 @@ class Loader:
 
     def _make(self, step: int) -> tuple[list[Batch], torch.cuda.Event | None]:
         """A step's batches on the device; on CUDA they are there when the event is. Runs in the thread."""
-        groups = self.collator.deal(self.rows(step), self.device_batch_size, self.world_size)
+        groups = self.collator.split_micro_batches(self.rows(step), self.device_batch_size, self.world_size)
         batches = [self.collator.batch(rows[self.rank]) for rows in groups]
-        self.collator.documents.release()
+        self.collator.mixture.release()
         if self._stream is None:
             return [batch.to(self.device) for batch in batches], None
         with torch.cuda.stream(self._stream):  # the copies run beside the step before
@@ -81,8 +81,8 @@ def evaluation_batches(collator: Collator, num_rows: int, device_batch_size: int
     Rows of EMPTY fill up the last batch, and give all ranks the same number of batches.
     """
     rows = np.concatenate([np.arange(num_rows), np.full(-num_rows % device_batch_size, EMPTY)])
-    groups = [group[0] for group in collator.deal(rows, device_batch_size, 1)]
+    groups = [group[0] for group in collator.split_micro_batches(rows, device_batch_size, 1)]
     groups += [np.full(len(groups[-1]), EMPTY)] * (-len(groups) % world_size)
     for group in groups[rank::world_size]:
         yield collator.batch(group)
-    collator.documents.release()
+    collator.mixture.release()

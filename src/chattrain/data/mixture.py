@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from chattrain.data.cache import Documents
-from chattrain.data.config import SourceConfig
-from chattrain.files import make_folder
+from chattrain.config.data import SourceConfig
+from chattrain.data.cache import TokenizedSource
+from chattrain.storage.files import make_folder
 
 
 def epoch_counts(sizes: list[int], sources: list[SourceConfig]) -> list[int]:
-    """Documents of each source in one epoch of the mixture.
+    """TokenizedSource of each source in one epoch of the mixture.
 
     Without weights a source appears `epochs` times. With weights the shares follow them: the source that runs short
     first (at its `epochs`) sets the size, larger ones are thinned out.
@@ -34,13 +34,13 @@ def epoch_counts(sizes: list[int], sources: list[SourceConfig]) -> list[int]:
 
 
 class Mixture:
-    """Documents of all sources under one numbering, and the order of every epoch.
+    """TokenizedSource of all sources under one numbering, and the order of every epoch.
 
     `lengths` (documents,) int64 counts tokens. `keep` (documents,) bool leaves documents out for good. `folder`: where what is
     worked out from them is kept from run to run; None: nowhere.
     """
 
-    def __init__(self, caches: list[Documents], sources: list[SourceConfig], seed: int, keep: np.ndarray | None = None,
+    def __init__(self, caches: list[TokenizedSource], sources: list[SourceConfig], seed: int, keep: np.ndarray | None = None,
                  folder: Path | None = None):
         self.caches, self.sources, self.seed, self.folder = caches, sources, seed, folder
         self.starts = np.cumsum([0] + [len(c) for c in caches])

@@ -91,7 +91,7 @@ def _largest(there: np.ndarray, free: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents of each row of an epoch: row r has documents[ends[r] : ends[r + 1]]."""
+    """TokenizedSource of each row of an epoch: row r has documents[ends[r] : ends[r + 1]]."""
 
     documents: np.ndarray
     ends: np.ndarray

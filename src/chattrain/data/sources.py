@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chattrain.data.config import SourceConfig
+from chattrain.config.data import SourceConfig
 from chattrain.errors import UserError
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl", ".json": "jsonl"}
@@ -19,7 +19,7 @@ HOLD_OUT_EVERY = 20  # documents, where one source serves training and validatio
 LIMIT_SEED = 42  # a limit takes the first rows of this shuffle, as nanochat does
 
 
-class Rows:
+class Records:
     """Rows of one source that were asked for: `len`, and `read(i, j)` gives rows i to j as (row number, dict)."""
 
     def __init__(self, table: Sequence, indices: np.ndarray | None = None):
@@ -34,7 +34,7 @@ class Rows:
             yield int(i), self.table[int(i)]
 
 
-def open_rows(name: str, source: SourceConfig, cache_dir: Path) -> Rows:
+def open_records(name: str, source: SourceConfig, cache_dir: Path) -> Records:
     """Open a source. Raises UserError where it is missing, empty, of an unknown kind, or cannot be loaded."""
     if source.path.startswith(GENERATE):
         table = _generated(source)
@@ -53,7 +53,7 @@ def open_rows(name: str, source: SourceConfig, cache_dir: Path) -> Rows:
                             f"{HOLD_OUT_EVERY}th for validation; give data.val_path")
     if source.limit is not None and source.limit < len(indices) and not source.path.startswith(GENERATE):
         indices = np.random.default_rng(LIMIT_SEED).permutation(indices)[: source.limit]
-    return Rows(table, indices)
+    return Records(table, indices)
 
 
 def identity(name: str, source: SourceConfig, cache_dir: Path) -> list:

@@ -16,9 +16,9 @@ from torch import nn
 
 from chattrain.chat import Malformed, render_choices
 from chattrain.data.packing import pad_rows
-from chattrain.data.sources import Rows
-from chattrain.distributed import Ranks
+from chattrain.data.sources import Records
 from chattrain.errors import UserError
+from chattrain.parallel.ranks import Ranks
 from chattrain.tasks import multiple_choice
 from chattrain.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ class Question(NamedTuple):
     answer: int  # index of the right choice
 
 
-def questions(name: str, rows: Rows, tokenizer: Tokenizer) -> list[Question]:
+def questions(name: str, rows: Records, tokenizer: Tokenizer) -> list[Question]:
     """The rows as questions. Raises UserError with the row where one does not fit."""
     out = []
     for number, row in rows.read(0, len(rows)):

@@ -10,8 +10,8 @@ import torch
 
 from chattrain.data.collators import Collator
 from chattrain.data.loader import evaluation_batches
-from chattrain.distributed import Ranks
 from chattrain.model.head import sum_dtype
+from chattrain.parallel.ranks import Ranks
 
 
 class Validation:
@@ -39,6 +39,6 @@ class Validation:
             sizes = self.token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
             dtype = sum_dtype(self.device)
             passes.append([float(losses.sum(dtype=dtype)), float((losses * (sizes > 0)).sum(dtype=dtype)),
-                           batch.num_targets, int(sizes.sum())])
-        nats, counted_nats, targets, bytes_ = (math.fsum(column) for column in zip(*self.ranks.deal_in(passes), strict=True))
+                           batch.num_supervised, int(sizes.sum())])
+        nats, counted_nats, targets, bytes_ = (math.fsum(column) for column in zip(*self.ranks.all_gather_interleaved(passes), strict=True))
         return {"val/loss": nats / max(1, targets), "val/bpb": counted_nats / math.log(2) / max(1, bytes_)}

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chattrain.checkpoint import read_tensors
 from chattrain.errors import UserError
-from chattrain.formats import Foreign, tokenizer_json
+from chattrain.formats.imported import FolderFormat, ImportedModel, ModelFolder
 from chattrain.model.gpt import LOGIT_CAP, ROPE_BASE
-from chattrain.tokenizer import ASSISTANT_END, BOS, Tokenizer
+from chattrain.storage.files import read_json
+from chattrain.storage.tensors import read_tensors
+from chattrain.tokenizer import Tokenizer, tokenizer_json
+from chattrain.tokenizer.special_tokens import ASSISTANT_END, BOS
 
 MODEL_TYPE = "nanochat"
 EPS = torch.finfo(torch.float32).eps  # of rms_norm in fp32
@@ -116,9 +118,12 @@ def chat_template(tokenizer: Tokenizer) -> str:
     return CHAT_TEMPLATE.replace("[SPECIAL_TOKENS]", json.dumps(sorted(tokenizer.encoding._special_tokens)))
 
 
-def holds(folder: Path) -> bool:
-    """Are there a config.json and safetensors weights?"""
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+def find(folder: Path) -> ModelFolder | None:
+    """The model of a folder with a config.json and safetensors weights; None where one of them is missing."""
+    weights = [folder / name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
+    if not weights or not (folder / "config.json").is_file():
+        return None
+    return ModelFolder(folder, FolderFormat.huggingface, tuple(weights[:1]), tokenizer=folder, stage=None)
 
 
 def model_type(folder: Path) -> str:
@@ -148,14 +153,14 @@ def write(folder: Path, sizes: dict[str, int], weights: dict[str, Tensor], token
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> None:
     """What AutoTokenizer loads, chat template included."""
-    _write_json(folder / "tokenizer.json", tokenizer_json.write(tokenizer))
+    _write_json(folder / "tokenizer.json", tokenizer_json.write(tokenizer.encoding))
     _write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": ASSISTANT_END, "pad_token": ASSISTANT_END,
         "clean_up_tokenization_spaces": False, "model_max_length": seq_len})
     (folder / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")
 
 
-def read(folder: Path) -> Foreign:
+def read(folder: Path) -> ImportedModel:
     """A folder of model type `nanochat`. Raises UserError for settings that our model does not compute, weights that do not
     fit, and a tokenizer that tiktoken cannot express or that has another number of tokens than the model."""
     config = read_json(folder / "config.json")
@@ -166,14 +171,15 @@ def read(folder: Path) -> Foreign:
     weights = {ours.get(name, name): tensor for name, tensor in _read_weights(folder).items()}
     if wrong := sorted(name for name, tensor in weights.items() if not tensor.is_floating_point()):
         raise UserError(f"{folder} does not fit the model: {wrong[0]} is {weights[wrong[0]].dtype}, not a floating-point format")
-    tokenizer = tokenizer_json.read(read_json(folder / "tokenizer.json"))
-    if tokenizer is None:
+    encoding = tokenizer_json.read(read_json(folder / "tokenizer.json"))
+    if encoding is None:
         raise UserError(f"{folder / 'tokenizer.json'} is none that chattrain or nanochat wrote: no tiktoken encoding with "
                         f"nanochat's special tokens gives its ids; model=hf init.from={folder} trains with it as it is")
+    tokenizer = Tokenizer(encoding)
     if tokenizer.vocab_size != sizes["vocab_size"]:
         raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, its model {sizes['vocab_size']}")
     seq_len = config.get("max_position_embeddings")
-    model = Foreign(sizes, {name: t.float() for name, t in weights.items()}, tokenizer, step=0, seq_len=seq_len)
+    model = ImportedModel(sizes, {name: t.float() for name, t in weights.items()}, tokenizer, step=0, seq_len=seq_len)
     model.check(str(folder))
     return model
 
@@ -240,17 +246,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if outside := [name for name in files if Path(name).name != name]:
         raise UserError(f"{folder / INDEX} names files outside its folder: {', '.join(outside)}")
     return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises UserError where the file is not there or holds no JSON object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object")
-    return content
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

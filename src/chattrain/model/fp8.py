@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from chattrain.config import FP8_MULTIPLE
+from chattrain.config.train import FP8_MULTIPLE
 from chattrain.errors import UserError
 
 OLDEST = (8, 9)  # compute capability: Ada, then Hopper and later

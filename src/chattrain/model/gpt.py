@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chattrain import checkpoint
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.model.attention import attention, block_attention, document_mask, has_varlen, varlen_attention
 from chattrain.model.compiling import compile_each
-from chattrain.model.head import summed_loss
+from chattrain.model.head import HeadSettings, head_settings, summed_loss
 from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
+from chattrain.storage.tensors import fill_model, unique_tensors
 
 ROPE_BASE = 10_000.0
 LOGIT_CAP = 15.0
@@ -122,12 +122,13 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.trunk, self.compiles, self.in_blocks = self.features, False, False  # see compile_trunk
+        self.head_settings: HeadSettings | None = None  # None: those of the device
 
     files: ClassVar[dict[str, str]] = {}  # texts that a checkpoint carries beside the weights: none
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
-        return checkpoint.each_once(self)
+        return unique_tensors(self)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -191,10 +192,11 @@ class GPT(nn.Module):
         if self.compiles and batch.cu_seqlens is not None:
             torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # one compilation for all numbers of documents
         features = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1)
+        settings = self.head_settings or head_settings(features.device.type, self.compiles)
         targets = batch.targets.flatten()
-        if batch.supervised is not None:
-            features, targets = features[batch.supervised], targets[batch.supervised]
-        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self.compiles)
+        if batch.target_indices is not None:
+            features, targets = features[batch.target_indices], targets[batch.target_indices]
+        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, settings)
 
     @property
     def varlen(self) -> bool:
@@ -240,7 +242,8 @@ class GPT(nn.Module):
 
     def new_cache(self, padding: Tensor, max_tokens: int) -> KVCache:
         """Room for max_tokens a row, of which the first padding (B,) are none of the row's own."""
-        return KVCache(self, len(padding), max_tokens, padding)
+        shape = (self.n_layer, len(padding), max_tokens, self.n_kv_head, self.head_dim)
+        return KVCache(shape, self.lm_head.weight.dtype, padding)
 
     def next_logits(self, inputs: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after inputs (B, T), which stand behind what the cache holds."""
@@ -267,7 +270,7 @@ def build(vocab_size: int, start: Path | None, seed: int, **sizes: int) -> GPT:
     if start is None:
         model.init_weights(torch.Generator().manual_seed(seed))
     else:
-        checkpoint.load_model(start, model)
+        fill_model(start / "model.safetensors", model)
     return model
 
 

@@ -10,6 +10,8 @@ N tokens, C channels, V vocabulary, R rows of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -18,12 +20,27 @@ from torch import Tensor
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits of a chunk, R x V: what a CPU's last cache holds, 1 GiB on a GPU
 
 
-def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, compile: bool) -> Tensor:
+@dataclass(frozen=True)
+class HeadSettings:
+    """How head and loss are computed; the result is the same, to rounding."""
+
+    chunk_elements: int  # logits of a chunk, R x V
+    loss_and_gradient: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # of a chunk's logits, targets and the cap
+    dynamic: bool = False  # is that function compiled, once for all numbers of rows?
+
+
+def head_settings(device_type: str, compiled: bool) -> HeadSettings:
+    """What training uses on a kind of device."""
+    chunk_elements = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cpu"])
+    return HeadSettings(chunk_elements, _compiled() if compiled else _loss_and_gradient, dynamic=compiled)
+
+
+def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
     """Sum of the cross-entropies in nats, see `sum_dtype`, of features (N, C) against targets (N,), all of them token ids.
 
     Logits are cap x tanh(x / cap) of features times weight (V, C). Under autocast the matrix products are in its format.
     """
-    return _SummedLoss.apply(features, weight, targets, cap, compile)
+    return _SummedLoss.apply(features, weight, targets, cap, settings)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -34,23 +51,22 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, cap: float, compile: bool) -> Tensor:
+    def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
         device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, w = features.detach().to(dtype), weight.detach().to(dtype)
         total = torch.zeros((), dtype=sum_dtype(x.device), device=x.device)
         grad_x = torch.empty_like(x)
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-        chunk_of = _compiled() if compile else _loss_and_gradient
-        size = max(64, CHUNK_ELEMENTS.get(device, 1 << 22) // len(w))
+        size = max(64, settings.chunk_elements // len(w))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(x), size):
                 rows = x[start : start + size]
                 logits, wanted = rows @ w.T, targets[start : start + size]
-                if compile:
+                if settings.dynamic:
                     for tensor in (logits, wanted):
-                        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one compilation for all numbers of rows
-                loss, grad = chunk_of(logits, wanted, cap)
+                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                loss, grad = settings.loss_and_gradient(logits, wanted, cap)
                 total += loss
                 grad_x[start : start + size] = grad @ w
                 grad_w += grad.T @ rows

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chattrain import checkpoint
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
-from chattrain.formats import huggingface
 from chattrain.model.attention import document_mask
 from chattrain.model.compiling import compile_each
 from chattrain.model.head import sum_dtype
 from chattrain.model.recompute import recompute
+from chattrain.storage.files import read_json
+from chattrain.storage.tensors import unique_tensors
 
 # Texts beside the weights, which a checkpoint carries along: with them transformers loads the checkpoint itself.
 FILES = ("config.json", "generation_config.json")
@@ -58,7 +58,7 @@ class HFModel(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds, under the names that transformers uses."""
-        return checkpoint.each_once(self.inner)
+        return unique_tensors(self.inner)
 
     def train(self, mode: bool = True) -> HFModel:
         """Always as in evaluation: dropout would make a run depend on more than its seed and its batches."""
@@ -92,8 +92,8 @@ class HFModel(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """Sum in nats of the losses of the batch's targets."""
         logits, targets = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1), batch.targets.flatten()
-        if batch.supervised is not None:
-            logits, targets = logits[batch.supervised], targets[batch.supervised]
+        if batch.target_indices is not None:
+            logits, targets = logits[batch.target_indices], targets[batch.target_indices]
         return F.cross_entropy(logits.float(), targets, reduction="none").sum(dtype=sum_dtype(logits.device))
 
     def checkpoint_activations(self, selective: bool) -> None:
@@ -182,7 +182,7 @@ def build(vocab_size: int, start: Path, seed: int) -> HFModel:
 
 def check_start(folder: Path, seq_len: int) -> None:
     """Raises UserError for a folder that holds no weights to train, or a model whose positions end before seq_len does."""
-    config = huggingface.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     partial = "quantised weights" if config.get("quantization_config") else \
         "an adapter" if (folder / "adapter_config.json").is_file() else None
     if partial:

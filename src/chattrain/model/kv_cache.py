@@ -5,29 +5,23 @@ B rows, T tokens, H heads of D channels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from chattrain.model.attention import attention, causal_mask
 
-if TYPE_CHECKING:
-    from chattrain.model.gpt import GPT
-
 
 class KVCache:
-    """Keys and values of the tokens so far, (layers, B, max_tokens, H, D); `length` tokens of it are filled.
+    """Keys and values of the tokens so far, `shape` (layers, B, max_tokens, H, D); `length` tokens of it are filled.
 
     The first padding[b] tokens of row b are none of its own. They move no position: rotary embeddings tell distances only.
     """
 
-    def __init__(self, model: GPT, batch_size: int, max_tokens: int, padding: Tensor | None = None):
-        shape = (model.n_layer, batch_size, max_tokens, model.n_kv_head, model.head_dim)
-        device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.padding = torch.zeros(batch_size, dtype=torch.long, device=device) if padding is None else padding  # (B,)
+    def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, padding: Tensor):
+        """`padding` (B,) int64: on its device the cache lies."""
+        self.keys = torch.zeros(shape, device=padding.device, dtype=dtype)
+        self.values = torch.zeros(shape, device=padding.device, dtype=dtype)
+        self.padding = padding
         self.length = 0
 
     def mask(self, count: int) -> Tensor:

@@ -6,16 +6,17 @@ from torch import nn
 
 from chattrain.errors import UserError
 
+Groups = dict[str, list[tuple[str, nn.Parameter]]]  # group -> (name, parameter) pairs
 GROUPS = ("matrix", "vector", "embed", "lm_head")
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def parameter_groups(model: nn.Module) -> Groups:
     """(name, parameter) pairs by group: the head's weight (an embedding tied to it included), then embeddings, then 2-D
     weights as `matrix` and smaller ones as `vector`.
 
     Raises UserError if a parameter fits no group.
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in GROUPS}
+    groups: Groups = {name: [] for name in GROUPS}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = id(model.lm_head.weight)
     for name, p in model.named_parameters():

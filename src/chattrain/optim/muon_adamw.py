@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from chattrain.config.words import StateDType
 from chattrain.errors import UserError
-from chattrain.optim.config import StateDType
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.newton_schulz import Orthogonalizer
-from chattrain.parallel.alone import Alone
+from chattrain.optim.partition import Partition
 
 STATE_DTYPES = {StateDType.fp32: torch.float32, StateDType.bf16: torch.bfloat16}
 WIDTH_OF_TUNING = 768  # n_embd at which embed_lr and lm_head_lr were tuned
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            self.orthogonalizer.in_turns(params, partial(self._update, group, params))
+            self.orthogonalizer.for_each_batch(params, partial(self._update, group, params))
 
     @torch.no_grad()
     def _update(self, group: dict, params: list[Tensor], places: list[int]) -> None:
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         return grad.lerp(buffer, momentum)
 
 
-def build(model: nn.Module, strategy: Alone | None = None, *, lr_scale: float, matrix_lr: float, embed_lr: float,
+def build(model: nn.Module, strategy: Partition | None = None, *, lr_scale: float, matrix_lr: float, embed_lr: float,
           lm_head_lr: float, vector_lr: float | None, momentum: float, momentum_start: float, momentum_warmup_steps: int,
           ns_steps: int, betas: list[float], eps: float, weight_decay: float,
           momentum_dtype: StateDType = StateDType.fp32) -> NamedOptimizer:
@@ -91,8 +91,7 @@ def build(model: nn.Module, strategy: Alone | None = None, *, lr_scale: float, m
     width = (model.n_embd / WIDTH_OF_TUNING) ** -0.5
     rates = {"embed": embed_lr * width, "lm_head": lm_head_lr * width, "vector": vector_lr}
     used = [name for name, members in groups.items() if members]
-    strategy = strategy or Alone()
-    groups = strategy.share(groups, whole=("matrix",))
+    groups = strategy.partition_params(groups, whole=("matrix",)) if strategy else groups
     params = {name: [p for _, p in members] for name, members in groups.items()}
     adamw = torch.optim.AdamW(
         [{"name": name, "params": params[name], "lr": lr * lr_scale, "weight_decay": 0.0 if name == "vector" else weight_decay}
@@ -100,5 +99,5 @@ def build(model: nn.Module, strategy: Alone | None = None, *, lr_scale: float, m
         betas=tuple(betas), eps=eps, fused=model.lm_head.weight.device.type in ("cuda", "cpu"))
     muon = Muon([{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}], momentum=momentum,
                 momentum_start=momentum_start, momentum_warmup_steps=momentum_warmup_steps, ns_steps=ns_steps,
-                momentum_dtype=STATE_DTYPES[momentum_dtype], orthogonalizer=strategy.orthogonalizer())
+                momentum_dtype=STATE_DTYPES[momentum_dtype], orthogonalizer=strategy.orthogonalizer() if strategy else None)
     return NamedOptimizer([muon, adamw], groups)

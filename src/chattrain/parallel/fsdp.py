@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from chattrain.distributed import Ranks
+from chattrain.optim.groups import Groups
 from chattrain.optim.named import NamedOptimizer
-from chattrain.parallel.alone import Groups
-from chattrain.parallel.exchange import Exchange, row_bounds
-from chattrain.parallel.spread import Range, Spread
+from chattrain.parallel.muon_exchange import MuonExchange, row_bounds
+from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.sharded import OwnedSlice, ShardedStrategy
 
 OTHER_FORWARDS = ("loss", "choice_logits", "seen", "at")  # methods of models and blocks that read weights, besides `forward`
 
 
-class FSDP(Spread):
+class FSDP(ShardedStrategy):
     """Shards the model, which is on the CPU or already where it is trained; its shards are on `device`."""
 
     def __init__(self, model: nn.Module, ranks: Ranks, dtype: torch.dtype, device: torch.device):
@@ -39,26 +39,26 @@ class FSDP(Spread):
                 if hasattr(part, name):
                     register_fsdp_forward_method(part, name)
 
-    def share(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
+    def partition_params(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
         """This rank's rows of all parameters: Muon's matrices come together in its orthogonalizer."""
         sharded = dict(self.model.named_parameters())
         self.rows = {name: nn.Parameter(p.to_local().detach()) for name, p in sharded.items()}
         self.matrices = {self.rows[name]: self.shapes[name] for group in whole for name, _ in groups[group]}
         return {group: [(name, self.rows[name]) for name, _ in members] for group, members in groups.items()}
 
-    def orthogonalizer(self) -> Exchange:
-        return Exchange(self.dtype, self.ranks, self.matrices)
+    def orthogonalizer(self) -> MuonExchange:
+        return MuonExchange(self.dtype, self.ranks, self.matrices, self.muon_settings)
 
-    def ranges(self, name: str) -> list[Range]:
+    def owned_slices(self, name: str) -> list[OwnedSlice]:
         rows, *rest = self.shapes[name]
         size = torch.Size(rest).numel()
-        return [Range(r, start * size, stop * size) for r, (start, stop) in enumerate(row_bounds(rows, self.ranks.world_size))]
+        return [OwnedSlice(r, start * size, stop * size) for r, (start, stop) in enumerate(row_bounds(rows, self.ranks.world_size))]
 
-    def piece_shape(self, name: str, part: Range) -> torch.Size:
+    def slice_shape(self, name: str, part: OwnedSlice) -> torch.Size:
         rows, *rest = self.shapes[name]
         return torch.Size([(part.stop - part.start) * rows // self.shapes[name].numel(), *rest])
 
-    def reduce(self, optimizer: NamedOptimizer) -> Tensor:
+    def reduce_gradients(self, optimizer: NamedOptimizer) -> Tensor:
         for name, p in self.model.named_parameters():
             row = self.rows[name]
             row.grad = torch.zeros_like(row) if p.grad is None else p.grad.to_local()
@@ -66,7 +66,7 @@ class FSDP(Spread):
         norm = nn.utils.get_total_norm([row.grad for row in self.rows.values()])
         return self.ranks.in_groups(self.ranks.world_size).norm(norm)
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
         whole = {}
         for name, tensor in model.weights().items():
             value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,8 @@
 """Which rank steps which part of which parameter: pure functions, the same on every rank.
 
-Parameters lie behind one another in buckets. A bucket has one share for each rank, of equal size, so that a reduce-scatter of its
+Parameters lie behind one another in buckets. A bucket has one shard for each rank, of equal size, so that a reduce-scatter of its
 gradients and an all-gather of its weights move no byte more than they must. Some parameters must stay whole (a matrix of
-Muon's); the others may be cut anywhere, and fill the shares up.
+Muon's); the others may be cut anywhere, and fill the shards up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Item(NamedTuple):
     cost: int | None = None
 
 
-class Piece(NamedTuple):
+class ParamSlice(NamedTuple):
     """A range of a parameter's flattened elements."""
 
     name: str
@@ -34,21 +34,21 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """shares[r]: what rank r steps, in the order in which it lies; `size` elements of room a share; costs[r]: of its whole
+    """shards[r]: what rank r steps, in the order in which it lies; `size` elements of room a shard; costs[r]: of its whole
     parameters, with those of the buckets before."""
 
-    shares: tuple[tuple[Piece, ...], ...]
+    shards: tuple[tuple[ParamSlice, ...], ...]
     size: int
     costs: tuple[int, ...]
 
     @property
     def numel(self) -> int:
-        return sum(piece.stop - piece.start for share in self.shares for piece in share)
+        return sum(piece.stop - piece.start for shard in self.shards for piece in shard)
 
     @property
     def tight(self) -> bool:
         """Is as good as nothing of it empty? Shares are then of equal size too."""
-        return self.size == -(-self.numel // len(self.shares))
+        return self.size == -(-self.numel // len(self.shards))
 
     @property
     def even(self) -> bool:
@@ -60,13 +60,13 @@ def fill(items: list[Item], ranks: int, before: tuple[int, ...] | None = None) -
     """One bucket. Whole items go, the costliest first, to the rank with the least to do that has room; the rest fills up.
     `before`: what each rank has to do already.
 
-    >>> for share in fill([Item("a", 4, 9), Item("b", 2, 5), Item("c", 4)], 2).shares:
-    ...     print([(name, start, stop) for name, start, stop in share])
+    >>> for shard in fill([Item("a", 4, 9), Item("b", 2, 5), Item("c", 4)], 2).shards:
+    ...     print([(name, start, stop) for name, start, stop in shard])
     [('a', 0, 4), ('c', 0, 1)]
     [('b', 0, 2), ('c', 1, 4)]
     """
     size = -(-sum(item.numel for item in items) // ranks)
-    shares: list[list[Piece]] = [[] for _ in range(ranks)]
+    shards: list[list[ParamSlice]] = [[] for _ in range(ranks)]
     loads, costs = [0] * ranks, list(before or [0] * ranks)
     idlest = [(costs[r], 0, r) for r in range(ranks)]
     heapify(idlest)
@@ -75,7 +75,7 @@ def fill(items: list[Item], ranks: int, before: tuple[int, ...] | None = None) -
         while idlest and loads[idlest[0][2]] + item.numel > size:
             full.append(heappop(idlest))
         rank = idlest[0][2] if idlest else full[0][2]
-        shares[rank].append(Piece(item.name, 0, item.numel))
+        shards[rank].append(ParamSlice(item.name, 0, item.numel))
         loads[rank] += item.numel
         costs[rank] += item.cost
         for _, _, r in full if not idlest else [*full, heappop(idlest)]:
@@ -88,11 +88,11 @@ def fill(items: list[Item], ranks: int, before: tuple[int, ...] | None = None) -
         while start < item.numel:
             stop = min(item.numel, start + rooms[rank])
             if stop > start:
-                shares[rank].append(Piece(item.name, start, stop))
+                shards[rank].append(ParamSlice(item.name, start, stop))
             rooms[rank] -= stop - start
             rank += not rooms[rank]
             start = stop
-    return Bucket(tuple(map(tuple, shares)), max(sum(p.stop - p.start for p in share) for share in shares),
+    return Bucket(tuple(map(tuple, shards)), max(sum(p.stop - p.start for p in shard) for shard in shards),
                   tuple(costs))
 
 
@@ -143,8 +143,8 @@ def buckets(items: list[Item], ranks: int) -> list[Bucket]:
 
 
 def ranks_that_share(items: list[Item], world_size: int) -> int:
-    """Over how many ranks the items can be spread evenly: the largest divisor of world_size for which no share is more than a
-    tenth above the mean. A share holds at least its largest matrix, so that thousands of ranks are groups that do the same.
+    """Over how many ranks the items can be spread evenly: the largest divisor of world_size for which no shard is more than a
+    tenth above the mean. A shard holds at least its largest matrix, so that thousands of ranks are groups that do the same.
 
     >>> ranks_that_share([Item("a", 4, 9), Item("b", 4, 9), Item("c", 2)], 8)
     2

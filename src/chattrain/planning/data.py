@@ -8,8 +8,8 @@ import numpy as np
 
 from chattrain.data.collators import Collator, Packed
 from chattrain.data.packing import padded_width
-from chattrain.planning.memory import Shape
-from chattrain.prepare import RunData
+from chattrain.planning.memory import MicroBatchSpec
+from chattrain.setup.data import RunData
 
 MOST_ROWS = 4096  # rows that are looked at, at most
 
@@ -35,21 +35,21 @@ def count(data: RunData, device_batch_size: int, world_size: int) -> Counts:
     found = np.zeros(3, dtype=np.int64)
     for step in steps.tolist():
         numbers = np.arange(step * data.rows_per_step, (step + 1) * data.rows_per_step)
-        for micro_batch in data.train.deal(numbers, device_batch_size, world_size):
+        for micro_batch in data.train.split_micro_batches(numbers, device_batch_size, world_size):
             for rank in micro_batch:
                 batch = data.train.batch(rank)
-                found += [batch.num_tokens, batch.num_targets, batch.inputs.numel()]
-    data.train.documents.release()
+                found += [batch.num_tokens, batch.num_supervised, batch.inputs.numel()]
+    data.train.mixture.release()
     tokens, supervised, places = (round(total * data.num_steps / looked_at) for total in found.tolist())
     return Counts(tokens, supervised, places, exact=looked_at == data.num_steps)
 
 
-def shape_of(collator: Collator, isolated: bool, varies: bool, rows: int, repeats: bool) -> Shape:
+def shape_of(collator: Collator, isolated: bool, varies: bool, rows: int, repeats: bool) -> MicroBatchSpec:
     """The largest micro-batch of this many rows that the data can give: rows as long as its longest document where they follow
     their documents (masked), else full."""
     every = isinstance(collator, Packed) and not isolated
     width = collator.seq_len
     if varies:
-        longest = max(int(collator.documents.lengths[kept].max()) for kept in collator.documents.kept if len(kept))
+        longest = max(int(collator.mixture.lengths[kept].max()) for kept in collator.mixture.kept if len(kept))
         width = padded_width(min(longest - 1, width), width)
-    return Shape(rows, width, partial=not every, isolated=isolated, repeats=repeats)
+    return MicroBatchSpec(rows, width, partial=not every, isolated=isolated, repeats=repeats)

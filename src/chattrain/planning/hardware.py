@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from chattrain.config.plan import PlanConfig
 from chattrain.device import GIB, PEAK_FLOPS
 from chattrain.errors import UserError
-from chattrain.planning.config import PlanConfig
 
 GPUS_PER_HOST = 8  # as in the vendors' own servers
 # Of the memory, what tensors cannot have: the CUDA context with cuBLAS's and NCCL's buffers, and what lies unused between the

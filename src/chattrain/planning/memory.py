@@ -10,10 +10,9 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +26,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from chattrain import device, loop
 from chattrain.config import Config
+from chattrain.config.instantiate import instantiate_config
 from chattrain.data.batch import Batch
-from chattrain.distributed import Group, Ranks
 from chattrain.model import head
 from chattrain.optim import newton_schulz
-from chattrain.parts import make_ready
+from chattrain.optim.newton_schulz import MuonSettings
+from chattrain.parallel.ranks import Group, Ranks
 from chattrain.planning.model import fake_model
-from chattrain.prepare import build_part
+from chattrain.setup.build import prepare_for_training
 
 CPU = torch.device("cpu")
 COLLECTIVES = (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default)
@@ -41,7 +41,7 @@ DOCUMENT = 64  # tokens of a document at least, of rows that hold several: more 
 
 
 @dataclass(frozen=True)
-class Shape:
+class MicroBatchSpec:
     """What a micro-batch is made of."""
 
     rows: int
@@ -62,7 +62,7 @@ class Memory:
     moved: float  # bytes that ddp's collectives and Muon's exchange send in the step
 
 
-class Tracker(MemTracker):
+class StepMemTracker(MemTracker):
     """MemTracker with the peaks of forward, backward and optimizer in place of a peak for each module, which would take most of
     the time."""
 
@@ -104,7 +104,7 @@ class Tracker(MemTracker):
         self.phases[phase] = max(self.phases.get(phase, 0), total)
 
 
-def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: Shape, world_size: int = 1) -> Memory:
+def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: MicroBatchSpec, world_size: int = 1) -> Memory:
     """Memory of rank 0 of world_size from the second step on, when the optimizer has its state, with micro-batches of this shape.
 
     For the device that train.device names, a GPU where it leaves the choice: only sizes of chunks differ. Raises UserError where
@@ -113,18 +113,22 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: Shape, 
     kind = "cpu" if cfg.train.device.name == "cpu" else "cuda"
     bf16 = cfg.train.dtype.name != "fp32" if kind == "cuda" else device.use_bf16(cfg.train.dtype, CPU)
     eager = replace(cfg, train=replace(cfg.train, compile=False))
-    with as_on(kind, cfg.train.compile), pretended_ranks(world_size, copies=kind == "cpu") as ranks, FakeTensorMode():
+    with pretended_ranks(world_size, copies=kind == "cpu") as ranks, FakeTensorMode():
         model = fake_model(cfg, vocab_size, start)
         in_blocks = cfg.train.compile if kind == "cpu" else bf16 and shape.isolated  # in place of FlashAttention, and as large
         if in_blocks and hasattr(model, "in_blocks"):
             model.trunk = partial(model.features, in_blocks=True)
-        strategy = make_ready(eager, model, CPU, ranks, bf16)
-        optimizer = build_part(cfg.optimizer, model, strategy)
-        tracker, seen = Tracker(copies=kind == "cpu"), {}
-        parts = loop.Parts(
+        if hasattr(model, "head_settings"):
+            model.head_settings = _head_settings(kind, cfg.train.compile)
+        strategy = prepare_for_training(eager, model, CPU, ranks, bf16)
+        # Products of whole matrices take as much memory as strips, and fewer operations. Fake modes are a thread's own.
+        strategy.muon_settings = MuonSettings(batch=newton_schulz.SETTINGS[kind].batch)
+        optimizer = instantiate_config(cfg.optimizer, model, strategy)
+        tracker, seen = StepMemTracker(copies=kind == "cpu"), {}
+        parts = loop.TrainerComponents(
             model=model, loss_of=_watched(model, tracker, device.autocast(bf16, CPU), seen), optimizer=optimizer,
             lr_factor=lambda step: 1.0, loader=None, evaluate=None, save=None, track=None, show=None, stop_asked=lambda: False,
-            ranks=ranks, max_grad_norm=cfg.train.max_grad_norm, flops_per_token=0, peak_flops=None, meters=None,
+            ranks=ranks, max_grad_norm=cfg.train.max_grad_norm, checks_each_step=False, flops_per_token=0, peak_flops=None, meters=None,
             strategy=strategy)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Expected a tensor or a traceable wrapper-subclass")
@@ -133,7 +137,7 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: Shape, 
     return Memory(max(tracker.phases.values()), tracker.phases, at_peak, seen["kept"], ranks.moved_bytes)
 
 
-def _watched(model: nn.Module, tracker: Tracker, autocast: Any, seen: dict) -> Callable[[Batch], Tensor]:
+def _watched(model: nn.Module, tracker: StepMemTracker, autocast: Any, seen: dict) -> Callable[[Batch], Tensor]:
     """The loss, after which `seen` holds what forward has left."""
     def loss_of(batch: Batch) -> Tensor:
         tracker.reset_mod_stats()
@@ -145,7 +149,7 @@ def _watched(model: nn.Module, tracker: Tracker, autocast: Any, seen: dict) -> C
     return loss_of
 
 
-def _second_step(parts: loop.Parts, tracker: Tracker, shape: Shape) -> None:
+def _second_step(parts: loop.TrainerComponents, tracker: StepMemTracker, shape: MicroBatchSpec) -> None:
     """A step on gradients without content makes the optimizer's state; peaks are counted in the one after it.
 
     Its micro-batch is its last: where others came before, it meets their gradients, and weights that have arrived.
@@ -155,10 +159,10 @@ def _second_step(parts: loop.Parts, tracker: Tracker, shape: Shape) -> None:
     with tracker:
         _put_gradients(parameters)
         tracker.adopt(parts.model)
-        parts.strategy.reduce(parts.optimizer)
+        parts.strategy.reduce_gradients(parts.optimizer)
         parts.strategy.step(parts.optimizer)
         if shape.repeats:
-            parts.strategy.settle()
+            parts.strategy.wait_for_weights()
             _put_gradients(parameters)
             tracker.adopt(parts.model)
         tracker.forget()
@@ -171,7 +175,7 @@ def _put_gradients(parameters: list[nn.Parameter]) -> None:
         parameter.grad = torch.empty_like(parameter)
 
 
-def _kept(tracker: Tracker, model: nn.Module) -> dict[str, int]:
+def _kept(tracker: StepMemTracker, model: nn.Module) -> dict[str, int]:
     """After forward: what the blocks keep for backward, all else that is kept, and the most that was there beyond it while the
     head ran: logits and what is made of them."""
     def activations(module: nn.Module, state: _ModState) -> int:
@@ -184,14 +188,14 @@ def _kept(tracker: Tracker, model: nn.Module) -> dict[str, int]:
             "logits": max(0, tracker.phases["forward"] - now["total"])}
 
 
-def fake_batch(shape: Shape) -> Batch:
+def fake_batch(shape: MicroBatchSpec) -> Batch:
     """A micro-batch of this shape, all its targets supervised: none of the data takes more."""
     B, T = shape.rows, shape.width
     ids, places = torch.zeros(B, T, dtype=torch.int64), B * T
-    return Batch(ids, torch.zeros_like(ids), num_tokens=places, num_targets=places,
+    return Batch(ids, torch.zeros_like(ids), num_tokens=places, num_supervised=places,
                  positions=torch.zeros_like(ids) if shape.isolated else None,
                  cu_seqlens=torch.zeros(places // DOCUMENT + 1, dtype=torch.int32) if shape.isolated else None,
-                 supervised=torch.zeros(places, dtype=torch.int64) if shape.partial else None)
+                 target_indices=torch.zeros(places, dtype=torch.int64) if shape.partial else None)
 
 
 class PretendedRanks(Ranks):
@@ -245,22 +249,10 @@ def pretended_ranks(world_size: int, copies: bool) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def as_on(kind: str, compiled: bool) -> Iterator[None]:
-    """Chunks as large as on this kind of device, though tensors say that they are on a CPU; and nothing is read from them."""
-    with ExitStack() as undo:
-        def put(owner: dict, name: str, value: Any) -> None:
-            undo.callback(owner.__setitem__, name, owner[name]) if name in owner else undo.callback(owner.pop, name)
-            owner[name] = value
-
-        put(head.CHUNK_ELEMENTS, "cpu", head.CHUNK_ELEMENTS[kind])
-        put(newton_schulz.TOGETHER, "cpu", newton_schulz.TOGETHER.get(kind, 1))
-        put(newton_schulz.STRIP, "cpu", math.inf)  # products of whole matrices take as much memory, and fewer operations
-        put(vars(newton_schulz), "on_cores", lambda work, pieces: [work(piece) for piece in pieces])  # modes are a thread's own
-        put(vars(loop), "read", lambda parts, results: (0.0, 0.0))  # a loss without content is neither finite nor not
-        if compiled:
-            put(vars(head), "_loss_and_gradient", _fused_loss_and_gradient)
-        yield
+def _head_settings(kind: str, compiled: bool) -> head.HeadSettings:
+    """The head as on this kind of device, though tensors say that they are on a CPU."""
+    settings = head.head_settings(kind, compiled=False)
+    return replace(settings, loss_and_gradient=_fused_loss_and_gradient) if compiled else settings
 
 
 def _fused_loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from chattrain.config import Config
+from chattrain.config.model import GPTConfig
 from chattrain.errors import UserError
-from chattrain.model.config import GPTConfig
 from chattrain.model.gpt import GPT
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chattrain.config import ActivationCheckpointing, Config, Strategy
+from chattrain.config import Config
+from chattrain.config.optimizer import MuonAdamWConfig
+from chattrain.config.words import ActivationCheckpointing, Strategy
 from chattrain.optim import newton_schulz
-from chattrain.optim.config import MuonAdamWConfig
 from chattrain.optim.groups import parameter_groups
 from chattrain.parallel.layout import Item, ranks_that_share
 from chattrain.planning.cost import BF16, FP32, SCALES, Workload
 from chattrain.planning.data import Counts
 from chattrain.planning.model import fake_model
-from chattrain.prepare import RunData
+from chattrain.setup.data import RunData
 
 
 def workload(cfg: Config, data: RunData, start: Path | None, counts: Counts) -> tuple[Workload, dict[str, int]]:

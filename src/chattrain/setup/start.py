@@ -1,0 +1,136 @@
+"""What a run starts from: `init.from`, resolved to a checkpoint or to random weights, never silently."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from chattrain.config import Config
+from chattrain.config.model import HFModelConfig, ModelConfig
+from chattrain.config.run import InitConfig
+from chattrain.errors import UserError
+from chattrain.formats.convert import as_checkpoint
+from chattrain.formats.folder import hint, locate
+from chattrain.formats.imported import FolderFormat
+from chattrain.model import hf
+from chattrain.setup.data import cache_dir
+from chattrain.storage import checkpoint
+
+log = logging.getLogger("chattrain")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights come from; `checkpoint` None means random weights."""
+
+    checkpoint: Path | None
+    description: str  # goes into the log and summary.json
+    warning: str | None = None  # what auto fell back to, said when all else is known to be right
+
+
+def find_start(cfg: Config, any_model: bool = False) -> Start:
+    """What init.from means. Raises UserError where it is nothing, or (without any_model) another model than cfg.model."""
+    return resolve(cfg.init, Path(cfg.run.root), None if any_model else cfg.model, cfg.tokenizer.path, cache_dir(cfg.data))
+
+
+def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_path: str | None, cache: Path) -> Start:
+    """`model` None: any will do. A folder of another program is converted into a checkpoint, kept in `cache`; one of
+    Hugging Face under model=hf is taken as it is.
+
+    Raises UserError for a folder that is no model or of another shape, and where strict forbids a fallback.
+    """
+    if init.source in ("scratch", "auto"):
+        start = _auto(init, root, model) if init.source == "auto" else Start(None, "random weights (init.from=scratch)")
+        if start.checkpoint is None and isinstance(model, HFModelConfig):
+            raise UserError(f"init.from={init.source} finds no weights, and model=hf has none of its own; name a Hugging Face "
+                            "folder or hub name with init.from")
+        return start
+    try:
+        found = locate(init.source)
+        if isinstance(model, HFModelConfig) and found.format == FolderFormat.huggingface:
+            return Start(found.path, str(found.path))
+        if found.is_foreign:
+            folder = as_checkpoint(found, tokenizer_path, cache)
+        elif nearby := hint(found.path):
+            raise UserError(f"it holds no model{nearby}")
+        else:
+            folder = checkpoint.resolve(Path(init.source).expanduser())
+    except UserError as error:
+        raise UserError(f"init.from={init.source}: {error}") from error
+    misfit = shape_misfit(folder, model) if model is not None else None
+    if misfit:
+        raise UserError(f"init.from={init.source} holds another model: {misfit}; choose the model it holds "
+                        "(model=...) or another checkpoint")
+    return Start(folder.resolve(), str(found.path if found.is_foreign else folder.resolve()))
+
+
+def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
+    """What init.from names; auto: of the newest finished run of this stage and model (any_model: else of any).
+
+    Raises UserError where there is none, or (without any_model) where it holds another model than the configuration.
+    """
+    if cfg.init.source == "scratch":
+        raise UserError(f"command={cfg.command.name} needs a trained model; name a run or checkpoint with init.from")
+    if cfg.init.source != "auto":
+        return find_start(cfg, any_model).checkpoint
+    found = newest_finished(Path(cfg.run.root), cfg.stage, cfg.model)
+    if found is None and any_model:
+        found = newest_finished(Path(cfg.run.root), cfg.stage, None)
+    if found is None:
+        raise UserError(f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
+                        "a run or checkpoint with init.from")
+    return found
+
+
+def check_start(model: ModelConfig, start: Path | None, seq_len: int) -> None:
+    """Raises UserError where a run with rows of seq_len tokens cannot start from the folder."""
+    if isinstance(model, HFModelConfig):
+        hf.check_start(start, seq_len)
+
+
+def _auto(init: InitConfig, root: Path, model: ModelConfig) -> Start:
+    if not init.after:
+        return Start(None, "random weights")
+    first, *others = init.after
+    found = newest_finished(root, first, model)
+    if found:
+        return Start(found, str(found))
+    missing = f"no finished {first} run of this model in {root.resolve()}"
+    if init.strict:
+        raise UserError(f"init.strict=true and {missing}; train stage={first} first, or name a folder with "
+                        "init.from=<run or checkpoint>")
+    for stage in others:
+        found = newest_finished(root, stage, model)
+        if found:
+            return Start(found, str(found), f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
+                         f"RUN {found}: what {first} would have taught is missing. init.strict=true refuses this")
+    return Start(None, "random weights (nothing to start from)", f"init.from=auto: {missing}. STARTING FROM RANDOM "
+                 "WEIGHTS: the model knows no language, expect poor results. init.strict=true refuses this")
+
+
+def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path | None:
+    """Newest valid checkpoint of the newest finished run of a stage whose model has this shape (None: any)."""
+    runs = []
+    for file in (root.resolve() / stage).glob("*/summary.json"):
+        try:
+            summary = json.loads(file.read_text())
+        except ValueError:
+            continue
+        if summary.get("status") == "completed":
+            runs.append((summary.get("finished_at", 0.0), file.parent))
+    for _, run_dir in sorted(runs, reverse=True):
+        folder = checkpoint.newest_valid(run_dir)
+        if folder is None:
+            continue
+        misfit = shape_misfit(folder, model) if model is not None else None
+        if misfit is None:
+            return folder
+        log.info("init.from=auto: passing over %s: %s", run_dir, misfit)
+    return None
+
+
+def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
+    """How the model asked for differs from the one saved, or None."""
+    return model.misfit(checkpoint.load_state(folder).model)
