@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chattrain import torch_compat
+
 BLOCK = 128  # tokens, at most where T allows: products large enough, waste small enough
 
 
@@ -45,14 +47,10 @@ def document_mask(positions: Tensor) -> Tensor:
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`attention` within the documents that begin at cu_seqlens in the flattened rows, by FlashAttention: see `has_varlen`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    T = q.size(1)
     flat = (x.flatten(0, 1).to(v.dtype) for x in (q, k, v))  # autocast leaves what was normalised in fp32, and does not know it
-    return varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), enable_gqa=q.size(2) != k.size(2)).view(q.shape)
+    return torch_compat.varlen_attn(*flat, cu_seqlens, longest=q.size(1)).view(q.shape)
 
 
-@lru_cache
 def has_varlen(device: torch.device, head_dim: int) -> bool:
     """Is there FlashAttention for rows of several documents, in bf16, on this device? Ampere and later."""
     return device.type == "cuda" and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)

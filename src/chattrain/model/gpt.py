@@ -150,7 +150,7 @@ class GPT(nn.Module):
     def features(self, inputs: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
                  cu_seqlens: Tensor | None = None, in_blocks: bool = False) -> Tensor:
         """(B, T) token ids to (B, T, C): what the head reads. positions (B, T): see `forward`; cu_seqlens says the same to
-        FlashAttention, where there is one (CUDA, under autocast)."""
+        FlashAttention, which takes part under autocast on CUDA; None where there is none, see `varlen`."""
         first = cache.length if cache is not None else 0
         cos, sin = self._rotary(first, inputs.size(1), inputs.device)
         mask = cache.mask(inputs.size(1)) if cache is not None else None
@@ -158,7 +158,7 @@ class GPT(nn.Module):
             cos, sin = cos[positions], sin[positions]  # (B, T, 1, D/2)
         if in_blocks:
             attend = partial(block_attention, positions=positions)
-        elif cu_seqlens is not None and torch.is_autocast_enabled("cuda") and self.varlen:
+        elif cu_seqlens is not None and torch.is_autocast_enabled("cuda"):
             attend = partial(varlen_attention, cu_seqlens=cu_seqlens)
         else:
             attend = partial(attention, mask=None if positions is None else document_mask(positions))
@@ -189,9 +189,10 @@ class GPT(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum in nats of the losses of the batch's targets. The head is computed for the supervised places alone."""
-        if self.compiles and batch.cu_seqlens is not None:
-            torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # one compilation for all numbers of documents
-        features = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1)
+        cu_seqlens = batch.cu_seqlens if self.varlen else None
+        if self.compiles and cu_seqlens is not None:
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one compilation for all numbers of documents
+        features = self.trunk(batch.inputs, None, batch.positions, cu_seqlens).flatten(0, 1)
         settings = self.head_settings or head_settings(features.device.type, self.compiles)
         targets = batch.targets.flatten()
         if batch.target_indices is not None:
@@ -200,6 +201,7 @@ class GPT(nn.Module):
 
     @property
     def varlen(self) -> bool:
+        """Is FlashAttention told where documents begin? Asked outside of what is compiled."""
         return has_varlen(self.lm_head.weight.device, self.head_dim)
 
     def checkpoint_activations(self, selective: bool) -> None:
@@ -222,7 +224,7 @@ class GPT(nn.Module):
 
     def seen(self, inputs: Tensor, cache: None, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The trunk, for checks of it."""
-        return self.trunk(inputs, cache, positions, cu_seqlens)
+        return self.trunk(inputs, cache, positions, cu_seqlens if self.varlen else None)
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:

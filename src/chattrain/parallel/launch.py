@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from chattrain import torch_compat
 from chattrain.config.words import Device
 from chattrain.errors import OtherRankFailed, RunFailed, UserError
 from chattrain.parallel import slurm
 from chattrain.parallel.signals import signals_to_ranks
 
-STOP_S = 10  # seconds that ranks have to end after a second signal
+STOP_S = 10  # seconds that ranks have to end after a second signal, where torch takes the number
 OTHER_NODES_S = 4  # seconds that the ranks of other nodes need to hear of a failure and end
 INTERRUPTED = 130  # exit status of a rank that was stopped at once
 ERRORS = {kind.__name__: kind for kind in (UserError, RunFailed, OtherRankFailed)}
@@ -78,7 +79,7 @@ def start(nproc: int, nodes: slurm.Nodes | None, entry: Callable, *arguments: An
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -86,10 +87,10 @@ def start(nproc: int, nodes: slurm.Nodes | None, entry: Callable, *arguments: An
     try:
         with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch, signals_to_ranks() as asked, \
                 _threads(nproc):
-            config = LaunchConfig(min_nodes=nodes.count, max_nodes=nodes.count, nproc_per_node=nproc, rdzv_backend="c10d",
-                                  start_method="spawn", rdzv_endpoint=nodes.endpoint, run_id=nodes.run_id,
-                                  max_restarts=0, monitor_interval=0.1, shutdown_timeout=STOP_S, signals_to_handle="",
-                                  logs_specs=DefaultLogsSpecs(log_dir=scratch))
+            config = torch_compat.launch_config(
+                STOP_S, min_nodes=nodes.count, max_nodes=nodes.count, nproc_per_node=nproc, rdzv_backend="c10d",
+                start_method="spawn", rdzv_endpoint=nodes.endpoint, run_id=nodes.run_id, max_restarts=0, monitor_interval=0.1,
+                signals_to_handle="", logs_specs=DefaultLogsSpecs(log_dir=scratch))
             results = elastic_launch(config, _rank)(entry, *arguments)
             return results[min(results)]
     except SignalException:

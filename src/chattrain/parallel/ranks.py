@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from chattrain import torch_compat
 from chattrain.errors import RunFailed, UserError
 from chattrain.parallel.failures import Watch
 from chattrain.parallel.signals import stopped_at_once
@@ -171,7 +172,7 @@ class Group:
     def reduce_scatter(self, whole: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Flat (size x n) to the n elements of this place, summed over all ranks once waited for."""
         share = whole.new_empty(whole.numel() // self.size)
-        work = dist.reduce_scatter_single(share, whole, group=self.shard_group, async_op=True)
+        work = torch_compat.reduce_scatter_single(share, whole, group=self.shard_group, async_op=True)
         self._count(share, self.size - 1)
 
         def wait() -> None:
@@ -186,7 +187,7 @@ class Group:
     def all_gather(self, rows: Tensor) -> Callable[[], None]:
         """Row i of (size, n) from place i, once waited for; this place's row must be there already."""
         share = rows[self.shard_rank]
-        work = dist.all_gather_single(rows.view(-1), share, group=self.shard_group, async_op=True)
+        work = torch_compat.all_gather_single(rows.view(-1), share, group=self.shard_group, async_op=True)
         self._count(share, self.size - 1)
         return work.wait
 
