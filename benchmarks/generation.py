@@ -32,8 +32,15 @@ def measure() -> list[dict]:
         replies = generate_batch(model, prompts.tolist(), NEW_TOKENS, stop_ids=set())
         ours.append(time.perf_counter() - begun)
         reference.append(without_cache(model, torch.cat([prompts, torch.tensor(replies)], dim=1).to(where)))
-    return [row(f"generation, d6, {PROMPTS} prompts, {NEW_TOKENS} new tokens", PROMPTS * NEW_TOKENS, "tokens",
-                statistics.median(ours), statistics.median(reference))]
+    return [
+        row(
+            f"generation, d6, {PROMPTS} prompts, {NEW_TOKENS} new tokens",
+            PROMPTS * NEW_TOKENS,
+            "tokens",
+            statistics.median(ours),
+            statistics.median(reference),
+        )
+    ]
 
 
 @torch.no_grad()

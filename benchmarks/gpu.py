@@ -45,26 +45,46 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     mfu = "n/a" if found["mfu"] is None else f"{found['mfu']:.1%}"
-    print(f"{found['model']} on {found['device']}: {found['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, peak memory "
-          f"{found['peak_memory_gib']:.2f} GiB")
+    print(
+        f"{found['model']} on {found['device']}: {found['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, peak memory "
+        f"{found['peak_memory_gib']:.2f} GiB"
+    )
     asked.out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written to {asked.out}")
 
 
 def measure(model: str, where: str, steps: int, overrides: list[str]) -> dict:
     """What `steps` steps after the warm-up gave, and what they were made of. Raises UserError for a wrong override."""
-    cfg = compose([f"model={model}", "stage=base", "eval=none", "tracking=none", f"train.device={where}",
-                   f"train.max_steps={WARM_UP + steps}", *overrides])
+    cfg = compose(
+        [
+            f"model={model}",
+            "stage=base",
+            "eval=none",
+            "tracking=none",
+            f"train.device={where}",
+            f"train.max_steps={WARM_UP + steps}",
+            *overrides,
+        ]
+    )
     found: dict = {}
     parts = build_parts(cfg, lambda step, values: found.update(values), Ranks())
     state = loop.State()
     for until in (WARM_UP, WARM_UP + steps):  # the second call measures its own steps only
         state = loop.fit(parts, state, loop.Cadence(log=until, evaluate=None, save=None, num_steps=until))
     kept = {key: getattr(value, "name", value) for key, value in vars(cfg.train).items()}
-    return {"model": model, "device": torch.cuda.get_device_name() if where == "cuda" else where, "torch": torch.__version__,
-            "steps": steps, "tokens_a_step": parts.loader.tokens, "tokens_per_second": found["train/tokens_per_second"],
-            "mfu": found.get("train/mfu"), "peak_memory_gib": found["train/peak_memory_gib"], "loss": found["train/loss"],
-            "settings": kept, "overrides": overrides}
+    return {
+        "model": model,
+        "device": torch.cuda.get_device_name() if where == "cuda" else where,
+        "torch": torch.__version__,
+        "steps": steps,
+        "tokens_a_step": parts.loader.tokens,
+        "tokens_per_second": found["train/tokens_per_second"],
+        "mfu": found.get("train/mfu"),
+        "peak_memory_gib": found["train/peak_memory_gib"],
+        "loss": found["train/loss"],
+        "settings": kept,
+        "overrides": overrides,
+    }
 
 
 def build_parts(cfg: Config, track, ranks: Ranks) -> loop.TrainerComponents:
@@ -74,11 +94,24 @@ def build_parts(cfg: Config, track, ranks: Ranks) -> loop.TrainerComponents:
     model, strategy = build_model(cfg, cfg.tokenizer.vocab_size, None, where, ranks, bf16)
     autocast = device.autocast(bf16, where)
     return loop.TrainerComponents(
-        model=model, loss_of=in_context(autocast, model.loss), optimizer=instantiate_config(cfg.optimizer, model, strategy),
-        lr_factor=lambda step: 1.0, loader=RandomRows(cfg, where, ranks.world_size), evaluate=lambda step: {},
-        save=lambda state: None, track=track, show=lambda step: None, stop_asked=lambda: False, ranks=ranks,
-        max_grad_norm=cfg.train.max_grad_norm, checks_each_step=where.type == "cpu", flops_per_token=model.flops_per_token(cfg.train.seq_len),
-        peak_flops=device.peak_flops(where), meters=device.meters(where), strategy=strategy)
+        model=model,
+        loss_of=in_context(autocast, model.loss),
+        optimizer=instantiate_config(cfg.optimizer, model, strategy),
+        lr_factor=lambda step: 1.0,
+        loader=RandomRows(cfg, where, ranks.world_size),
+        evaluate=lambda step: {},
+        save=lambda state: None,
+        track=track,
+        show=lambda step: None,
+        stop_asked=lambda: False,
+        ranks=ranks,
+        max_grad_norm=cfg.train.max_grad_norm,
+        checks_each_step=where.type == "cpu",
+        flops_per_token=model.flops_per_token(cfg.train.seq_len),
+        peak_flops=device.peak_flops(where),
+        meters=device.meters(where),
+        strategy=strategy,
+    )
 
 
 class RandomRows:

@@ -26,8 +26,19 @@ def measure() -> list[dict]:
 
 def _measure(collator: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        cfg = compose(["stage=mid", "init.from=scratch", f"run.root={folder}", "eval=none", "tracking=none", "model=tiny",
-                       f"collator={collator}", "train.max_steps=1000", "train.compile=false"])
+        cfg = compose(
+            [
+                "stage=mid",
+                "init.from=scratch",
+                f"run.root={folder}",
+                "eval=none",
+                "tracking=none",
+                "model=tiny",
+                f"collator={collator}",
+                "train.max_steps=1000",
+                "train.compile=false",
+            ]
+        )
         plan, data = setup_run(cfg, world_size=1)
         parts, _ = build_components(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
         for step in range(2):
@@ -37,8 +48,13 @@ def _measure(collator: str) -> dict:
             loop.train_step(parts, parts.loader.step(step), step)
         share = 100 * (parts.loader.waited_s - waited) / (time.perf_counter() - begun)
         parts.loader.close()
-    return {"case": f"waiting for data, tiny, {collator} (goal)", "unit": "% of time", "ours": share, "reference": GOAL,
-            "ratio": GOAL / max(share, 1e-9)}
+    return {
+        "case": f"waiting for data, tiny, {collator} (goal)",
+        "unit": "% of time",
+        "ours": share,
+        "reference": GOAL,
+        "ratio": GOAL / max(share, 1e-9),
+    }
 
 
 if __name__ == "__main__":

@@ -50,15 +50,30 @@ def main(arguments: list[str] | None = None) -> None:
         for kind in KINDS:
             overrides = [*asked.overrides, f"train.activation_checkpointing={kind}"]
             predicted, found = predict(model, asked.ranks, *overrides), measure(model, asked.ranks, *overrides)
-            print(f"{model} {kind:5s} predicted {predicted / GIB:.3f} GiB, measured {found / GIB:.3f} GiB: "
-                  f"{predicted / found - 1:+.1%}", flush=True)
+            print(
+                f"{model} {kind:5s} predicted {predicted / GIB:.3f} GiB, measured {found / GIB:.3f} GiB: "
+                f"{predicted / found - 1:+.1%}",
+                flush=True,
+            )
 
 
 def settings(model: str, ranks: int, *overrides: str) -> Config:
     """Short rows, two micro-batches a rank and step, in fp32 and without compilation, unless the overrides say otherwise."""
-    return compose([f"model={model}", "stage=base", "eval=none", "tracking=none", "train.device=cpu", "train.dtype=fp32",
-                    "train.compile=false", "train.seq_len=512", "train.device_batch_size=2",
-                    f"train.total_batch_size={2048 * ranks}", *overrides])
+    return compose(
+        [
+            f"model={model}",
+            "stage=base",
+            "eval=none",
+            "tracking=none",
+            "train.device=cpu",
+            "train.dtype=fp32",
+            "train.compile=false",
+            "train.seq_len=512",
+            "train.device_batch_size=2",
+            f"train.total_batch_size={2048 * ranks}",
+            *overrides,
+        ]
+    )
 
 
 def predict(model: str, ranks: int, *overrides: str) -> int:
@@ -73,8 +88,13 @@ def measure(model: str, ranks: int, *overrides: str) -> int:
     """The same of a real run, in processes of its own."""
     # One arena, as malloc tells of its first only.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *overrides, "--measure", "--ranks", str(ranks), "--models",
-                           model], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", *overrides, "--measure", "--ranks", str(ranks), "--models", model],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -100,8 +120,10 @@ def steps(cfg: Config, ranks: Ranks) -> None:
 class MallocInfo(ctypes.Structure):
     """What glibc's mallinfo2 gives."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
-                                                     "uordblks", "fordblks", "keepcost")]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
 
 
 def seen_by_malloc(work: Callable[[], None]) -> int:

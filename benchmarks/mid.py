@@ -34,9 +34,22 @@ def measure() -> list[dict]:
 
 def _measure(dtype: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        cfg = compose(["stage=mid", "init.from=scratch", f"run.root={folder}", "eval=none", "tracking=none", *MODEL,
-                       f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}", "train.max_steps=1000",
-                       f"train.total_batch_size={TOKENS}", f"train.dtype={dtype}", "tokenizer.vocab_size=8192"])
+        cfg = compose(
+            [
+                "stage=mid",
+                "init.from=scratch",
+                f"run.root={folder}",
+                "eval=none",
+                "tracking=none",
+                *MODEL,
+                f"train.seq_len={SEQ_LEN}",
+                f"train.device_batch_size={ROWS}",
+                "train.max_steps=1000",
+                f"train.total_batch_size={TOKENS}",
+                f"train.dtype={dtype}",
+                "tokenizer.vocab_size=8192",
+            ]
+        )
         plan, data = setup_run(cfg, world_size=1)
         where = pick_device(cfg.train.device)
         keep_freed_memory(where)  # as the runner does
@@ -58,8 +71,10 @@ def stock_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """torch's own Muon on the blocks and AdamW on embeddings and head."""
     matrices = [p for n, p in model.named_parameters() if n.startswith("transformer.h")]
     rest = [p for n, p in model.named_parameters() if not n.startswith("transformer.h")]
-    return [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0),
+    ]
 
 
 class Reference:

@@ -102,8 +102,12 @@ def _sets(cache: Path) -> list[Records]:
     folder = os.environ.get("BENCHMARK_DATA")
     if folder is None:
         return [Records(generated.rows("demo_choice", "val", QUESTIONS))]
-    return [open_records(name, SourceConfig(str(Path(folder).resolve() / name), Schema.multiple_choice, subset=subset, split="test"),
-                      cache) for name, subset in SETS]
+    return [
+        open_records(
+            name, SourceConfig(str(Path(folder).resolve() / name), Schema.multiple_choice, subset=subset, split="test"), cache
+        )
+        for name, subset in SETS
+    ]
 
 
 if __name__ == "__main__":

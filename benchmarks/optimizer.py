@@ -17,8 +17,21 @@ def measure() -> list[dict]:
 
 def _measure(name: str, n_layer: int, n_embd: int, n_head: int) -> dict:
     ours, reference = _model(n_layer, n_embd, n_head), _model(n_layer, n_embd, n_head)
-    mine = build(ours, lr_scale=1.0, matrix_lr=0.02, embed_lr=0.2, lm_head_lr=0.004, vector_lr=None, momentum=0.95,
-                 momentum_start=0.85, momentum_warmup_steps=300, ns_steps=5, betas=[0.8, 0.95], eps=1e-10, weight_decay=0.0)
+    mine = build(
+        ours,
+        lr_scale=1.0,
+        matrix_lr=0.02,
+        embed_lr=0.2,
+        lm_head_lr=0.004,
+        vector_lr=None,
+        momentum=0.95,
+        momentum_start=0.85,
+        momentum_warmup_steps=300,
+        ns_steps=5,
+        betas=[0.8, 0.95],
+        eps=1e-10,
+        weight_decay=0.0,
+    )
     theirs = stock_optimizers(reference)
 
     def step_theirs() -> None:

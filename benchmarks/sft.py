@@ -53,8 +53,16 @@ def measure(vocab_size: int = VOCAB_SIZE) -> list[dict]:
             run.parts.loader.close()
     middle = {name: float(np.median(found)) for name, found in rates.items()}
     tokens = runs["masked"].data.tokenizer.vocab_size
-    return [{"case": f"sft, d6, vocabulary {tokens:,}, {name}", "unit": "supervised/s", "ours": middle[name],
-             "reference": middle["reference"], "ratio": middle[name] / middle["reference"]} for name in runs]
+    return [
+        {
+            "case": f"sft, d6, vocabulary {tokens:,}, {name}",
+            "unit": "supervised/s",
+            "ours": middle[name],
+            "reference": middle["reference"],
+            "ratio": middle[name] / middle["reference"],
+        }
+        for name in runs
+    ]
 
 
 def _rate(step, seconds: float) -> float:
@@ -70,16 +78,33 @@ def _data(vocab_size: int) -> list[str]:
     if folder is None:
         return ["data=demo", f"tokenizer.vocab_size={vocab_size}"]
     paths = [Path(folder).resolve() / name for name in ("sgd/train.parquet", "gsm8k/main/train.parquet")]
-    return ["data=local", f"data.train_path=[{paths[0]},{paths[1]}]", "data.schema=[messages,gsm8k]",
-            f"tokenizer.vocab_size={vocab_size}"]
+    return [
+        "data=local",
+        f"data.train_path=[{paths[0]},{paths[1]}]",
+        "data.schema=[messages,gsm8k]",
+        f"tokenizer.vocab_size={vocab_size}",
+    ]
 
 
 class Ours:
     def __init__(self, collator: str, folder: str, vocab_size: int):
         rows = CONVERSATIONS if collator == "masked" else 2 * ROWS  # about as many tokens a step
-        self.cfg = compose(["stage=sft", "init.from=scratch", f"run.root={folder}/{collator}", "eval=none", "tracking=none",
-                            *MODEL, f"collator={collator}", f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}",
-                            "train.max_steps=100000", f"train.rows_per_step={rows}", *_data(vocab_size)])
+        self.cfg = compose(
+            [
+                "stage=sft",
+                "init.from=scratch",
+                f"run.root={folder}/{collator}",
+                "eval=none",
+                "tracking=none",
+                *MODEL,
+                f"collator={collator}",
+                f"train.seq_len={SEQ_LEN}",
+                f"train.device_batch_size={ROWS}",
+                "train.max_steps=100000",
+                f"train.rows_per_step={rows}",
+                *_data(vocab_size),
+            ]
+        )
         plan, self.data = setup_run(self.cfg, world_size=1)
         self.parts, _ = build_components(self.cfg, plan, Ranks(), self.data, NullTracker(), lambda: False, None)
         self.number = 0

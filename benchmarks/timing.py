@@ -59,8 +59,14 @@ def _serve(asked: Connection, make: Callable[..., Callable[[], Any]], arguments:
 def row(case: str, work: float, unit: str, ours: float, reference: float, products: float | None = None) -> dict:
     """One line of the table: work units a second of both, how many times faster ours is, and what share of our seconds the
     matrix products alone take (`products` seconds, see roofline.py)."""
-    return {"case": case, "unit": f"{unit}/s", "ours": work / ours, "reference": work / reference, "ratio": reference / ours,
-            **({} if products is None else {"roofline": products / ours})}
+    return {
+        "case": case,
+        "unit": f"{unit}/s",
+        "ours": work / ours,
+        "reference": work / reference,
+        "ratio": reference / ours,
+        **({} if products is None else {"roofline": products / ours}),
+    }
 
 
 def show(rows: list[dict]) -> None:

@@ -33,8 +33,10 @@ def sources() -> dict[str, SourceConfig]:
     if folder is None:
         return {"small_talk": SourceConfig("generate:small_talk", limit=12_000)}
     paths = {name: str(Path(folder).resolve() / name) for name in ("sgd/train.parquet", "gsm8k/main/train.parquet")}
-    return {"sgd": SourceConfig(paths["sgd/train.parquet"]),
-            "gsm8k": SourceConfig(paths["gsm8k/main/train.parquet"], schema=Schema.gsm8k)}
+    return {
+        "sgd": SourceConfig(paths["sgd/train.parquet"]),
+        "gsm8k": SourceConfig(paths["gsm8k/main/train.parquet"], schema=Schema.gsm8k),
+    }
 
 
 def measure() -> list[dict]:
@@ -44,8 +46,9 @@ def measure() -> list[dict]:
 
 def _measure(name: str, source: SourceConfig, folder: Path) -> list[dict]:
     rows = open_records(name, source, folder)
-    texts = [piece.text for _, found in rows.read(0, len(rows)) for piece in document(found, source.schema.name)
-             if not piece.special]
+    texts = [
+        piece.text for _, found in rows.read(0, len(rows)) for piece in document(found, source.schema.name) if not piece.special
+    ]
     tokenizer, cores = Tokenizer.train(texts[:TRAINED_ON], 8192), os.cpu_count() or 1
     times: dict[str, list[float]] = {"steady": [], "whole": [], "start": [], "reference": []}
     for _ in range(ROUNDS):
@@ -57,10 +60,16 @@ def _measure(name: str, source: SourceConfig, folder: Path) -> list[dict]:
         times["reference"].append(_seconds(lambda: tokenizer.encoding.encode_ordinary_batch(texts, num_threads=cores)))
     middle = {what: statistics.median(found) for what, found in times.items()}
     characters = sum(map(len, texts))
-    return [row(f"render {name}, {cores} processes, steady", characters, "characters", middle["steady"],
-                middle["reference"]),
-            row(f"prepare {name} (its processes start in {middle['start']:.1f} s)", characters, "characters", middle["whole"],
-                middle["reference"])]
+    return [
+        row(f"render {name}, {cores} processes, steady", characters, "characters", middle["steady"], middle["reference"]),
+        row(
+            f"prepare {name} (its processes start in {middle['start']:.1f} s)",
+            characters,
+            "characters",
+            middle["whole"],
+            middle["reference"],
+        ),
+    ]
 
 
 def _steady(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:

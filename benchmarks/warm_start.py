@@ -44,10 +44,24 @@ def measure() -> list[dict]:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                     seconds, resident = process.submit(_first_batch, folder, name).result()
             case = f"{name}, {megabytes} MB"
-            rows.append({"case": f"first batch, {case} (goal)", "unit": "s", "ours": seconds, "reference": GOAL_S,
-                         "ratio": GOAL_S / seconds})
-            rows.append({"case": f"resident, {case} (the cache)", "unit": "MB", "ours": resident, "reference": float(megabytes),
-                         "ratio": megabytes / resident})
+            rows.append(
+                {
+                    "case": f"first batch, {case} (goal)",
+                    "unit": "s",
+                    "ours": seconds,
+                    "reference": GOAL_S,
+                    "ratio": GOAL_S / seconds,
+                }
+            )
+            rows.append(
+                {
+                    "case": f"resident, {case} (the cache)",
+                    "unit": "MB",
+                    "ours": resident,
+                    "reference": float(megabytes),
+                    "ratio": megabytes / resident,
+                }
+            )
     return rows
 
 
@@ -68,8 +82,9 @@ def _chunks(documents: int) -> Iterator[cache.Chunk]:
         tokens = rng.integers(0, 256, int(lengths.sum()), dtype=np.uint16)
         mask = (np.arange(len(tokens)) // 50 % 2).astype(np.uint8)
         supervised = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
-        yield cache.Chunk(tokens.tobytes(), mask.tobytes(), lengths.tolist(), supervised.tolist(),
-                          list(range(first, first + len(lengths))), [])
+        yield cache.Chunk(
+            tokens.tobytes(), mask.tobytes(), lengths.tolist(), supervised.tolist(), list(range(first, first + len(lengths))), []
+        )
 
 
 def _open(folder: Path) -> cache.TokenizedSource:

@@ -15,8 +15,20 @@ from chattrain.optim.muon_adamw import build
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import SingleProcess
 
-RATES = dict(lr_scale=1.0, matrix_lr=0.02, embed_lr=0.2, lm_head_lr=0.004, vector_lr=None, momentum=0.95, momentum_start=0.85,
-             momentum_warmup_steps=300, ns_steps=5, betas=[0.8, 0.95], eps=1e-10, weight_decay=0.0)
+RATES = dict(
+    lr_scale=1.0,
+    matrix_lr=0.02,
+    embed_lr=0.2,
+    lm_head_lr=0.004,
+    vector_lr=None,
+    momentum=0.95,
+    momentum_start=0.85,
+    momentum_warmup_steps=300,
+    ns_steps=5,
+    betas=[0.8, 0.95],
+    eps=1e-10,
+    weight_decay=0.0,
+)
 
 
 class Recorder:
@@ -32,11 +44,24 @@ class Recorder:
         self.factors, self.calls = iter(factors or []), []
         loader = SimpleNamespace(waited_s=0.0, step=lambda step: [batch, batch], describe=lambda step: f"rows of step {step}")
         self.parts = loop.TrainerComponents(
-            model=self.model, loss_of=self.loss, optimizer=build(self.model, **RATES), lr_factor=lambda step: 1.0,
-            loader=loader, evaluate=lambda step: self.calls.append(("evaluate", step)) or {},
+            model=self.model,
+            loss_of=self.loss,
+            optimizer=build(self.model, **RATES),
+            lr_factor=lambda step: 1.0,
+            loader=loader,
+            evaluate=lambda step: self.calls.append(("evaluate", step)) or {},
             save=lambda state: self.calls.append(("save", state.step)),
-            track=lambda step, metrics: self.calls.append(("track", step)), show=lambda step: None, stop_asked=lambda: False,
-            ranks=Ranks(), strategy=SingleProcess(), max_grad_norm=1.0, checks_each_step=device == "cpu", flops_per_token=1, peak_flops=None, meters=dict)
+            track=lambda step, metrics: self.calls.append(("track", step)),
+            show=lambda step: None,
+            stop_asked=lambda: False,
+            ranks=Ranks(),
+            strategy=SingleProcess(),
+            max_grad_norm=1.0,
+            checks_each_step=device == "cpu",
+            flops_per_token=1,
+            peak_flops=None,
+            meters=dict,
+        )
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.model(batch.inputs, batch.targets).sum() * next(self.factors, 1.0)
@@ -83,5 +108,13 @@ def test_the_loop_evaluates_logs_and_saves_when_due():
     here = Recorder("cpu")
     state = loop.fit(here.parts, loop.State(), loop.Cadence(log=2, evaluate=3, save=4, num_steps=5))
     assert (state.step, state.tokens_seen) == (5, 5 * 64)
-    assert here.calls == [("evaluate", 0), ("track", 2), ("evaluate", 3), ("track", 4), ("save", 4), ("track", 5),
-                          ("evaluate", 5), ("save", 5)]
+    assert here.calls == [
+        ("evaluate", 0),
+        ("track", 2),
+        ("evaluate", 3),
+        ("track", 4),
+        ("save", 4),
+        ("track", 5),
+        ("evaluate", 5),
+        ("save", 5),
+    ]

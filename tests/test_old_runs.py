@@ -1,5 +1,7 @@
-"""Runs of version 0.1.0 go on: resumed, evaluated, talked to, exported. They lie in old_runs/ as they were after 4 of 8 steps, with
-the metrics of all 8."""
+"""Runs of version 0.1.0 go on: resumed, evaluated, talked to, exported.
+
+They lie in old_runs/ as they were after 4 of 8 steps, with the metrics of all 8.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,11 @@ from tests.helpers import TINY, metrics, write_talk
 
 OLD = Path(__file__).parent / "old_runs"
 SIZES = ["model.n_layer=1", "model.n_embd=32", "tokenizer.vocab_size=280", "train.max_steps=8", "checkpoint.every=4"]
-RUNS = {"mid/packed": [], "sft/masked": ["optimizer=adamw", "init.from=scratch"],
-        "sft/best_fit": ["collator=best_fit", "init.from=scratch"]}
+RUNS = {
+    "mid/packed": [],
+    "sft/masked": ["optimizer=adamw", "init.from=scratch"],
+    "sft/best_fit": ["collator=best_fit", "init.from=scratch"],
+}
 
 
 @pytest.fixture
@@ -53,6 +58,6 @@ def test_an_old_run_is_evaluated_talked_to_and_exported(old_run):
 
 @pytest.mark.parametrize("old_run", ["sft/masked"], indirect=True)
 def test_an_old_name_of_a_part_means_the_same_part(old_run):
-    run_dir, typed = old_run
+    _, typed = old_run
     summary = chattrain.run([*typed, "collator._target_=chattrain.data.collators.Masked"])
     assert (summary["status"], summary["steps"]) == ("completed", 8)

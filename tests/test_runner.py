@@ -13,8 +13,18 @@ import chattrain
 from chattrain.errors import UserError
 from tests.helpers import TINY, command_line, contents, metrics, process, standing_in, train, write_talk
 
-SUMMARY_KEYS = {"status", "stage", "steps", "tokens_seen", "supervised_tokens", "tokens_per_second", "metrics",
-                "checkpoint", "init", "mlflow_run_id"}
+SUMMARY_KEYS = {
+    "status",
+    "stage",
+    "steps",
+    "tokens_seen",
+    "supervised_tokens",
+    "tokens_per_second",
+    "metrics",
+    "checkpoint",
+    "init",
+    "mlflow_run_id",
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +83,17 @@ def test_metrics_hold_the_evaluation_before_the_first_step_and_after_the_last(ba
 
 
 def test_questions_are_asked_at_some_of_the_evaluations_and_at_the_last(place):
-    asked = ["eval.multiple_choice=true", "data=demo", "eval.max_tokens=64",
-             "eval.max_problems=4", "eval.every=2", "eval.multiple_choice_every=4", "train.max_steps=7"]
+    asked = [
+        "eval.multiple_choice=true",
+        "data=demo",
+        "eval.max_tokens=64",
+        "eval.max_problems=4",
+        "eval.every=2",
+        "eval.multiple_choice_every=4",
+        "train.max_steps=7",
+    ]
     settings = [o for o in TINY if not o.startswith("data")]
-    summary = chattrain.run(["stage=sft", *settings, "init.from=scratch", "run.name=rarely",
-                             *asked])
+    summary = chattrain.run(["stage=sft", *settings, "init.from=scratch", "run.name=rarely", *asked])
     lines = metrics(summary["run_dir"])
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 2, 4, 6, 7]
     assert [line["step"] for line in lines if "eval/demo_acc" in line] == [0, 4, 7]
@@ -139,9 +155,13 @@ def test_scratch_is_no_fallback_and_not_warned_of(place, caplog):
 # --- chains and sweeps -----------------------------------------------------------------------------------------------
 
 DEMO = [o for o in TINY if not o.startswith(("data", "eval", "train.rows"))] + [
-    "train.max_steps=3", "train.total_batch_size=256", "eval.max_tokens=512", "eval.max_problems=8",
-    "data.stages.base.train.prose.limit=100", *(f"data.stages.mid.train.{source}.limit=50" for source in (
-        "choice", "spelling", "counting", "arithmetic", "small_talk"))]
+    "train.max_steps=3",
+    "train.total_batch_size=256",
+    "eval.max_tokens=512",
+    "eval.max_problems=8",
+    "data.stages.base.train.prose.limit=100",
+    *(f"data.stages.mid.train.{source}.limit=50" for source in ("choice", "spelling", "counting", "arithmetic", "small_talk")),
+]
 
 
 def test_a_chain_trains_each_stage_from_the_one_before_and_ends_with_a_table(workplace):
@@ -178,8 +198,16 @@ def test_a_chain_stops_where_a_stage_has_nothing_to_start_from(workplace, capsys
 
 
 def test_a_chain_stops_where_a_run_goes_wrong(base, place, capsys):
-    broken = command_line(capsys, "-m", "stage=mid,sft", *TINY, "train.max_steps=4", "run.name=wrong",
-                          "init.from=runs/base/first", "optimizer.lr_scale=1e35")
+    broken = command_line(
+        capsys,
+        "-m",
+        "stage=mid,sft",
+        *TINY,
+        "train.max_steps=4",
+        "run.name=wrong",
+        "init.from=runs/base/first",
+        "optimizer.lr_scale=1e35",
+    )
     assert broken.status == 1 and "not finite" in broken.message
     assert json.loads((place / "runs/mid/wrong/summary.json").read_text())["status"] == "failed"
     assert not (place / "runs/sft/wrong").exists()
@@ -187,8 +215,16 @@ def test_a_chain_stops_where_a_run_goes_wrong(base, place, capsys):
 
 
 def test_a_sweep_gives_each_run_a_name_of_its_own(base, place, capsys):
-    done = command_line(capsys, "-m", "stage=sft", "optimizer.lr_scale=0.3,1", *TINY, "train.max_steps=1", "run.name=lr",
-                        "init.from=runs/base/first")
+    done = command_line(
+        capsys,
+        "-m",
+        "stage=sft",
+        "optimizer.lr_scale=0.3,1",
+        *TINY,
+        "train.max_steps=1",
+        "run.name=lr",
+        "init.from=runs/base/first",
+    )
     assert done.status == 0, done.err
     runs = sorted((place / "runs/sft").glob("lr*"))
     assert [run.name for run in runs] == ["lr-lr_scale=0.3", "lr-lr_scale=1"]
@@ -198,12 +234,19 @@ def test_a_sweep_gives_each_run_a_name_of_its_own(base, place, capsys):
 
 
 def test_a_job_that_fails_does_not_stop_the_others_of_a_sweep_and_the_status_tells(base, place, capsys):
-    done = command_line(capsys, "-m", "stage=mid", "optimizer.lr_scale=-1,1e35,1", *TINY, "train.max_steps=4",
-                        "run.name=some", "init.from=runs/base/first")
+    done = command_line(
+        capsys,
+        "-m",
+        "stage=mid",
+        "optimizer.lr_scale=-1,1e35,1",
+        *TINY,
+        "train.max_steps=4",
+        "run.name=some",
+        "init.from=runs/base/first",
+    )
     assert done.status == 2
     assert done.err.count("chattrain: ") == 2 and "Traceback" not in done.err
-    runs = {run.name: json.loads((run / "summary.json").read_text())["status"]
-            for run in (place / "runs/mid").glob("some*")}
+    runs = {run.name: json.loads((run / "summary.json").read_text())["status"] for run in (place / "runs/mid").glob("some*")}
     assert runs == {"some-lr_scale=1e+35": "failed", "some-lr_scale=1": "completed"}
 
 
@@ -260,8 +303,9 @@ def test_report_writes_the_report_anew(base, place, capsys):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "chat", "report"])
-@pytest.mark.parametrize("asked, named", [(["run.root=none"], "no finished mid run"),
-                                          (["run.root=none", "init.from=gone", "run.dir=gone"], "gone")])
+@pytest.mark.parametrize(
+    "asked, named", [(["run.root=none"], "no finished mid run"), (["run.root=none", "init.from=gone", "run.dir=gone"], "gone")]
+)
 def test_commands_refuse_where_there_is_no_run(place, command, asked, named):
     with pytest.raises(UserError, match=named):
         tiny(command, "stage=mid", "chat.prompt=Hello", *asked)

@@ -20,16 +20,20 @@ log = logging.getLogger("chattrain")
 
 # Dense bf16 matmul peak with fp32 sums, in FLOP/s, by what torch calls the device: vendors' data sheets, without sparsity. Whole
 # names, as others begin alike: an "H100 NVL" is no "H100", an "RTX 4090 Laptop GPU" no "RTX 4090", a MIG slice no whole GPU.
-PEAK_FLOPS = {f"NVIDIA {name}": peak for names, peak in [
-    (["B200"], 2250e12),
-    (["H100 80GB HBM3", "H200", "GH200 480GB"], 989e12),
-    (["H100 NVL", "H200 NVL"], 835e12),
-    (["H100 PCIe"], 756e12),
-    (["A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"], 312e12),
-    (["L40S"], 362e12),
-    (["GeForce RTX 4090"], 165e12),
-    (["GeForce RTX 3090"], 71e12),
-] for name in names}
+PEAK_FLOPS = {
+    f"NVIDIA {name}": peak
+    for names, peak in [
+        (["B200"], 2250e12),
+        (["H100 80GB HBM3", "H200", "GH200 480GB"], 989e12),
+        (["H100 NVL", "H200 NVL"], 835e12),
+        (["H100 PCIe"], 756e12),
+        (["A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"], 312e12),
+        (["L40S"], 362e12),
+        (["GeForce RTX 4090"], 165e12),
+        (["GeForce RTX 3090"], 71e12),
+    ]
+    for name in names
+}
 GIB = 1 << 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3), in bytes
 

@@ -103,10 +103,19 @@ def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
             loss, grad_norm = sync_and_check_finite(trainer, unread)
             unread.clear()
         if log:
-            trainer.track(state.step, {
-                "train/loss": loss, "train/grad_norm": grad_norm, "lr_factor": factor,
-                **trainer.optimizer.learning_rates(), **speed.since_last(), **trainer.meters(),
-                "train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens})
+            trainer.track(
+                state.step,
+                {
+                    "train/loss": loss,
+                    "train/grad_norm": grad_norm,
+                    "lr_factor": factor,
+                    **trainer.optimizer.learning_rates(),
+                    **speed.since_last(),
+                    **trainer.meters(),
+                    "train/tokens_seen": state.tokens_seen,
+                    "train/supervised_tokens": state.supervised_tokens,
+                },
+            )
             gc.collect(1)  # here, and not in the midst of a step: see runner.collect_garbage_between_steps
         state.tokens_per_second = speed.overall()
         if evaluate:
@@ -134,8 +143,9 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int) -> S
     """
     ranks = trainer.ranks
     ranks.at(f"step {step}")
-    supervised, tokens, stop = ranks.sum([sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches),
-                                          float(trainer.stop_asked())])
+    supervised, tokens, stop = ranks.sum(
+        [sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches), float(trainer.stop_asked())]
+    )
     if not supervised:
         raise RunFailed(f"step {step} has no supervised token in its rows: {trainer.loader.describe(step)}")
     total: Tensor | float = 0.0
@@ -163,9 +173,11 @@ def sync_and_check_finite(trainer: TrainerComponents, results: list[StepResult])
     norms = torch.stack([result.grad_norm for result in results]).tolist()
     for result, loss, norm in zip(results, losses, norms, strict=True):
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise RunFailed(f"step {result.step}: loss {loss:.4g}, gradient norm {norm:.4g}: not finite, stopped before such "
-                            f"weights are saved. Lower optimizer.lr_scale or set train.max_grad_norm. Rows: "
-                            f"{trainer.loader.describe(result.step)}")
+            raise RunFailed(
+                f"step {result.step}: loss {loss:.4g}, gradient norm {norm:.4g}: not finite, stopped before such "
+                f"weights are saved. Lower optimizer.lr_scale or set train.max_grad_norm. Rows: "
+                f"{trainer.loader.describe(result.step)}"
+            )
     return losses[-1], norms[-1]
 
 

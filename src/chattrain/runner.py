@@ -88,8 +88,9 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
     """Train in this process. Whatever happens, rank 0 writes a summary.json that says so."""
     close_log = setup_logging(setup.run_dir, ranks.is_main, bool(setup.resume), log_name(ranks.rank))
     tracker, state, error = NullTracker(), loop.State(), None
-    ranks.before_the_end(setup.run_dir / log_name(ranks.rank),
-                         lambda reason: finalize_run(cfg.stage, setup, data, ranks, tracker, state, reason))
+    ranks.before_the_end(
+        setup.run_dir / log_name(ranks.rank), lambda reason: finalize_run(cfg.stage, setup, data, ranks, tracker, state, reason)
+    )
     with stop_on_signal(ranks.failed) as stop_asked:
         try:
             device.keep_freed_memory(device.pick_device(cfg.train.device, ranks.local_rank))
@@ -120,8 +121,15 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
     return summary
 
 
-def finalize_run(stage: str, setup: RunSetup, data: RunData, ranks: Ranks, tracker: Tracker | NullTracker, state: loop.State,
-                 error: BaseException | None) -> dict:
+def finalize_run(
+    stage: str,
+    setup: RunSetup,
+    data: RunData,
+    ranks: Ranks,
+    tracker: Tracker | NullTracker,
+    state: loop.State,
+    error: BaseException | None,
+) -> dict:
     """Returns the summary. Rank 0 writes it and the report, and ends the tracker's run."""
     summary = summarize(stage, setup, data, tracker, state, error)
     try:

@@ -13,12 +13,15 @@ from chattrain.tokenizer import SPECIAL_TOKENS
 
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
-LOOK_ALIKES = [*SPECIAL_TOKENS, "a<|bos|>b", "<|python_start|>1+1<|python_end|>", "<|assistant_end|><|user_start|>",
-               "<|endoftext|>"]
-texts = st.one_of(st.text(max_size=12),
-                  st.sampled_from([*LOOK_ALIKES, "", " ", "\n\n", "Grüße, 東京 🙂", "12345", "e\u0301"]))
-parts = st.builds(lambda kind, text: {"type": kind, "text": text},
-                  st.sampled_from(["text", "python", "python_output"]), texts)
+LOOK_ALIKES = [
+    *SPECIAL_TOKENS,
+    "a<|bos|>b",
+    "<|python_start|>1+1<|python_end|>",
+    "<|assistant_end|><|user_start|>",
+    "<|endoftext|>",
+]
+texts = st.one_of(st.text(max_size=12), st.sampled_from([*LOOK_ALIKES, "", " ", "\n\n", "Grüße, 東京 🙂", "12345", "e\u0301"]))
+parts = st.builds(lambda kind, text: {"type": kind, "text": text}, st.sampled_from(["text", "python", "python_output"]), texts)
 replies = st.one_of(texts, st.lists(parts, min_size=1, max_size=4))
 
 
@@ -31,8 +34,11 @@ def conversations(draw) -> dict:
 
 
 # What surrounds a stretch of text, and whether the model has to produce the stretch itself.
-SURROUNDED = {"text": ("", ""), "python": ("<|python_start|>", "<|python_end|>"),
-              "python_output": ("<|output_start|>", "<|output_end|>")}
+SURROUNDED = {
+    "text": ("", ""),
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
 PRODUCED = {("assistant", "text"), ("assistant", "python")}
 
 
@@ -68,9 +74,17 @@ def chat(*contents, system: str | None = None) -> dict:
     return {"messages": messages + [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
 
 
-WITH_TOOL = chat("1+1?", [{"type": "text", "text": "I ask. "}, {"type": "python", "text": "1+1"},
-                          {"type": "python_output", "text": "2"}, {"type": "text", "text": "It is 2."}],
-                 "Thanks", "Bye")
+WITH_TOOL = chat(
+    "1+1?",
+    [
+        {"type": "text", "text": "I ask. "},
+        {"type": "python", "text": "1+1"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "It is 2."},
+    ],
+    "Thanks",
+    "Bye",
+)
 
 
 @many
@@ -99,9 +113,20 @@ def test_a_reader_of_the_tokens_alone_knows_what_is_supervised(tokenizer, conver
 def test_a_conversation_token_by_token(tokenizer):
     ids, mask = render(chat("ab", [{"type": "python", "text": "c"}, {"type": "python_output", "text": "d"}]), tokenizer)
     assert list(zip([tokenizer.decode([i]) for i in ids], mask, strict=True)) == [
-        ("<|bos|>", 0), ("<|user_start|>", 0), ("a", 0), ("b", 0), ("<|user_end|>", 0), ("<|assistant_start|>", 0),
-        ("<|python_start|>", 1), ("c", 1), ("<|python_end|>", 1), ("<|output_start|>", 0), ("d", 0),
-        ("<|output_end|>", 0), ("<|assistant_end|>", 1)]
+        ("<|bos|>", 0),
+        ("<|user_start|>", 0),
+        ("a", 0),
+        ("b", 0),
+        ("<|user_end|>", 0),
+        ("<|assistant_start|>", 0),
+        ("<|python_start|>", 1),
+        ("c", 1),
+        ("<|python_end|>", 1),
+        ("<|output_start|>", 0),
+        ("d", 0),
+        ("<|output_end|>", 0),
+        ("<|assistant_end|>", 1),
+    ]
 
 
 def test_user_tokens_carry_no_loss(tokenizer):
@@ -110,7 +135,8 @@ def test_user_tokens_carry_no_loss(tokenizer):
 
 def test_python_calls_are_supervised_and_what_the_tool_answers_is_not(tokenizer):
     assert supervised_text(WITH_TOOL, tokenizer) == (
-        "I ask. <|python_start|>1+1<|python_end|>It is 2.<|assistant_end|>Bye<|assistant_end|>")
+        "I ask. <|python_start|>1+1<|python_end|>It is 2.<|assistant_end|>Bye<|assistant_end|>"
+    )
 
 
 def test_an_empty_reply_still_teaches_to_end(tokenizer):
@@ -155,31 +181,34 @@ def refused(reason: str, *messages):
 U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
 
 
-@pytest.mark.parametrize("conversation, reason", [
-    pytest.param({}, "messages", id="no messages"),
-    pytest.param([U, A], "messages", id="a bare list"),
-    pytest.param({"messages": "Hi"}, "messages", id="messages are text"),
-    refused("non-empty"),
-    refused("message 0", A),
-    refused("message 1 is from 'user'", U, U),
-    refused("message 2 is from 'assistant'", U, A, A),
-    refused("message 2 is from 'system'", U, A, S, U),
-    refused("from 'tool'", U, {"role": "tool", "content": "x"}),
-    refused("followed by a user", S),
-    refused("system message must be followed", S, A),
-    refused("message 1 needs `role` and `content`", U, {"role": "assistant"}),
-    refused("message 1 needs", U, {"role": "assistant", "content": None}),
-    refused("message 0 needs", {"content": "x"}),
-    refused("message 1 needs `role`", U, "x"),
-    refused("user's content must be a string, not list", {"role": "user", "content": [{"type": "text", "text": "x"}]}),
-    refused("must be strings", {"role": "system", "content": 3}, U),
-    refused("string or a list of parts", U, {"role": "assistant", "content": 3}),
-    refused("a list of parts", U, {"role": "assistant", "content": []}),
-    refused("unknown part type 'image'", U, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}),
-    refused("message 1: a part must be", U, {"role": "assistant", "content": ["x"]}),
-    refused("a part must be", U, {"role": "assistant", "content": [{"type": "text", "text": None}]}),
-    refused("not {'type': 'python'}", U, {"role": "assistant", "content": [{"type": "python"}]}),
-])
+@pytest.mark.parametrize(
+    "conversation, reason",
+    [
+        pytest.param({}, "messages", id="no messages"),
+        pytest.param([U, A], "messages", id="a bare list"),
+        pytest.param({"messages": "Hi"}, "messages", id="messages are text"),
+        refused("non-empty"),
+        refused("message 0", A),
+        refused("message 1 is from 'user'", U, U),
+        refused("message 2 is from 'assistant'", U, A, A),
+        refused("message 2 is from 'system'", U, A, S, U),
+        refused("from 'tool'", U, {"role": "tool", "content": "x"}),
+        refused("followed by a user", S),
+        refused("system message must be followed", S, A),
+        refused("message 1 needs `role` and `content`", U, {"role": "assistant"}),
+        refused("message 1 needs", U, {"role": "assistant", "content": None}),
+        refused("message 0 needs", {"content": "x"}),
+        refused("message 1 needs `role`", U, "x"),
+        refused("user's content must be a string, not list", {"role": "user", "content": [{"type": "text", "text": "x"}]}),
+        refused("must be strings", {"role": "system", "content": 3}, U),
+        refused("string or a list of parts", U, {"role": "assistant", "content": 3}),
+        refused("a list of parts", U, {"role": "assistant", "content": []}),
+        refused("unknown part type 'image'", U, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}),
+        refused("message 1: a part must be", U, {"role": "assistant", "content": ["x"]}),
+        refused("a part must be", U, {"role": "assistant", "content": [{"type": "text", "text": None}]}),
+        refused("not {'type': 'python'}", U, {"role": "assistant", "content": [{"type": "python"}]}),
+    ],
+)
 def test_a_malformed_conversation_is_refused_with_the_reason(tokenizer, conversation, reason):
     with pytest.raises(Malformed) as refusal:
         render(conversation, tokenizer)
@@ -217,8 +246,7 @@ def test_a_prompt_is_never_cut(tokenizer):
     assert len(render_prompt(chat("word " * 5000), tokenizer)) > 5000
 
 
-@pytest.mark.parametrize("conversation", [{}, {"messages": []}, {"messages": [A]}, {"messages": ["x"]},
-                                          {"messages": None}])
+@pytest.mark.parametrize("conversation", [{}, {"messages": []}, {"messages": [A]}, {"messages": ["x"]}, {"messages": None}])
 def test_a_malformed_prompt_is_refused_too(tokenizer, conversation):
     with pytest.raises(Malformed):
         render_prompt(conversation, tokenizer)
@@ -229,4 +257,6 @@ def test_a_malformed_prompt_is_refused_too(tokenizer, conversation):
 def test_a_batch_gives_what_each_conversation_gives_alone(tokenizer, some, max_tokens):
     form = chat_format(tokenizer)
     together = form.encode([form.to_segments(c) for c in some])
-    assert [Rendered(ids[:max_tokens], mask[:max_tokens]) for ids, mask in together] == [render(c, tokenizer, max_tokens) for c in some]
+    assert [Rendered(ids[:max_tokens], mask[:max_tokens]) for ids, mask in together] == [
+        render(c, tokenizer, max_tokens) for c in some
+    ]

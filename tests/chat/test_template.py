@@ -15,19 +15,28 @@ from tests import tiny_hf
 pytest.importorskip("transformers")
 
 # template -> (the rest of a tokenizer's settings, end of turn)
-STYLES = {"chatml": (tiny_hf.CHATML, {}, "<|im_end|>"), "default system": (tiny_hf.DEFAULT_SYSTEM, {}, "<|im_end|>"),
-          "headers": (tiny_hf.HEADERS, {"eos": "<|eot|>"}, "<|eot|>"),
-          "instruct": (tiny_hf.INSTRUCT, {"eos": "<|eos|>"}, "<|eos|>"),
-          "thought": (tiny_hf.THOUGHT, {"eos": "<|eos|>", "bos": None}, "<|im_end|>")}
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  What is 1 + 2?\n"},
-        {"role": "assistant", "content": "It is 3.\n"}, {"role": "user", "content": "Sure?"},
-        {"role": "assistant", "content": "Yes 🙂"}]
+STYLES = {
+    "chatml": (tiny_hf.CHATML, {}, "<|im_end|>"),
+    "default system": (tiny_hf.DEFAULT_SYSTEM, {}, "<|im_end|>"),
+    "headers": (tiny_hf.HEADERS, {"eos": "<|eot|>"}, "<|eot|>"),
+    "instruct": (tiny_hf.INSTRUCT, {"eos": "<|eos|>"}, "<|eos|>"),
+    "thought": (tiny_hf.THOUGHT, {"eos": "<|eos|>", "bos": None}, "<|im_end|>"),
+}
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "  What is 1 + 2?\n"},
+    {"role": "assistant", "content": "It is 3.\n"},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes 🙂"},
+]
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    return {name: Tokenizer.load(tiny_hf.write_tokenizer(tmp_path_factory.mktemp("tokenizer"), template, **others))
-            for name, (template, others, _) in STYLES.items()}
+    return {
+        name: Tokenizer.load(tiny_hf.write_tokenizer(tmp_path_factory.mktemp("tokenizer"), template, **others))
+        for name, (template, others, _) in STYLES.items()
+    }
 
 
 @pytest.fixture(params=STYLES)
@@ -56,10 +65,16 @@ def test_the_prompt_of_a_reply_is_the_one_that_transformers_renders(tokenizers, 
     assert render_prompt({"messages": TALK}, tokenizer) == render_prompt({"messages": TALK[:4]}, tokenizer) == expected
 
 
-@pytest.mark.parametrize("style, expected", [
-    ("chatml", "It is 3.\n<|im_end|>Yes 🙂<|im_end|>"), ("default system", "It is 3.\n<|im_end|>Yes 🙂<|im_end|>"),
-    ("headers", "It is 3.<|eot|>Yes 🙂<|eot|>"), ("instruct", " It is 3.\n <|eos|> Yes 🙂 <|eos|>"),
-    ("thought", "It is 3.\n<|im_end|><think>\n\n</think>\n\nYes 🙂<|im_end|>")])
+@pytest.mark.parametrize(
+    "style, expected",
+    [
+        ("chatml", "It is 3.\n<|im_end|>Yes 🙂<|im_end|>"),
+        ("default system", "It is 3.\n<|im_end|>Yes 🙂<|im_end|>"),
+        ("headers", "It is 3.<|eot|>Yes 🙂<|eot|>"),
+        ("instruct", " It is 3.\n <|eos|> Yes 🙂 <|eos|>"),
+        ("thought", "It is 3.\n<|im_end|><think>\n\n</think>\n\nYes 🙂<|im_end|>"),
+    ],
+)
 def test_what_the_model_must_produce_is_supervised_and_nothing_else(tokenizers, style, expected):
     assert supervised_text(tokenizers[style], TALK) == expected
 
@@ -169,8 +184,10 @@ def test_a_template_without_an_end_of_turn_is_refused_with_what_it_renders(tmp_p
 
 
 def test_an_assistant_turn_without_its_end_is_refused_with_the_turn(tmp_path):
-    template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
-                "{% if loop.last or m['role'] == 'user' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}")
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% if loop.last or m['role'] == 'user' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
     message = refusal(tmp_path, template)
     assert "assistant turn 2 has no end-of-turn token '<|im_end|>'" in message and "It is 3." in message
 
@@ -190,9 +207,14 @@ def test_what_the_template_itself_refuses_is_refused_with_its_words(tmp_path):
     assert "no system turn here" in refusal(tmp_path, template)
 
 
-@pytest.mark.parametrize("messages, reason", [
-    ([TALK[1], {"role": "asistant", "content": "x"}], "message 1 is from 'asistant' where 'assistant' must speak"),
-    ([TALK[0], TALK[2]], "message 1 is from 'assistant' where 'user'"), ([TALK[1], TALK[1]], "message 1 is from 'user'")])
+@pytest.mark.parametrize(
+    "messages, reason",
+    [
+        ([TALK[1], {"role": "asistant", "content": "x"}], "message 1 is from 'asistant' where 'assistant' must speak"),
+        ([TALK[0], TALK[2]], "message 1 is from 'assistant' where 'user'"),
+        ([TALK[1], TALK[1]], "message 1 is from 'user'"),
+    ],
+)
 def test_roles_that_do_not_take_turns_are_refused(tmp_path, messages, reason):
     assert reason in refusal(tmp_path, tiny_hf.CHATML, messages)
 

@@ -40,8 +40,10 @@ MISTAKES = {
     "a misspelt choice": (["optimizer=adamv"], ["optimizer=adamv", "adamw", "muon_adamw"]),
     "a misspelt stage": (["stage=stf"], ["stage=stf", "base, mid, sft"]),
     "a key of another optimizer": (["optimizer.lr=0.1"], ["optimizer.lr", "optimizer=adamw"]),
-    "a key of another schedule": (["schedule=linear", "schedule.decay_ratio=0.1"],
-                                  ["schedule.decay_ratio", "constant_then_linear"]),
+    "a key of another schedule": (
+        ["schedule=linear", "schedule.decay_ratio=0.1"],
+        ["schedule.decay_ratio", "constant_then_linear"],
+    ),
     "a key of other data": (["data=demo", "data.train_path=x.jsonl"], ["data.train_path", "data=local"]),
     "a wrong type": (["train.seq_len=long"], ["train.seq_len", "long", "Integer"]),
     "a fraction of a step": (["train.max_steps=2.5"], ["train.max_steps", "2.5", "Integer"]),
@@ -53,11 +55,15 @@ MISTAKES = {
     "a list without -m": (["stage=mid,sft"], ["stage=mid,sft", "--multirun"]),
     "two keys for one thing": (["train.num_epochs=1", "train.max_steps=3"], ["train.num_epochs", "train.max_steps=3"]),
     "a batch in rows that does not divide": (["train.rows_per_step=6"], ["train.rows_per_step=6", "try 4"]),
-    "a batch in tokens that does not divide": (["train.rows_per_step=null", "train.total_batch_size=300"],
-                                               ["train.total_batch_size=300", "256", "4 rows x 64", "try 256"]),
+    "a batch in tokens that does not divide": (
+        ["train.rows_per_step=null", "train.total_batch_size=300"],
+        ["train.total_batch_size=300", "256", "4 rows x 64", "try 256"],
+    ),
     "heads that do not divide": (["model.n_embd=65"], ["model.n_embd=65", "2 heads", "multiple"]),
-    "questions between evaluations": (["eval.every=4", "eval.multiple_choice_every=6"],
-                                      ["eval.multiple_choice_every=6", "eval.every=4"]),
+    "questions between evaluations": (
+        ["eval.every=4", "eval.multiple_choice_every=6"],
+        ["eval.multiple_choice_every=6", "eval.every=4"],
+    ),
     "an impossible decay": (["schedule.decay_ratio=2"], ["schedule.decay_ratio=2", "at most 1"]),
     "no learning rate": (["optimizer.lr_scale=0"], ["optimizer.lr_scale=0", "above 0"]),
     "no data": (["data.train_path=null"], ["data.train_path="]),
@@ -71,15 +77,23 @@ MISTAKES = {
     "a stage that the data lacks": (["data=demo", "~data.stages.mid"], ["stage=mid", "data.stages.mid"]),
     "a start that is nowhere": (["init.from=nowhere"], ["init.from=nowhere", "looked up from"]),
     "a start without a checkpoint": (["init.from=hollow"], ["init.from=hollow", "checkpoint"]),
-    "a start of another shape": (["init.from=runs/base/start", "model.n_layer=3"],
-                                 ["init.from=runs/base/start", "n_layer=2", "3", "model=..."]),
-    "a start with other words": (["init.from=runs/base/start", "tokenizer.path=other_tokenizer"],
-                                 ["tokenizer.path=other_tokenizer", "runs/base/start", "leave tokenizer.path out"]),
-    "a damaged checkpoint": (["init.from=damaged/checkpoints/step_000001"],
-                             ["damaged/checkpoints/step_000001", "model.safetensors", "another"]),
+    "a start of another shape": (
+        ["init.from=runs/base/start", "model.n_layer=3"],
+        ["init.from=runs/base/start", "n_layer=2", "3", "model=..."],
+    ),
+    "a start with other words": (
+        ["init.from=runs/base/start", "tokenizer.path=other_tokenizer"],
+        ["tokenizer.path=other_tokenizer", "runs/base/start", "leave tokenizer.path out"],
+    ),
+    "a damaged checkpoint": (
+        ["init.from=damaged/checkpoints/step_000001"],
+        ["damaged/checkpoints/step_000001", "model.safetensors", "another"],
+    ),
     "a run whose checkpoints are damaged": (["init.from=damaged"], ["damaged", "valid"]),
-    "a strict start and no base run": (["init.strict=true", "run.root=elsewhere"],
-                                       ["init.strict=true", "elsewhere", "stage=base", "init.from="]),
+    "a strict start and no base run": (
+        ["init.strict=true", "run.root=elsewhere"],
+        ["init.strict=true", "elsewhere", "stage=base", "init.from="],
+    ),
     "a tokenizer that is none": (["init.from=scratch", "tokenizer.path=hollow"], ["hollow", "encoding.json"]),
     "a tokenizer too small": (["init.from=scratch", "tokenizer.vocab_size=100"], ["tokenizer.vocab_size=100", "265"]),
     "nothing to resume": (["run.resume=must", "run.name=new"], ["run.resume=must", "new", "run.resume=auto"]),
@@ -114,19 +128,42 @@ def test_data_that_needs_paths_names_the_keys_to_type(place, capsys):
 
 
 # Values that are of the right type and can do no work: each is refused like any other mistake.
-SENSELESS = ["train.max_steps=0", "train.seq_len=0", "train.device_batch_size=-4", "train.max_grad_norm=-1",
-             "train.num_epochs=nan", "run.seed=-1", "run.name=a/b", "run.dir=talk.jsonl", "eval.every=0",
-             "eval.max_tokens=-5", "eval.max_problems=-1", "eval.batch_size=0", "checkpoint.keep=0", "checkpoint.every=0",
-             "log.every=0", "optimizer.lr_scale=-1", "optimizer.matrix_lr=-1", "optimizer.betas=[0.9]",
-             "optimizer.betas=[0.9,1.5]", "data.workers=-1", "data.train_path=5", "data.schema=5", "data.train_path=[]",
-             "schedule.warmup_steps=-1", "schedule.init_lr_frac=0", "model.n_head=0"]
+SENSELESS = [
+    "train.max_steps=0",
+    "train.seq_len=0",
+    "train.device_batch_size=-4",
+    "train.max_grad_norm=-1",
+    "train.num_epochs=nan",
+    "run.seed=-1",
+    "run.name=a/b",
+    "run.dir=talk.jsonl",
+    "eval.every=0",
+    "eval.max_tokens=-5",
+    "eval.max_problems=-1",
+    "eval.batch_size=0",
+    "checkpoint.keep=0",
+    "checkpoint.every=0",
+    "log.every=0",
+    "optimizer.lr_scale=-1",
+    "optimizer.matrix_lr=-1",
+    "optimizer.betas=[0.9]",
+    "optimizer.betas=[0.9,1.5]",
+    "data.workers=-1",
+    "data.train_path=5",
+    "data.schema=5",
+    "data.train_path=[]",
+    "schedule.warmup_steps=-1",
+    "schedule.init_lr_frac=0",
+    "model.n_head=0",
+]
 
 
 @pytest.mark.parametrize("value", SENSELESS)
 def test_a_value_that_can_do_no_work_is_refused_by_its_key(value, place, capsys):
     before = contents(place)
-    refused = command_line(capsys, *TINY, "stage=mid", "train.max_steps=1",
-                           *(["train.max_steps=null"] if "epochs" in value else []), value)
+    refused = command_line(
+        capsys, *TINY, "stage=mid", "train.max_steps=1", *(["train.max_steps=null"] if "epochs" in value else []), value
+    )
     assert refused.status == 2
     key = value.partition("=")[0]
     assert key.rpartition(".")[2] in refused.message
@@ -151,12 +188,16 @@ def test_a_home_folder_is_understood_where_the_shell_leaves_it_alone(place, caps
 # --- as the shell sees it --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("typed, named", [
-    (["train.max_step=3"], "train.max_steps"),
-    (["optimizer=adamv"], "adamw"),
-    (["data=local"], "data.train_path="),
-    ([*TINY, "stage=mid", "init.strict=true", "run.root=elsewhere"], "stage=base"),
-], ids=["key", "choice", "no data", "no base run"])
+@pytest.mark.parametrize(
+    "typed, named",
+    [
+        (["train.max_step=3"], "train.max_steps"),
+        (["optimizer=adamv"], "adamw"),
+        (["data=local"], "data.train_path="),
+        ([*TINY, "stage=mid", "init.strict=true", "run.root=elsewhere"], "stage=base"),
+    ],
+    ids=["key", "choice", "no data", "no base run"],
+)
 def test_the_process_ends_with_status_2_and_one_message_on_stderr(place, typed, named):
     before = contents(place)
     refused = process(*typed)
@@ -176,12 +217,23 @@ def test_a_run_that_goes_wrong_ends_with_status_1_and_a_summary_that_says_so(pla
 
 
 def test_help_names_the_groups_and_loads_nothing_heavy(place):
-    code = ("import sys; sys.argv = ['chattrain', '--help']\nfrom chattrain.__main__ import main\n"
-            "try: main()\nfinally: print('HEAVY', {'torch', 'datasets', 'mlflow', 'numpy', 'tiktoken'} & set(sys.modules))")
+    code = (
+        "import sys; sys.argv = ['chattrain', '--help']\nfrom chattrain.__main__ import main\n"
+        "try: main()\nfinally: print('HEAVY', {'torch', 'datasets', 'mlflow', 'numpy', 'tiktoken'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    for group in ("stage: base, mid, sft", "optimizer: adamw, muon_adamw", "collator:", "schedule:", "eval:", "data:",
-                  "model:", "tracking:", "experiment:"):
+    for group in (
+        "stage: base, mid, sft",
+        "optimizer: adamw, muon_adamw",
+        "collator:",
+        "schedule:",
+        "eval:",
+        "data:",
+        "model:",
+        "tracking:",
+        "experiment:",
+    ):
         assert group in done.stdout
     assert "HEAVY set()" in done.stdout
 

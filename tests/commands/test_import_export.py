@@ -121,8 +121,15 @@ def test_a_launcher_with_several_processes_is_refused_where_one_works(place, nan
 def test_two_processes_start_from_one_conversion(place, model, tokenizer, tmp_path):
     folder = write_nanochat(tmp_path / "flat", model, tokenizer)
     settings = [o for o in TINY if not o.startswith(("distributed", "train.device_batch_size"))]
-    done = process("stage=mid", *settings, "train.device_batch_size=2", "distributed.nproc=2", "train.max_steps=1",
-                   f"init.from={folder}", "run.name=two")
+    done = process(
+        "stage=mid",
+        *settings,
+        "train.device_batch_size=2",
+        "distributed.nproc=2",
+        "train.max_steps=1",
+        f"init.from={folder}",
+        "run.name=two",
+    )
     assert done.status == 0, done.err
     assert done.err.count("was converted into a checkpoint") == 1
 
@@ -185,8 +192,9 @@ def test_a_folder_above_the_model_and_its_file_are_refused_with_a_hint(place, na
     for above in (nanochat.parent, nanochat.parents[1]):
         message = refused(capsys, f"command={command}", "stage=base", *TINY, f"init.from={above}")
         assert f"did you mean {nanochat.resolve()}?" in message
-    assert "name its folder" in refused(capsys, f"command={command}", "stage=base", *TINY,
-                                        f"init.from={nanochat}/model_000650.pt")
+    assert "name its folder" in refused(
+        capsys, f"command={command}", "stage=base", *TINY, f"init.from={nanochat}/model_000650.pt"
+    )
 
 
 def test_a_model_of_other_sizes_is_refused_with_the_sizes(place, nanochat, capsys):

@@ -27,8 +27,12 @@ def choices(group: str) -> list[str]:
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
 NANOCHAT = ["data.identity_path=identity.jsonl", "data.words_path=words.txt"]
-NEEDED = {"data=local": ["data.train_path=some.jsonl"], "data=nanochat": NANOCHAT,
-          "experiment=nanochat_mid_d20": NANOCHAT, "experiment=nanochat_sft_d20": NANOCHAT}
+NEEDED = {
+    "data=local": ["data.train_path=some.jsonl"],
+    "data=nanochat": NANOCHAT,
+    "experiment=nanochat_mid_d20": NANOCHAT,
+    "experiment=nanochat_sft_d20": NANOCHAT,
+}
 STAGES = ("base", "mid", "sft")
 
 
@@ -51,8 +55,9 @@ def test_the_groups_are_those_of_the_design():
 def test_every_collator_yields_batches_of_shifted_rows(choice, workplace, tokenizer, cache):
     file = write_talk(workplace)
     documents = Mixture([load_or_tokenize("talk", SourceConfig(str(file)), tokenizer, cache)], [SourceConfig(str(file))], seed=1)
-    collator = instantiate_config(compose([f"collator={choice}"]).collator, documents, 64, tokenizer.special("<|assistant_end|>"),
-                          last_epoch=None)
+    collator = instantiate_config(
+        compose([f"collator={choice}"]).collator, documents, 64, tokenizer.special("<|assistant_end|>"), last_epoch=None
+    )
     assert collator.steps_in(1, rows_per_step=4) >= 1
     batch = collator.batch(torch.arange(4).numpy())
     assert batch.inputs.shape == batch.targets.shape and batch.inputs.shape[0] == 4
@@ -64,14 +69,17 @@ def test_every_collator_yields_batches_of_shifted_rows(choice, workplace, tokeni
 
 
 def small_model():
-    return instantiate_config(compose(["model.n_layer=2", "model.n_embd=64", "model.n_head=2"]).model, vocab_size=300, start=None, seed=0)
+    return instantiate_config(
+        compose(["model.n_layer=2", "model.n_embd=64", "model.n_head=2"]).model, vocab_size=300, start=None, seed=0
+    )
 
 
 @pytest.mark.parametrize("choice", choices("optimizer"))
 def test_every_optimizer_holds_all_parameters_and_lr_scale_multiplies_every_rate(choice):
     model = small_model()
-    one, three = (instantiate_config(compose([f"optimizer={choice}", f"optimizer.lr_scale={scale}"]).optimizer, model)
-                  for scale in (1, 3))
+    one, three = (
+        instantiate_config(compose([f"optimizer={choice}", f"optimizer.lr_scale={scale}"]).optimizer, model) for scale in (1, 3)
+    )
     assert {p for group in one.param_groups for p in group["params"]} == set(model.parameters())
     assert {"lr/matrix", "lr/embed", "lr/lm_head"} <= one.learning_rates().keys()
     assert three.learning_rates() == pytest.approx({name: 3 * lr for name, lr in one.learning_rates().items()})
@@ -79,8 +87,9 @@ def test_every_optimizer_holds_all_parameters_and_lr_scale_multiplies_every_rate
 
 @pytest.mark.parametrize("choice", choices("schedule"))
 def test_every_schedule_stays_within_its_init_lr_frac_and_never_wastes_a_step(choice):
-    whole, half = (instantiate_config(compose([f"schedule={choice}", f"schedule.init_lr_frac={frac}"]).schedule)
-                   for frac in (1.0, 0.5))
+    whole, half = (
+        instantiate_config(compose([f"schedule={choice}", f"schedule.init_lr_frac={frac}"]).schedule) for frac in (1.0, 0.5)
+    )
     for num_steps in (1, 10, 400):
         factors = [whole(step, num_steps) for step in range(num_steps)]
         assert all(0 < factor <= 1 for factor in factors)
@@ -119,16 +128,31 @@ def test_every_stage_composes_with_every_model_into_whole_batches(stage, model):
 
 def facts(stage: str) -> dict:
     cfg = compose([f"stage={stage}"])
-    return {"collator": cfg.collator._target_.rpartition(".")[2], "optimizer": cfg.optimizer._target_.split(".")[-2],
-            "schedule": cfg.schedule._target_.rpartition(".")[2], "init_lr_frac": cfg.schedule.init_lr_frac,
-            "bpb": cfg.eval.validation, "choices": cfg.eval.multiple_choice, "after": cfg.init.after,
-            "from": cfg.init.source, "rows": cfg.train.rows_per_step}
+    return {
+        "collator": cfg.collator._target_.rpartition(".")[2],
+        "optimizer": cfg.optimizer._target_.split(".")[-2],
+        "schedule": cfg.schedule._target_.rpartition(".")[2],
+        "init_lr_frac": cfg.schedule.init_lr_frac,
+        "bpb": cfg.eval.validation,
+        "choices": cfg.eval.multiple_choice,
+        "after": cfg.init.after,
+        "from": cfg.init.source,
+        "rows": cfg.train.rows_per_step,
+    }
 
 
 def test_stage_mid_is_the_packed_column_of_the_design():
-    assert facts("mid") == {"collator": "Packed", "optimizer": "muon_adamw", "schedule": "constant_then_linear",
-                            "init_lr_frac": 1.0, "bpb": True, "choices": False, "after": ["base"], "from": "auto",
-                            "rows": None}
+    assert facts("mid") == {
+        "collator": "Packed",
+        "optimizer": "muon_adamw",
+        "schedule": "constant_then_linear",
+        "init_lr_frac": 1.0,
+        "bpb": True,
+        "choices": False,
+        "after": ["base"],
+        "from": "auto",
+        "rows": None,
+    }
     cfg = compose(["stage=mid"])
     assert cfg.schedule.decay_ratio == pytest.approx(0.2)  # constant for 80 % of the run
     assert cfg.schedule.min_lr_factor == 0
@@ -137,8 +161,17 @@ def test_stage_mid_is_the_packed_column_of_the_design():
 
 
 def test_stage_sft_is_the_masked_column_of_the_design():
-    assert facts("sft") == {"collator": "Padded", "optimizer": "muon_adamw", "schedule": "linear", "init_lr_frac": 0.02,
-                            "bpb": True, "choices": True, "after": ["mid", "base"], "from": "auto", "rows": 32}
+    assert facts("sft") == {
+        "collator": "Padded",
+        "optimizer": "muon_adamw",
+        "schedule": "linear",
+        "init_lr_frac": 0.02,
+        "bpb": True,
+        "choices": True,
+        "after": ["mid", "base"],
+        "from": "auto",
+        "rows": 32,
+    }
 
 
 def test_stage_base_is_packed_text_from_random_weights():
@@ -151,8 +184,11 @@ def test_stage_base_is_packed_text_from_random_weights():
 
 @pytest.mark.parametrize("order", [1, -1], ids=["stage first", "stage last"])
 def test_the_command_line_wins_over_the_stage(order):
-    cfg = compose(["stage=sft", "collator=packed", "schedule=cosine", "schedule.init_lr_frac=0.5", "eval=none",
-                   "train.rows_per_step=64"][::order])
+    cfg = compose(
+        ["stage=sft", "collator=packed", "schedule=cosine", "schedule.init_lr_frac=0.5", "eval=none", "train.rows_per_step=64"][
+            ::order
+        ]
+    )
     assert cfg.collator._target_.endswith("Packed") and cfg.schedule._target_.endswith("cosine")
     assert (cfg.schedule.init_lr_frac, cfg.eval.validation, cfg.train.rows_per_step) == (0.5, False, 64)
 
@@ -160,8 +196,16 @@ def test_the_command_line_wins_over_the_stage(order):
 @pytest.mark.parametrize("experiment", choices("experiment"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_command_line_wins_over_an_experiment(experiment, stage):
-    cfg = compose([f"experiment={experiment}", f"stage={stage}", "model=d6", "init.strict=false", "train.seq_len=512",
-                   *NEEDED.get(f"experiment={experiment}", [])])
+    cfg = compose(
+        [
+            f"experiment={experiment}",
+            f"stage={stage}",
+            "model=d6",
+            "init.strict=false",
+            "train.seq_len=512",
+            *NEEDED.get(f"experiment={experiment}", []),
+        ]
+    )
     assert (cfg.stage, cfg.model.n_layer, cfg.init.strict, cfg.train.seq_len) == (stage, 6, False, 512)
 
 
@@ -169,9 +213,15 @@ def test_the_recipe_for_real_runs_is_strict_about_its_start():
     assert compose(["experiment=quickstart"]).init.strict is True
 
 
-@pytest.mark.parametrize("given, cleared", [("train.max_steps=7", "num_epochs"), ("train.num_epochs=2", "max_steps"),
-                                            ("train.rows_per_step=64", "total_batch_size"),
-                                            ("train.total_batch_size=8192", "rows_per_step")])
+@pytest.mark.parametrize(
+    "given, cleared",
+    [
+        ("train.max_steps=7", "num_epochs"),
+        ("train.num_epochs=2", "max_steps"),
+        ("train.rows_per_step=64", "total_batch_size"),
+        ("train.total_batch_size=8192", "rows_per_step"),
+    ],
+)
 @pytest.mark.parametrize("stage", ["mid", "sft"])
 def test_of_two_keys_that_set_the_same_thing_the_one_typed_counts(given, cleared, stage):
     cfg = compose([f"stage={stage}", given])
@@ -198,8 +248,9 @@ def test_a_batch_that_does_not_divide_names_its_parts_and_the_nearest_that_does(
     train = compose(["train.seq_len=1024", "train.device_batch_size=1", "train.total_batch_size=500000"]).train
     with pytest.raises(UserError) as refused:
         train.rows_a_step(world_size=3)
-    assert str(refused.value) == ("train.total_batch_size=500000 tokens is not a multiple of 3072 (3 ranks x 1 row x 1024 "
-                                  "tokens); try 497664")
+    assert str(refused.value) == (
+        "train.total_batch_size=500000 tokens is not a multiple of 3072 (3 ranks x 1 row x 1024 tokens); try 497664"
+    )
 
 
 @pytest.mark.parametrize("rows, ways_out", [(9, "24, or train.device_batch_size=3"), (8, "24")])

@@ -30,8 +30,11 @@ SEQ_LEN = 96
 @pytest.fixture
 def documents(tmp_path, tokenizer) -> Mixture:
     write_talk(tmp_path, count=40)
-    return Mixture([load_or_tokenize("talk", SourceConfig(str(tmp_path / "talk.jsonl")), tokenizer, tmp_path / "cache")],
-                   [SourceConfig("talk.jsonl")], seed=3)
+    return Mixture(
+        [load_or_tokenize("talk", SourceConfig(str(tmp_path / "talk.jsonl")), tokenizer, tmp_path / "cache")],
+        [SourceConfig("talk.jsonl")],
+        seed=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,17 @@ def test_no_row_overflows_and_none_could_be_emptied_into_another(sizes, capacity
     assert sum(f <= capacity / 2 for f in filled) <= 1
 
 
-@pytest.mark.parametrize("sizes, capacity, rows", [
-    ([6, 5, 4, 3], 10, [0, 1, 0, 1]), ([10, 10], 10, [0, 1]), ([7, 4, 2, 1], 10, [0, 1, 0, 0]), ([5, 5, 5], 10, [0, 0, 1]),
-    ([4, 3, 3, 5], 10, [0, 1, 1, 0]), ([1], 1, [0])])
+@pytest.mark.parametrize(
+    "sizes, capacity, rows",
+    [
+        ([6, 5, 4, 3], 10, [0, 1, 0, 1]),
+        ([10, 10], 10, [0, 1]),
+        ([7, 4, 2, 1], 10, [0, 1, 0, 0]),
+        ([5, 5, 5], 10, [0, 0, 1]),
+        ([4, 3, 3, 5], 10, [0, 1, 1, 0]),
+        ([1], 1, [0]),
+    ],
+)
 def test_a_row_is_filled_exactly_where_one_or_two_items_do_it(sizes, capacity, rows):
     assert best_fit(np.array(sizes), capacity).tolist() == rows
 
@@ -181,12 +192,25 @@ def test_the_canary_dies_where_documents_see_each_other(model):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage, collator", [("sft", ["collator=best_fit"]), ("mid", ["collator.isolate_documents=true"]),
-                                             ("sft", ["collator=best_fit", "train.compile=true"])])
+@pytest.mark.parametrize(
+    "stage, collator",
+    [
+        ("sft", ["collator=best_fit"]),
+        ("mid", ["collator.isolate_documents=true"]),
+        ("sft", ["collator=best_fit", "train.compile=true"]),
+    ],
+)
 def test_a_run_trains_on_isolated_documents_and_resumes_to_the_bit(workplace, stage, collator):
     write_talk(workplace)
-    settings = [f"stage={stage}", *TINY, "init.from=scratch", "checkpoint.every=2", "checkpoint.keep=9", "train.max_steps=4",
-                *collator]
+    settings = [
+        f"stage={stage}",
+        *TINY,
+        "init.from=scratch",
+        "checkpoint.every=2",
+        "checkpoint.keep=9",
+        "train.max_steps=4",
+        *collator,
+    ]
     whole = chattrain.run([*settings, "run.name=whole"])
     chattrain.run([*settings, "run.name=parts"])
     (Path("runs") / stage / "parts/checkpoints/step_000004/manifest.json").unlink()

@@ -21,11 +21,12 @@ BAD = {"messages": [{"role": "assistant", "content": "first"}]}
 
 
 def talk(i: int) -> dict:
-    messages = [{"role": "user", "content": f"What is {i} + 1? " * (i % 4)},
-                {"role": "assistant", "content": f"{i + 1}"},
-                {"role": "user", "content": "Sure?"},
-                {"role": "assistant", "content": [{"type": "python", "text": f"{i}+1"},
-                                                  {"type": "python_output", "text": str(i + 1)}]}]
+    messages = [
+        {"role": "user", "content": f"What is {i} + 1? " * (i % 4)},
+        {"role": "assistant", "content": f"{i + 1}"},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": [{"type": "python", "text": f"{i}+1"}, {"type": "python_output", "text": str(i + 1)}]},
+    ]
     return {"messages": messages[: (2, 3, 4)[i % 3]]}
 
 
@@ -37,25 +38,31 @@ def put(path: Path, rows: list[dict]) -> SourceConfig:
 def bytes_tokenizer(vocab_size: int) -> Tokenizer:
     """A token a byte, with the special tokens at the very end of a vocabulary of that size."""
     special = {name: vocab_size - 9 + i for i, name in enumerate(SPECIAL_TOKENS)}
-    return Tokenizer(tiktoken.Encoding(name="bytes", pat_str=r"\s+|\S+", special_tokens=special,
-                                       mergeable_ranks={bytes([b]): b for b in range(256)}))
+    return Tokenizer(
+        tiktoken.Encoding(
+            name="bytes", pat_str=r"\s+|\S+", special_tokens=special, mergeable_ranks={bytes([b]): b for b in range(256)}
+        )
+    )
 
 
 def same(one: TokenizedSource, two: TokenizedSource) -> bool:
     pairs = [(getattr(one, a), getattr(two, a)) for a in ("tokens", "loss_mask", "offsets", "supervised", "rows")]
     return (one.content_hash, one.skipped) == (two.content_hash, two.skipped) and all(
-        np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+        np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs
+    )
 
 
 @pytest.fixture
 def no_work(monkeypatch):
     """From here on, whatever reads rows or renders them fails."""
+
     def refuse(*_, **__):
         raise AssertionError("done once more")
 
     def forbid():
         monkeypatch.setattr(NativeFormat, "encode", refuse)
         monkeypatch.setattr("chattrain.data.cache.open_records", refuse)
+
     return forbid
 
 
@@ -92,8 +99,14 @@ def test_the_second_call_takes_the_cache_and_reads_and_renders_nothing(tmp_path,
 def test_whatever_decides_the_documents_is_part_of_the_key(tmp_path, tokenizer):
     rows = [{"messages": talk(i)["messages"], "text": f"text {i}"} for i in range(60)]
     path = str(put(tmp_path / "a.jsonl", rows).path)
-    sources = [SourceConfig(path), SourceConfig(path, limit=10), SourceConfig(path, limit=11),
-               SourceConfig(path, part="val"), SourceConfig(path, part="train"), SourceConfig(path, schema=Schema.text)]
+    sources = [
+        SourceConfig(path),
+        SourceConfig(path, limit=10),
+        SourceConfig(path, limit=11),
+        SourceConfig(path, part="val"),
+        SourceConfig(path, part="train"),
+        SourceConfig(path, schema=Schema.text),
+    ]
     made = [load_or_tokenize("mine", source, tokenizer, tmp_path / "cache") for source in sources]
     assert [len(documents) for documents in made] == [60, 10, 11, 3, 57, 60]
     other = load_or_tokenize("mine", sources[0], bytes_tokenizer(300), tmp_path / "cache")
@@ -112,8 +125,9 @@ def test_two_processes_give_the_same_bytes_as_one(tmp_path, tokenizer, monkeypat
     monkeypatch.setattr("chattrain.data.cache.PARALLEL_ROWS", 4096)
     rows = [talk(i) if i % 700 else BAD for i in range(4300)]
     source = put(tmp_path / "a.jsonl", rows)
-    one, two = (load_or_tokenize("mine", source, tokenizer, tmp_path / f"cache{n}", skip_malformed=True, workers=n)
-                for n in (1, 2))
+    one, two = (
+        load_or_tokenize("mine", source, tokenizer, tmp_path / f"cache{n}", skip_malformed=True, workers=n) for n in (1, 2)
+    )
     assert same(one, two)
     assert one.skipped == 7 and len(one) == 4293
     with pytest.raises(UserError, match="row 0: message 0 is from 'assistant'"):

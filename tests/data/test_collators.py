@@ -26,8 +26,16 @@ masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=11).map(lambda m: 
 def mixture(masks: list[list[bool]], seed: int = 1) -> Mixture:
     """TokenizedSource of source `a` with these masks; every token of all documents is another number."""
     flat, sizes = [m for mask in masks for m in mask], [len(mask) for mask in masks]
-    made = TokenizedSource("a", np.arange(len(flat), dtype=np.uint16), np.array(flat, np.uint8), np.cumsum([0, *sizes]),
-                     np.array([sum(mask) for mask in masks]), np.arange(len(masks)), 0, "hash")
+    made = TokenizedSource(
+        "a",
+        np.arange(len(flat), dtype=np.uint16),
+        np.array(flat, np.uint8),
+        np.cumsum([0, *sizes]),
+        np.array([sum(mask) for mask in masks]),
+        np.arange(len(masks)),
+        0,
+        "hash",
+    )
     return Mixture([made], [SourceConfig("a")], seed)
 
 
@@ -199,8 +207,8 @@ def test_dealing_keeps_the_rows_of_a_step_and_puts_like_lengths_together(masks, 
 def test_packed_with_the_assistants_mask_is_masked(mask, room):
     """One conversation, packed alone: the same inputs, and the same targets where the masked row has any."""
     seq_len = len(mask) - 1 + room
-    (x, y), = rows_of(Padded(mixture([mask]), seq_len, PAD), [0])
-    (packed_x, packed_y), = rows_of(Packed(mixture([mask]), seq_len, PAD, last_epoch=0), [0])
+    ((x, y),) = rows_of(Padded(mixture([mask]), seq_len, PAD), [0])
+    ((packed_x, packed_y),) = rows_of(Packed(mixture([mask]), seq_len, PAD, last_epoch=0), [0])
     n = len(mask) - 1
     assert x[:n] == packed_x[:n]
     assert y[:n] == [target if on else -1 for target, on in zip(packed_y[:n], mask[1:], strict=True)]
@@ -216,14 +224,18 @@ def test_rows_are_described_by_source_and_row():
 
 
 def test_from_the_file_to_the_targets_only_the_assistants_words_are_learned(tmp_path, tokenizer):
-    talk = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Tell"},
-            {"role": "user", "content": "Once more"}, {"role": "assistant", "content": "Again"}]
+    talk = [
+        {"role": "user", "content": "Ask"},
+        {"role": "assistant", "content": "Tell"},
+        {"role": "user", "content": "Once more"},
+        {"role": "assistant", "content": "Again"},
+    ]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
     source = SourceConfig(str(tmp_path / "a.jsonl"))
     end = tokenizer.special("<|assistant_end|>")
     documents = Mixture([load_or_tokenize("a", source, tokenizer, tmp_path / "cache")], [source], seed=1)
-    (x, y), = rows_of(Padded(documents, 64, pad_id=end), [0])
+    ((x, y),) = rows_of(Padded(documents, 64, pad_id=end), [0])
     assert tokenizer.decode([t for t in y if t != -1]) == "Tell<|assistant_end|>Again<|assistant_end|>"
     assert tokenizer.decode(x).replace("<|assistant_end|>" * 2, "").endswith("Again<|assistant_end|>")
-    (_, y), = rows_of(Packed(documents, 64, pad_id=end, last_epoch=0), [0])
+    ((_, y),) = rows_of(Packed(documents, 64, pad_id=end, last_epoch=0), [0])
     assert tokenizer.decode([t for t in y if t != -1]).startswith("<|user_start|>Ask<|user_end|><|assistant_start|>")

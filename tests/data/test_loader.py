@@ -38,8 +38,10 @@ def mixture() -> Mixture:
     return Mixture(caches, [SourceConfig("a"), SourceConfig("b")], seed=3)
 
 
-COLLATORS = [pytest.param(lambda last=None: Packed(mixture(), 16, PAD, last), id="packed"),
-             pytest.param(lambda last=None: Padded(mixture(), 64, PAD, last), id="masked")]
+COLLATORS = [
+    pytest.param(lambda last=None: Packed(mixture(), 16, PAD, last), id="packed"),
+    pytest.param(lambda last=None: Padded(mixture(), 64, PAD, last), id="masked"),
+]
 
 
 def rows_in(batches: list[Batch]) -> Counter:
@@ -71,8 +73,7 @@ def test_a_step_is_the_same_rows_for_any_ranks_and_batch_size(make, world_size, 
         assert whole.total() == ROWS_PER_STEP
         assert len({tuple(len(batch.inputs) for batch in share) for share in shares}) == 1  # all ranks have as much to do
         assert all(len(batch.inputs) <= device_batch_size for share in shares for batch in share)
-        assert sum(b.num_supervised for share in shares for b in share) == sum(
-            target != -1 for row in whole for _, target in row)
+        assert sum(b.num_supervised for share in shares for b in share) == sum(target != -1 for row in whole for _, target in row)
 
 
 @pytest.mark.parametrize("make", COLLATORS)

@@ -119,8 +119,16 @@ def test_an_epoch_mixes_the_sources():
 def test_a_document_is_that_of_its_source_and_is_called_by_its_row_there():
     mix = mixture([3, 1, 4])
     cells = [(mix.describe(i), mix.document(i)[0].tolist()) for i in range(len(mix))]
-    assert cells == [("a row 0", [0]), ("a row 10", [1, 1]), ("a row 20", [2, 2, 2]), ("b row 0", [0]),
-                     ("c row 0", [0]), ("c row 10", [1, 1]), ("c row 20", [2, 2, 2]), ("c row 30", [3])]
+    assert cells == [
+        ("a row 0", [0]),
+        ("a row 10", [1, 1]),
+        ("a row 20", [2, 2, 2]),
+        ("b row 0", [0]),
+        ("c row 0", [0]),
+        ("c row 10", [1, 1]),
+        ("c row 20", [2, 2, 2]),
+        ("c row 30", [3]),
+    ]
     assert mix.lengths.tolist() == [len(tokens) for _, tokens in cells]
 
 

@@ -78,8 +78,9 @@ def test_no_split_of_the_rows_costs_less(widths, most_rows, pass_cost):
 
 
 @many
-@given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(-1, 99)), max_size=6), min_size=1, max_size=5),
-       st.integers(6, 9))
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(-1, 99)), max_size=6), min_size=1, max_size=5), st.integers(6, 9)
+)
 def test_padding_fills_rows_up_and_is_never_a_target(rows, width):
     pairs = [(np.array([x for x, _ in row], np.int64), np.array([y for _, y in row], np.int64)) for row in rows]
     inputs, targets = pad_rows(pairs, width, pad_id=77)

@@ -189,10 +189,16 @@ def test_a_letter_of_several_tokens_is_refused_with_its_row(tokenizer):
         asked([ROWS[0], bad], tokenizer)
 
 
-@pytest.mark.parametrize("bad", [{"question": "?"}, {"text": "x"},
-                                 {"question": "?", "choices": ["a", "b"], "answer": 2},
-                                 {"question": "?", "choices": ["a", "b"], "answer": None},
-                                 {"question": None, "choices": ["a", "b"], "answer": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"question": "?"},
+        {"text": "x"},
+        {"question": "?", "choices": ["a", "b"], "answer": 2},
+        {"question": "?", "choices": ["a", "b"], "answer": None},
+        {"question": None, "choices": ["a", "b"], "answer": 0},
+    ],
+)
 def test_a_row_that_is_no_question_is_refused_with_its_number(tokenizer, bad):
     with pytest.raises(UserError, match=r"question set mine, row 2: .*question, choices"):
         asked([*ROWS[:2], bad], tokenizer)

@@ -22,8 +22,12 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {"n_layer": 3, "n_embd": 64, "n_head": 4}
 SEQ_LEN = 128
-TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "Grüße aus Köln, 東京 and 🙂🙂. ", "12 + 34 = 46\n",
-         "def f(x):\n    return x"]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. " * 3,
+    "Grüße aus Köln, 東京 and 🙂🙂. ",
+    "12 + 34 = 46\n",
+    "def f(x):\n    return x",
+]
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["all heads", "grouped heads"])
@@ -119,8 +123,34 @@ def test_the_tokenizer_adds_nothing_and_decodes_alike(chatty, tokenizer):
         assert chatty.decode(marked, skip_special_tokens=True) == text
 
 
-WORDS = ["hello", " ", "\n", "  \n\n", "Grüße", "東京", "🙂", "🦄\u200d🏽", "\t", "{{ x }}", "{% if %}", "<|", "|>",
-         "<b>&amp;</b>", "é\u0301", "\u2028", "'s", "12", "It's", "\r\n", "\xa0", "<|BOS|>", "\\n", '"', "\x00", "\U000f0000"]
+WORDS = [
+    "hello",
+    " ",
+    "\n",
+    "  \n\n",
+    "Grüße",
+    "東京",
+    "🙂",
+    "🦄\u200d🏽",
+    "\t",
+    "{{ x }}",
+    "{% if %}",
+    "<|",
+    "|>",
+    "<b>&amp;</b>",
+    "é\u0301",
+    "\u2028",
+    "'s",
+    "12",
+    "It's",
+    "\r\n",
+    "\xa0",
+    "<|BOS|>",
+    "\\n",
+    '"',
+    "\x00",
+    "\U000f0000",
+]
 
 
 def text_of(rng: random.Random) -> str:
@@ -144,8 +174,10 @@ def reply_of(rng: random.Random) -> str | list[dict[str, str]]:
 def conversation(seed: int) -> list[dict]:
     rng = random.Random(seed)
     system = [{"role": "system", "content": text_of(rng)}] if rng.random() < 0.4 else []
-    turns = [{"role": "assistant" if i % 2 else "user", "content": reply_of(rng) if i % 2 else text_of(rng)}
-             for i in range(rng.randint(1, 6))]
+    turns = [
+        {"role": "assistant" if i % 2 else "user", "content": reply_of(rng) if i % 2 else text_of(rng)}
+        for i in range(rng.randint(1, 6))
+    ]
     return system + turns
 
 
@@ -173,8 +205,10 @@ def test_many_conversations_at_once_get_the_ids_of_each(chatty, tokenizer):
 
 
 def test_text_before_tool_output_is_supervised_as_ours_where_its_last_character_is_one_token(chatty, tokenizer):
-    messages = [{"role": "user", "content": "?"},
-                {"role": "assistant", "content": [{"type": "text", "text": "🙂 so"}, {"type": "python_output", "text": "🦄"}]}]
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "🙂 so"}, {"type": "python_output", "text": "🦄"}]},
+    ]
     there = chatty.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     assert there["assistant_masks"] == render({"messages": messages}, tokenizer, None).loss_mask
 
@@ -183,11 +217,17 @@ def test_text_before_tool_output_is_supervised_as_ours_where_its_last_character_
 @pytest.mark.parametrize("place", ["system", "user", "assistant", "text", "python", "python_output", "two parts"])
 def test_text_that_looks_like_a_special_token_is_refused_with_its_name(chatty, name, place):
     text = f"a{name}b"
-    reply = {"system": "a", "user": "a", "assistant": text,
-             "two parts": [{"type": "text", "text": text[:4]}, {"type": "text", "text": text[4:]}]}
-    messages = [{"role": "system", "content": text if place == "system" else "s"},
-                {"role": "user", "content": text if place == "user" else "u"},
-                {"role": "assistant", "content": reply.get(place, [{"type": place, "text": text}])}]
+    reply = {
+        "system": "a",
+        "user": "a",
+        "assistant": text,
+        "two parts": [{"type": "text", "text": text[:4]}, {"type": "text", "text": text[4:]}],
+    }
+    messages = [
+        {"role": "system", "content": text if place == "system" else "s"},
+        {"role": "user", "content": text if place == "user" else "u"},
+        {"role": "assistant", "content": reply.get(place, [{"type": place, "text": text}])},
+    ]
     with pytest.raises(Exception, match=r"message . holds the text ") as refused:
         chatty.apply_chat_template(messages)
     assert name in str(refused.value)
@@ -311,12 +351,21 @@ def test_a_model_that_is_not_ours_is_refused_by_what_differs(folder, what):
         huggingface.read(folder)
 
 
-@pytest.mark.parametrize("entries", [
-    {"rms_norm_eps": 1e-6}, {"rms_norm_eps": ...}, {"head_dim": 16}, {"head_dim": None}, {"rope_parameters": ...},
-    {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 10000}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
-    {"hidden_act": ..., "attention_bias": ..., "tie_word_embeddings": ..., "final_logit_softcapping": ...},
-    {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rms_norm_eps": 1e-6},
+        {"rms_norm_eps": ...},
+        {"head_dim": 16},
+        {"head_dim": None},
+        {"rope_parameters": ...},
+        {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 10000}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+        {"hidden_act": ..., "attention_bias": ..., "tie_word_embeddings": ..., "final_logit_softcapping": ...},
+        {"dtype": "bfloat16"},
+    ],
+)
 def test_a_config_that_says_the_same_in_other_words_is_read(folder, entries):
     before = huggingface.read(folder)
     change(folder / "config.json", **entries)
@@ -368,10 +417,15 @@ def test_tensors_that_are_missing_or_broken_are_named(folder):
         huggingface.read(folder)
 
 
-@pytest.mark.parametrize(("index", "expected"), [
-    ({"weight_map": {"lm_head.weight": "gone.safetensors"}}, "gone.safetensors cannot be read"),
-    ({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "names files outside its folder: ../model.safetensors"),
-    ({"weight_map": {"lm_head.weight": 1}}, "holds no weight_map"), ({}, "holds no weight_map")])
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ({"weight_map": {"lm_head.weight": "gone.safetensors"}}, "gone.safetensors cannot be read"),
+        ({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "names files outside its folder: ../model.safetensors"),
+        ({"weight_map": {"lm_head.weight": 1}}, "holds no weight_map"),
+        ({}, "holds no weight_map"),
+    ],
+)
 def test_a_broken_index_of_shards_is_named(folder, index, expected):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

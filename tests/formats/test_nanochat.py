@@ -99,8 +99,15 @@ def test_a_tokenizer_folder_is_one_for_tokenizer_load(folder, tokenizer):
     assert Tokenizer.load(folder).fingerprint() == tokenizer.fingerprint()
 
 
-@pytest.mark.parametrize("name, stage", [("base_checkpoints/d20", "base"), ("mid_checkpoints/d20", "mid"),
-                                         ("chatsft_checkpoints/d20", "sft"), ("downloads/d20", None)])
+@pytest.mark.parametrize(
+    "name, stage",
+    [
+        ("base_checkpoints/d20", "base"),
+        ("mid_checkpoints/d20", "mid"),
+        ("chatsft_checkpoints/d20", "sft"),
+        ("downloads/d20", None),
+    ],
+)
 def test_the_stage_is_told_by_nanochats_own_folders(tmp_path, name, stage):
     (tmp_path / name).mkdir(parents=True)
     (tmp_path / name / "model_000001.pt").touch()
@@ -126,28 +133,35 @@ class Calls:
         return self.call
 
 
-@pytest.mark.parametrize("make, named", [
-    (lambda canary: Calls(os.system, f"touch {canary}"), "system"),
-    (lambda canary: Calls(eval, f"open({str(canary)!r}, 'w')"), "eval"),
-    (lambda canary: Calls(exec, f"open({str(canary)!r}, 'w')"), "exec"),
-    (lambda canary: {"pat_str": Calls(os.mkdir, str(canary))}, "mkdir"),
-    (lambda canary: Calls(Path, str(canary)), "Path"),
-    (lambda canary: Calls(getattr, os, "system"), "getattr"),
-])
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda canary: Calls(os.system, f"touch {canary}"), "system"),
+        (lambda canary: Calls(eval, f"open({str(canary)!r}, 'w')"), "eval"),
+        (lambda canary: Calls(exec, f"open({str(canary)!r}, 'w')"), "exec"),
+        (lambda canary: {"pat_str": Calls(os.mkdir, str(canary))}, "mkdir"),
+        (lambda canary: Calls(Path, str(canary)), "Path"),
+        (lambda canary: Calls(getattr, os, "system"), "getattr"),
+    ],
+)
 def test_a_pickle_that_asks_for_anything_else_is_refused_by_name_and_does_nothing(folder, tmp_path, make, named):
     canary = tmp_path / "canary"
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(make(canary)) if named != "getattr" else
-                                           b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR.")
+    (folder / "tokenizer.pkl").write_bytes(
+        pickle.dumps(make(canary)) if named != "getattr" else b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR."
+    )
     with pytest.raises(UserError, match=f"asks for .*{named}.*refused"):
         read_encoding(folder)
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("make", [
-    lambda state, canary: {**state, "name": Calls(os.mkdir, canary)},
-    lambda state, canary: {**state, "mergeable_ranks": {**state["mergeable_ranks"], Calls(os.mkdir, canary): 7}},
-    lambda state, canary: {**state, "special_tokens": {"<|bos|>": Calls(os.mkdir, canary)}},
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda state, canary: {**state, "name": Calls(os.mkdir, canary)},
+        lambda state, canary: {**state, "mergeable_ranks": {**state["mergeable_ranks"], Calls(os.mkdir, canary): 7}},
+        lambda state, canary: {**state, "special_tokens": {"<|bos|>": Calls(os.mkdir, canary)}},
+    ],
+)
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_call_hidden_in_a_tokenizers_state_is_refused_and_does_nothing(folder, tokenizer, tmp_path, make, protocol):
     canary = tmp_path / "canary"
@@ -212,10 +226,20 @@ def test_a_pickle_that_names_an_object_outside_is_refused(folder):
         read_encoding(folder)
 
 
-@pytest.mark.parametrize("raw", [b"", b"garbage", pickle.dumps([1, 2]), pickle.dumps({"pat_str": "x"}), pickle.dumps("gpt2"),
-                                 b"ctiktoken.core\nEncoding\n.", b"ctiktoken.core\nEncoding\n(I1\ntR.",
-                                 b"ctiktoken.core\nEncoding\n)R."],
-                         ids=["empty", "garbage", "a list", "a dictionary", "a text", "the class", "a call", "no state"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"garbage",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"pat_str": "x"}),
+        pickle.dumps("gpt2"),
+        b"ctiktoken.core\nEncoding\n.",
+        b"ctiktoken.core\nEncoding\n(I1\ntR.",
+        b"ctiktoken.core\nEncoding\n)R.",
+    ],
+    ids=["empty", "garbage", "a list", "a dictionary", "a text", "the class", "a call", "no state"],
+)
 def test_a_pickle_of_something_else_is_refused(folder, raw):
     (folder / "tokenizer.pkl").write_bytes(raw)
     with pytest.raises(UserError, match=r"tokenizer\.pkl"):
@@ -235,18 +259,21 @@ def faked(state, protocol: int = 4) -> bytes:
     return b"\x80\x04ctiktoken.core\nEncoding\n)\x81" + pickle.dumps(state, protocol)[2:-1] + b"b."
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda s: "gpt2", "names tiktoken's encoding 'gpt2'"),
-    (lambda s: s | {"pat_str": 3}, "another type"),
-    (lambda s: {"pat_str": "x"}, "no pattern, ranks"),
-    (lambda s: s | {"pat_str": "("}, "tiktoken refuses it"),
-    (lambda s: s | {"mergeable_ranks": {"a": 1}}, "another type"),
-    (lambda s: s | {"mergeable_ranks": {b"a": True}}, "another type"),
-    (lambda s: s | {"mergeable_ranks": {k: v for k, v in s["mergeable_ranks"].items() if k != b"A"}}, "1 of the 256"),
-    (lambda s: s | {"mergeable_ranks": s["mergeable_ranks"] | {b"A": 0}}, "two tokens have one id"),
-    (lambda s: s | {"mergeable_ranks": s["mergeable_ranks"] | {b"A": -1}}, "below 0"),
-    (lambda s: s | {"special_tokens": {"<|bos|>": 399}}, "lacks the special tokens"),
-])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda s: "gpt2", "names tiktoken's encoding 'gpt2'"),
+        (lambda s: s | {"pat_str": 3}, "another type"),
+        (lambda s: {"pat_str": "x"}, "no pattern, ranks"),
+        (lambda s: s | {"pat_str": "("}, "tiktoken refuses it"),
+        (lambda s: s | {"mergeable_ranks": {"a": 1}}, "another type"),
+        (lambda s: s | {"mergeable_ranks": {b"a": True}}, "another type"),
+        (lambda s: s | {"mergeable_ranks": {k: v for k, v in s["mergeable_ranks"].items() if k != b"A"}}, "1 of the 256"),
+        (lambda s: s | {"mergeable_ranks": s["mergeable_ranks"] | {b"A": 0}}, "two tokens have one id"),
+        (lambda s: s | {"mergeable_ranks": s["mergeable_ranks"] | {b"A": -1}}, "below 0"),
+        (lambda s: s | {"special_tokens": {"<|bos|>": 399}}, "lacks the special tokens"),
+    ],
+)
 def test_a_state_that_is_no_tokenizers_is_refused(folder, tokenizer, change, named):
     state = pickle.loads(pickle.dumps(tokenizer.encoding)).__getstate__()
     (folder / "tokenizer.pkl").write_bytes(faked(change(state)))
@@ -261,8 +288,17 @@ def test_the_state_assembled_by_hand_is_read(folder, tokenizer):
 
 def test_token_bytes_of_another_tokenizer_are_refused_and_may_be_missing(folder, tokenizer):
     counts = torch.load(folder / "token_bytes.pt")
-    for other in (counts + 1, counts[:-1], counts[None], counts.float(), counts.to(torch.complex64), counts > 0,
-                  counts.to_sparse(), counts.to("meta"), {"a": counts}):
+    for other in (
+        counts + 1,
+        counts[:-1],
+        counts[None],
+        counts.float(),
+        counts.to(torch.complex64),
+        counts > 0,
+        counts.to_sparse(),
+        counts.to("meta"),
+        {"a": counts},
+    ):
         torch.save(other, folder / "token_bytes.pt")
         with pytest.raises(UserError, match="belongs to another tokenizer"):
             read_encoding(folder)
@@ -299,10 +335,17 @@ def change(folder: Path, weights=lambda w: w, config=lambda c: c) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name, kind", [
-    ("value_embeds.1.weight", "value embeddings"), ("transformer.h.0.attn.ve_gate.weight", "gates of value embeddings"),
-    ("resid_lambdas", "residual scalars"), ("x0_lambdas", "first embedding"), ("smear_gate.weight", "smeared"),
-    ("backout_lambda", "backed-out")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("value_embeds.1.weight", "value embeddings"),
+        ("transformer.h.0.attn.ve_gate.weight", "gates of value embeddings"),
+        ("resid_lambdas", "residual scalars"),
+        ("x0_lambdas", "first embedding"),
+        ("smear_gate.weight", "smeared"),
+        ("backout_lambda", "backed-out"),
+    ],
+)
 def test_a_newer_architecture_is_named(folder, name, kind):
     message = refusal(change(folder, weights=lambda w: w | {name: torch.zeros(2)}))
     assert "newer nanochat" in message and kind in message and name in message
@@ -325,13 +368,23 @@ def test_missing_unknown_and_misshapen_tensors_are_named(folder, model):
     assert f"{head} is (5, 64)" in refusal(change(folder, weights=lambda w: model.state_dict() | {head: torch.zeros(5, 64)}))
 
 
-@pytest.mark.parametrize("config, named", [
-    (lambda c: {k: v for k, v in c.items() if k != "n_head"}, "lacks n_head"), (lambda c: c | {"n_layer": 0}, "n_layer=0"),
-    (lambda c: c | {"n_layer": "2"}, "n_layer='2'"), (lambda c: c | {"n_head": 3, "n_kv_head": 3}, "n_head=3"),
-    (lambda c: c | {"n_kv_head": 3}, "n_kv_head=3"), (lambda c: None, "model_config"),
-    (lambda c: c | {"vocab_size": 500}, "500"), (lambda c: c | {"n_layer": True}, "n_layer=True"),
-    (lambda c: c | {"n_embd": 2**40}, "n_embd=1099511627776"), (lambda c: c | {"n_layer": 10_000}, "n_layer=10000"),
-    (lambda c: [{}], "a list"), (lambda c: "abc", "a str")])
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        (lambda c: {k: v for k, v in c.items() if k != "n_head"}, "lacks n_head"),
+        (lambda c: c | {"n_layer": 0}, "n_layer=0"),
+        (lambda c: c | {"n_layer": "2"}, "n_layer='2'"),
+        (lambda c: c | {"n_head": 3, "n_kv_head": 3}, "n_head=3"),
+        (lambda c: c | {"n_kv_head": 3}, "n_kv_head=3"),
+        (lambda c: None, "model_config"),
+        (lambda c: c | {"vocab_size": 500}, "500"),
+        (lambda c: c | {"n_layer": True}, "n_layer=True"),
+        (lambda c: c | {"n_embd": 2**40}, "n_embd=1099511627776"),
+        (lambda c: c | {"n_layer": 10_000}, "n_layer=10000"),
+        (lambda c: [{}], "a list"),
+        (lambda c: "abc", "a str"),
+    ],
+)
 def test_sizes_that_cannot_be_are_refused(folder, config, named):
     assert named in refusal(change(folder, config=config))
 

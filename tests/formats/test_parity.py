@@ -44,11 +44,24 @@ def place(tmp_path_factory, cache, tokenizer):
 
 
 def write_questions(folder: Path) -> None:
-    mmlu = [{"question": f"Which is number {i}?" * (1 + i % 3), "subject": "counting", "choices": [f"{i + j}" for j in range(4)],
-             "answer": i % 4} for i in range(NUM_QUESTIONS)]
-    arc = [{"id": str(i), "question": f"What comes after {i}?", "answerKey": "ABC"[i % 3] if i % 2 else "123"[i % 3],
-            "choices": {"text": [f"{i + 1}", f"{i + 2}", "none"], "label": list("ABC" if i % 2 else "123")}}
-           for i in range(NUM_QUESTIONS)]
+    mmlu = [
+        {
+            "question": f"Which is number {i}?" * (1 + i % 3),
+            "subject": "counting",
+            "choices": [f"{i + j}" for j in range(4)],
+            "answer": i % 4,
+        }
+        for i in range(NUM_QUESTIONS)
+    ]
+    arc = [
+        {
+            "id": str(i),
+            "question": f"What comes after {i}?",
+            "answerKey": "ABC"[i % 3] if i % 2 else "123"[i % 3],
+            "choices": {"text": [f"{i + 1}", f"{i + 2}", "none"], "label": list("ABC" if i % 2 else "123")},
+        }
+        for i in range(NUM_QUESTIONS)
+    ]
     for name, rows in (("mmlu/test", mmlu), ("arc/ARC-Easy/test", arc), ("arc/ARC-Challenge/test", arc[::-2])):
         (folder / f"{name}.parquet").parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
@@ -120,8 +133,9 @@ def read(file: str | Path) -> list[tuple[str, list[str], int]]:
 def accuracy(model, tokenizer, rows) -> float:
     right = 0
     for prompt, letters, answer in rows:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
-                                            return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         logits = model(torch.tensor([ids])).logits[0, -1]
         right += int(logits[tokenizer.convert_tokens_to_ids(letters)].argmax()) == answer
     return right / len(rows)
@@ -149,10 +163,15 @@ def test_accuracies_are_those_of_the_lm_evaluation_harness(place, theirs):
     def task(name: str, file: str) -> dict:
         """A task of the harness on a local file: the same words, scored by the log-likelihood of each letter."""
         digits = {"task": name, "dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": f"{file}/test.parquet"}}}
-        return digits | {"test_split": "test", "output_type": "multiple_choice", "target_delimiter": "",
-                         "doc_to_text": lambda row: asked(row["question"], *choices(row)),
-                         "doc_to_choice": lambda row: choices(row)[1], "doc_to_target": right,
-                         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
+        return digits | {
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "target_delimiter": "",
+            "doc_to_text": lambda row: asked(row["question"], *choices(row)),
+            "doc_to_choice": lambda row: choices(row)[1],
+            "doc_to_target": right,
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
 
     def choices(row) -> tuple[list[str], list[str]]:
         held = row["choices"]
@@ -162,9 +181,13 @@ def test_accuracies_are_those_of_the_lm_evaluation_harness(place, theirs):
         return row["answer"] if "answer" in row else row["choices"]["label"].index(row["answerKey"])
 
     files = {"mmlu": "mmlu", "arc_easy": "arc/ARC-Easy", "arc_challenge": "arc/ARC-Challenge"}
-    harness = simple_evaluate(HFLM(pretrained=theirs[0], tokenizer=theirs[1], device="cpu", batch_size=8),
-                              tasks=[task(f"local_{name}", file) for name, file in files.items()], apply_chat_template=True,
-                              bootstrap_iters=0, log_samples=False)
+    harness = simple_evaluate(
+        HFLM(pretrained=theirs[0], tokenizer=theirs[1], device="cpu", batch_size=8),
+        tasks=[task(f"local_{name}", file) for name, file in files.items()],
+        apply_chat_template=True,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
     measured = evaluate("sft", "eval=mmlu_arc", "eval.mmlu_path=mmlu", "eval.arc_path=arc", "data.val_path=talk.jsonl")
     for name in files:
         assert measured[f"eval/{name}_acc"] == pytest.approx(harness["results"][f"local_{name}"]["acc,none"], abs=1e-12)

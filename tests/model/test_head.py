@@ -40,8 +40,10 @@ def test_under_autocast_the_result_is_as_near_as_that_of_all_logits_at_once():
         plain = F.cross_entropy(soft_cap(F.linear(features, weight)), targets, reduction="sum")
         ours = head.summed_loss(features, weight, targets, 15.0, head.head_settings("cpu", compiled=False))
     torch.testing.assert_close(ours, plain.double(), rtol=1e-4, atol=1e-3)
-    errors = [[(g - e).norm() / e.norm() for g, e in zip(torch.autograd.grad(loss, [features, weight]), exact, strict=True)]
-              for loss in (ours, plain)]
+    errors = [
+        [(g - e).norm() / e.norm() for g, e in zip(torch.autograd.grad(loss, [features, weight]), exact, strict=True)]
+        for loss in (ours, plain)
+    ]
     assert all(mine < 1.2 * their for mine, their in zip(*errors, strict=True))
 
 

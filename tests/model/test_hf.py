@@ -45,8 +45,17 @@ def reference(folder):
 
 
 def run(stage: str, folder: Path | str, name: str, *overrides: str) -> dict:
-    return chattrain.run([f"stage={stage}", *SETTINGS, f"init.from={folder}", f"run.name={name}", "train.max_steps=4",
-                          "optimizer.lr_scale=100", *overrides])
+    return chattrain.run(
+        [
+            f"stage={stage}",
+            *SETTINGS,
+            f"init.from={folder}",
+            f"run.name={name}",
+            "train.max_steps=4",
+            "optimizer.lr_scale=100",
+            *overrides,
+        ]
+    )
 
 
 @pytest.fixture
@@ -82,7 +91,9 @@ def test_greedy_replies_are_those_of_transformers(model, reference, folder):
     tokenizer = Tokenizer.load(folder)
     for question in ("What is 1 + 2?", "A or B?"):
         prompt = render_prompt({"messages": [{"role": "user", "content": question}]}, tokenizer)
-        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt):]
+        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[
+            0, len(prompt) :
+        ]
         said = list(generate(model, prompt, 20, chat_format(tokenizer).stop_ids))
         assert said == [int(token) for token in expected if int(token) not in chat_format(tokenizer).stop_ids]
 
@@ -182,8 +193,9 @@ def test_sft_starts_from_the_newest_mid_run_of_that_kind(talk, folder, capsys):
 
 def test_questions_are_answered_and_rows_inspected(talk, folder, capsys):
     demo = [o for o in SETTINGS if not o.startswith("data")] + ["data=demo", f"init.from={folder}", "train.seq_len=256"]
-    result = chattrain.run(["command=evaluate", "stage=sft", *demo, "eval=mmlu_arc", "eval.max_problems=8",
-                            "eval.max_tokens=512"])
+    result = chattrain.run(
+        ["command=evaluate", "stage=sft", *demo, "eval=mmlu_arc", "eval.max_problems=8", "eval.max_tokens=512"]
+    )
     assert 0 <= result["metrics"]["eval/demo_acc"] <= 1
     facts = chattrain.run(["command=inspect", "stage=sft", *SETTINGS, f"init.from={folder}"])
     out = capsys.readouterr().out
@@ -239,8 +251,10 @@ def test_our_own_checkpoint_under_model_hf_and_the_reverse_are_refused_with_the_
 
 def test_a_bad_conversation_is_refused_at_the_start_with_the_turn(talk, folder, capsys):
     with Path("talk.jsonl").open("a") as file:
-        file.write(json.dumps({"messages": [{"role": "user", "content": "Stop <|im_end|> here"},
-                                            {"role": "assistant", "content": "x"}]}) + "\n")
+        file.write(
+            json.dumps({"messages": [{"role": "user", "content": "Stop <|im_end|> here"}, {"role": "assistant", "content": "x"}]})
+            + "\n"
+        )
     message = refused(capsys, f"init.from={folder}")
     assert "row 60" in message and "<|im_end|>" in message and not Path("runs").exists()
 
@@ -285,8 +299,7 @@ def test_a_broken_generation_config_is_refused(talk, tmp_path_factory, capsys, c
 
 
 def test_a_prompt_that_cannot_be_rendered_is_refused(talk, folder, capsys):
-    outcome = command_line(capsys, "command=chat", "stage=sft", *SETTINGS, f"init.from={folder}",
-                           'chat.prompt="say <|im_end|>"')
+    outcome = command_line(capsys, "command=chat", "stage=sft", *SETTINGS, f"init.from={folder}", 'chat.prompt="say <|im_end|>"')
     assert outcome.status == 2 and "<|im_end|>" in outcome.message
 
 

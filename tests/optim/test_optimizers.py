@@ -19,9 +19,20 @@ from chattrain.optim.groups import parameter_groups
 from chattrain.optim.muon_adamw import STATE_DTYPES, Muon
 from chattrain.optim.newton_schulz import group_by_shape, orthogonalize
 
-MUON = {"lr_scale": 1.0, "matrix_lr": 0.02, "embed_lr": 0.2, "lm_head_lr": 0.004, "vector_lr": None, "momentum": 0.95,
-        "momentum_start": 0.85, "momentum_warmup_steps": 300, "ns_steps": 5, "betas": [0.8, 0.95], "eps": 1e-10,
-        "weight_decay": 0.0}
+MUON = {
+    "lr_scale": 1.0,
+    "matrix_lr": 0.02,
+    "embed_lr": 0.2,
+    "lm_head_lr": 0.004,
+    "vector_lr": None,
+    "momentum": 0.95,
+    "momentum_start": 0.85,
+    "momentum_warmup_steps": 300,
+    "ns_steps": 5,
+    "betas": [0.8, 0.95],
+    "eps": 1e-10,
+    "weight_decay": 0.0,
+}
 ADAMW = {"lr": 1e-3, "lr_scale": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -57,8 +68,13 @@ def test_adamw_follows_torchs_adamw_for_50_steps():
     ours = adamw.build(model, **ADAMW)
     decayed = [p for n, p in reference.named_parameters() if n.startswith("transformer.h")]
     plain = [p for n, p in reference.named_parameters() if not n.startswith("transformer.h")]
-    theirs = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-                               lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    theirs = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        foreach=False,
+    )
     for step in range(50):
         gradients(model, step)
         gradients(reference, step)
@@ -213,8 +229,12 @@ def test_muon_adamw_refuses_vector_parameters_by_name_unless_they_have_a_learnin
         muon_adamw.build(model, **MUON)
     optimizer = muon_adamw.build(model, **MUON | {"vector_lr": 0.01, "lr_scale": 0.5, "weight_decay": 0.1})
     assert optimizer.learning_rates()["lr/vector"] == pytest.approx(0.005)
-    assert {group["name"]: group.get("weight_decay") for group in optimizer.param_groups} == \
-        {"matrix": None, "embed": 0.1, "lm_head": 0.1, "vector": 0.0}
+    assert {group["name"]: group.get("weight_decay") for group in optimizer.param_groups} == {
+        "matrix": None,
+        "embed": 0.1,
+        "lm_head": 0.1,
+        "vector": 0.0,
+    }
 
 
 def test_a_learning_rate_for_vectors_that_are_not_there_is_refused():
@@ -280,8 +300,9 @@ def test_state_saved_and_loaded_goes_on_to_the_same_bits(build, settings):
 
 def test_momentum_in_bf16_takes_half_the_bytes_and_moves_nearly_alike():
     full, half = small_gpt(), small_gpt()
-    one, two = (muon_adamw.build(model, **MUON, momentum_dtype=kind) for model, kind in ((full, StateDType.fp32),
-                                                                                       (half, StateDType.bf16)))
+    one, two = (
+        muon_adamw.build(model, **MUON, momentum_dtype=kind) for model, kind in ((full, StateDType.fp32), (half, StateDType.bf16))
+    )
     start = {name: p.detach().clone() for name, p in full.named_parameters()}
     for step in range(20):
         gradients(full, step)

@@ -19,11 +19,23 @@ def sbatch(script: str) -> None:
     last = int(re.match(r"0-(\d+)", options.get("array", "0-0")).group(1))
     for index in range(last + 1):
         (STATES / f"42_{index}").touch()
-        job = {"SLURM_JOB_ID": str(43 + index), "SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": str(index),
-               "SLURM_NNODES": options["nodes"], "SLURM_NTASKS": options["nodes"], "SLURM_JOB_NODELIST": "localhost"}
+        job = {
+            "SLURM_JOB_ID": str(43 + index),
+            "SLURM_ARRAY_JOB_ID": "42",
+            "SLURM_ARRAY_TASK_ID": str(index),
+            "SLURM_NNODES": options["nodes"],
+            "SLURM_NTASKS": options["nodes"],
+            "SLURM_JOB_NODELIST": "localhost",
+        }
         command = f"{text}\necho COMPLETED > {STATES}/42_{index}"  # the script is moved as soon as it is submitted
-        subprocess.Popen(["bash", "-c", command], env={**os.environ, **job}, stdin=subprocess.DEVNULL,
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        subprocess.Popen(
+            ["bash", "-c", command],
+            env={**os.environ, **job},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     print("Submitted batch job 42")
 
 
@@ -33,7 +45,7 @@ def srun(*arguments: str) -> None:
     for index, word in enumerate(arguments):
         if word in ("--output", "--error"):
             written[word[2:]] = arguments[index + 1]
-    command = arguments[next(i for i, word in enumerate(arguments) if "python" in word):]
+    command = arguments[next(i for i, word in enumerate(arguments) if "python" in word) :]
     started = []
     for task in range(int(os.environ["SLURM_NTASKS"])):
         names = {"%A": os.environ["SLURM_ARRAY_JOB_ID"], "%a": os.environ["SLURM_ARRAY_TASK_ID"], "%t": str(task)}

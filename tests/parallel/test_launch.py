@@ -22,7 +22,12 @@ from tests.helpers import TINY, metrics, write_talk
 
 GUARD_S = 120  # seconds after which a test gives up
 RUN = [o for o in TINY if not o.startswith(("distributed.", "train.device_batch"))] + [
-    "stage=mid", "run.name=it", "train.device_batch_size=2", "train.max_steps=6", "init.from=scratch"]
+    "stage=mid",
+    "run.name=it",
+    "train.device_batch_size=2",
+    "train.max_steps=6",
+    "init.from=scratch",
+]
 FAULTY = [*RUN, "schedule._target_=tests.faults.schedule"]
 OWN = [sys.executable, "-m", "chattrain"]
 ONE_HOST = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "chattrain"]
@@ -41,8 +46,13 @@ class Running:
         where = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self.file = Path(f"said_{time.monotonic_ns()}.txt")
         with self.file.open("w") as said:
-            self.process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True, env={
-                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(where), **environment})
+            self.process = subprocess.Popen(
+                command,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(where), **environment},
+            )
 
     def status(self) -> int:
         try:
@@ -93,15 +103,31 @@ def nodes(*arguments: str, **environment: str) -> list[Running]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
-               f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test", "-m", "chattrain", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{port}",
+        "--rdzv-id=test",
+        "-m",
+        "chattrain",
+        *arguments,
+    ]
     return [Running(*command, **environment) for _ in range(2)]
 
 
 def tasks(count: int, *arguments: str) -> list[Running]:
     """What srun starts with one task a node, where all nodes are this host."""
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NNODES": str(count), "SLURM_NTASKS": str(count),
-           "SLURM_JOB_NODELIST": "localhost"}
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_NNODES": str(count),
+        "SLURM_NTASKS": str(count),
+        "SLURM_JOB_NODELIST": "localhost",
+    }
     return [Running(*OWN, *arguments, **job, SLURM_PROCID=str(task)) for task in range(count)]
 
 
@@ -239,8 +265,14 @@ def test_one_task_and_no_slurm_train_as_ever():
 
 def test_jobs_of_a_launcher_are_a_run_each_and_one_that_fails_is_named(place):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    run = Running(*OWN, "-m", *(o for o in RUN if not o.startswith("run.name")), "distributed.nproc=2",
-                  "optimizer.lr_scale=1,1e39", "hydra/launcher=submitit_local")
+    run = Running(
+        *OWN,
+        "-m",
+        *(o for o in RUN if not o.startswith("run.name")),
+        "distributed.nproc=2",
+        "optimizer.lr_scale=1,1e39",
+        "hydra/launcher=submitit_local",
+    )
     assert run.status() == 1
     (message,) = run.signed
     assert message.startswith("job 1 (optimizer.lr_scale=1e+39): step 1: loss nan")
@@ -261,9 +293,17 @@ def test_jobs_of_slurm_on_two_nodes_are_a_run_each(place):
         script = place / "bin" / name
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("slurm_stand_in.py")} {name} "$@"\n')
         script.chmod(0o755)
-    run = Running(*OWN, "-m", *(o for o in RUN if not o.startswith("run.name")), "distributed.nproc=1",
-                  "optimizer.lr_scale=1,0.5", "hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2",
-                  PATH=f"{place / 'bin'}:{os.environ['PATH']}", SLURM_STAND_IN=str(place / "states"))
+    run = Running(
+        *OWN,
+        "-m",
+        *(o for o in RUN if not o.startswith("run.name")),
+        "distributed.nproc=1",
+        "optimizer.lr_scale=1,0.5",
+        "hydra/launcher=submitit_slurm",
+        "hydra.launcher.nodes=2",
+        PATH=f"{place / 'bin'}:{os.environ['PATH']}",
+        SLURM_STAND_IN=str(place / "states"),
+    )
     assert run.status() == 0, run.said
     found = [file.parent for file in (place / "runs/mid").glob("*/summary.json")]
     assert len(found) == 2 and "lr_scale=0.5 " in run.said
@@ -295,9 +335,13 @@ def test_of_several_errors_the_first_is_everybodys():
     assert type(second) is OtherRankFailed and str(second) == str(first) and not second.speaks
 
 
-@pytest.mark.parametrize("said", [
-    "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 4000ms for recv operation to complete",
-    "Application timeout caused pair closure"])  # of two collectives on their way, either's may be the one that is heard of
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 4000ms for recv operation to complete",
+        "Application timeout caused pair closure",
+    ],
+)  # of two collectives on their way, either's may be the one that is heard of
 def test_whatever_gloo_says_of_a_time_that_is_out_the_missing_rank_is_named(said):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=9))
     watches = [Watch(store, rank, 2, timeout_s=4) for rank in range(2)]

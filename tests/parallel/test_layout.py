@@ -26,7 +26,8 @@ def items_of(size: str) -> list[Item]:
 
 
 any_items = st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=20).map(
-    lambda drawn: [Item(f"p{i}", numel, numel**2 if whole else None) for i, (numel, whole) in enumerate(drawn)])
+    lambda drawn: [Item(f"p{i}", numel, numel**2 if whole else None) for i, (numel, whole) in enumerate(drawn)]
+)
 
 
 def elements(shares) -> list[tuple[str, int]]:
@@ -37,8 +38,9 @@ def elements(shares) -> list[tuple[str, int]]:
 @settings(max_examples=200, deadline=None)
 def test_every_element_is_stepped_once_and_matrices_stay_whole(items, ranks):
     made = buckets(items, ranks)
-    assert elements(shard for bucket in made for shard in bucket.shards) == \
-        sorted((item.name, i) for item in items for i in range(item.numel))
+    assert elements(shard for bucket in made for shard in bucket.shards) == sorted(
+        (item.name, i) for item in items for i in range(item.numel)
+    )
     whole = {item.name: item.numel for item in items if item.cost is not None}
     for bucket in made:
         assert len(bucket.shards) == ranks

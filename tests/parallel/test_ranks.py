@@ -15,7 +15,10 @@ from chattrain.errors import RunFailed, UserError
 from tests.helpers import TINY, Outcome, metrics, process, train, write_talk
 
 TWO = [o for o in TINY if not o.startswith(("distributed.", "train.device_batch", "tracking"))] + [
-    "train.device_batch_size=2", "train.max_steps=2", "init.from=scratch"]
+    "train.device_batch_size=2",
+    "train.max_steps=2",
+    "init.from=scratch",
+]
 
 
 @pytest.fixture
@@ -47,9 +50,12 @@ def test_one_command_with_two_processes_is_one_run_in_every_job_of_a_sweep(place
 
 
 def torchrun(*arguments: str) -> Outcome:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-                           "chattrain", *arguments], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "chattrain", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
@@ -75,8 +81,15 @@ def test_a_mistake_is_found_before_processes_are_started(place):
 
 def test_what_goes_wrong_in_all_ranks_is_said_as_in_one(place):
     with pytest.raises(RunFailed, match="not finite"):
-        train("mid", "diverged", "distributed.nproc=2", "train.device_batch_size=2", "optimizer.lr_scale=1e39",
-              "train.max_steps=9", "init.from=scratch")
+        train(
+            "mid",
+            "diverged",
+            "distributed.nproc=2",
+            "train.device_batch_size=2",
+            "optimizer.lr_scale=1e39",
+            "train.max_steps=9",
+            "init.from=scratch",
+        )
     (run,) = summaries(place)
     assert run["status"] == "failed" and "not finite" in run["error"]
 
@@ -84,9 +97,14 @@ def test_what_goes_wrong_in_all_ranks_is_said_as_in_one(place):
 def test_one_ctrl_c_stops_two_ranks_with_a_checkpoint(place):
     """A terminal sends it to the launcher and to both ranks at once."""
     long = [o for o in TWO if not o.startswith("train.max_steps")] + ["train.max_steps=100000", "run.name=cut", "tracking=none"]
-    running = subprocess.Popen([sys.executable, "-m", "chattrain", "stage=mid", *long, "distributed.nproc=2"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    running = subprocess.Popen(
+        [sys.executable, "-m", "chattrain", "stage=mid", *long, "distributed.nproc=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     file = place / "runs/mid/cut/metrics.jsonl"
     deadline = time.monotonic() + 120
     while running.poll() is None and time.monotonic() < deadline and not (file.exists() and '"step": 5,' in file.read_text()):
@@ -112,6 +130,7 @@ def test_a_step_on_cuda(place):
     overrides = [o for o in TINY if not o.startswith(("train.device=", "train.dtype=", "train.compile="))]
     import chattrain
 
-    summary = chattrain.run(["stage=mid", *overrides, "train.device=cuda", "train.max_steps=3", "run.name=cuda",
-                             "init.from=scratch"])
+    summary = chattrain.run(
+        ["stage=mid", *overrides, "train.device=cuda", "train.max_steps=3", "run.name=cuda", "init.from=scratch"]
+    )
     assert summary["steps"] == 3

@@ -30,6 +30,7 @@ WIDE = (2, 2048)
 @pytest.fixture
 def group():
     """Rank `rank` of `world_size`, alone."""
+
     def join(rank: int, world_size: int) -> Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -57,12 +58,19 @@ def stepped(ranks: Ranks, size: tuple[int, int], strategy: str, build=muon_adamw
         spread.step(optimizer)
         state = {key: value.numel() for key, value in optimizer.state().items() if value.ndim}
         return SimpleNamespace(
-            strategy=spread, sent=ranks.moved_bytes, params=sum(shape.numel() for shape in spread.shapes.values()),
-            mine=sum(p.numel() for p in optimizer.parameters()), state=state, gradients=[p.grad for p in model.parameters()])
+            strategy=spread,
+            sent=ranks.moved_bytes,
+            params=sum(shape.numel() for shape in spread.shapes.values()),
+            mine=sum(p.numel() for p in optimizer.parameters()),
+            state=state,
+            gradients=[p.grad for p in model.parameters()],
+        )
 
 
-@pytest.mark.parametrize("strategy, world_size, size", [
-    ("ddp", 8, D12), ("ddp", 64, D32), ("ddp", 512, TALL), ("fsdp", 8, D12), ("fsdp", 64, WIDE), ("fsdp", 512, WIDE)])
+@pytest.mark.parametrize(
+    "strategy, world_size, size",
+    [("ddp", 8, D12), ("ddp", 64, D32), ("ddp", 512, TALL), ("fsdp", 8, D12), ("fsdp", 64, WIDE), ("fsdp", 512, WIDE)],
+)
 def test_every_parameter_is_owned_once_and_ranks_hold_as_much(group, world_size, size, strategy):
     ranks = [0, world_size - 1]
     held = [stepped(group(rank, world_size), size, strategy) for rank in ranks]
@@ -98,12 +106,14 @@ def test_a_step_sends_no_byte_more_than_reduce_scatter_and_all_gather_must(group
             nonlocal sent
             sent += bytes_of(arguments, dist.get_world_size(named.get("group")))
             return collective(*arguments, **named)
+
         return call
 
     for owner, name, of in [
-            (torch_compat, "reduce_scatter_single", lambda a, n: a[1].nbytes * (n - 1) / n),
-            (torch_compat, "all_gather_single", lambda a, n: a[0].nbytes * (n - 1) / n),
-            (dist, "all_reduce", lambda a, n: a[0].nbytes * 2 * (n - 1) / n)]:
+        (torch_compat, "reduce_scatter_single", lambda a, n: a[1].nbytes * (n - 1) / n),
+        (torch_compat, "all_gather_single", lambda a, n: a[0].nbytes * (n - 1) / n),
+        (dist, "all_reduce", lambda a, n: a[0].nbytes * 2 * (n - 1) / n),
+    ]:
         monkeypatch.setattr(owner, name, counting(getattr(owner, name), of))
     one = stepped(group(world_size - 1, world_size), size, "ddp", build, settings)
     least = 2 * (world_size - 1) / world_size * 4 * one.params
@@ -201,7 +211,14 @@ def test_a_step_of_the_loop_runs_on_any_rank(group):
         ids = torch.zeros(1, 8, dtype=torch.long)
         batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_supervised=8)
         alone = SimpleNamespace(sum=lambda values: values, at=lambda place: None)
-        parts = SimpleNamespace(ranks=alone, stop_asked=lambda: False, loss_of=model.loss, strategy=spread,
-                                optimizer=muon_adamw.build(model, spread, **MUON), max_grad_norm=1.0, checks_each_step=False)
+        parts = SimpleNamespace(
+            ranks=alone,
+            stop_asked=lambda: False,
+            loss_of=model.loss,
+            strategy=spread,
+            optimizer=muon_adamw.build(model, spread, **MUON),
+            max_grad_norm=1.0,
+            checks_each_step=False,
+        )
         result = loop.train_step(parts, [batch, batch], 0)
     assert result.tokens == 16 and result.grad_norm.shape == ()

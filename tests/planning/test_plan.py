@@ -39,8 +39,12 @@ SHORT = ["train.seq_len=128", "optimizer.ns_steps=3", "tokenizer.vocab_size=8192
 @pytest.mark.parametrize("kind", memory.KINDS)
 @pytest.mark.parametrize("ranks, strategy", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(model, kind, ranks, strategy):
-    overrides = [*SHORT, f"train.total_batch_size={512 * ranks}", f"train.activation_checkpointing={kind}",
-                 f"distributed.strategy={strategy}"]
+    overrides = [
+        *SHORT,
+        f"train.total_batch_size={512 * ranks}",
+        f"train.activation_checkpointing={kind}",
+        f"distributed.strategy={strategy}",
+    ]
     assert memory.predict(model, ranks, *overrides) == pytest.approx(memory.measure(model, ranks, *overrides), rel=0.1)
 
 
@@ -71,9 +75,21 @@ def test_the_largest_batch_is_the_last_that_was_seen_to_fit(limit, most, fits):
 
 
 def work(**changes) -> cost.Workload:
-    settings = dict(weights=1_000_000, matrices=((500, 1000),), ns_steps=5, flops_a_token=6e6, block_share=0.9, recomputed=False,
-                    compute_bytes=2, places=64 * 100 * 512, rows=6400, rows_a_step=64, device_batch_size=8, strategy="ddp",
-                    sharing={n: n for n in cost.SCALES})
+    settings = dict(
+        weights=1_000_000,
+        matrices=((500, 1000),),
+        ns_steps=5,
+        flops_a_token=6e6,
+        block_share=0.9,
+        recomputed=False,
+        compute_bytes=2,
+        places=64 * 100 * 512,
+        rows=6400,
+        rows_a_step=64,
+        device_batch_size=8,
+        strategy="ddp",
+        sharing={n: n for n in cost.SCALES},
+    )
     return cost.Workload(**{**settings, **changes})
 
 
@@ -105,8 +121,10 @@ def test_with_more_devices_communication_grows_until_it_dominates():
     first = cost.dominated_from(steps)
     assert all((step.talks > step.computes) == (step.world_size >= first) for step in steps)
     assert all(0 <= step.waits <= step.talks for step in steps)
-    assert all(step.rows == max(64, step.world_size) == step.device_batch_size * step.grad_accum_steps * step.world_size
-               for step in steps)
+    assert all(
+        step.rows == max(64, step.world_size) == step.device_batch_size * step.grad_accum_steps * step.world_size
+        for step in steps
+    )
 
 
 def test_half_the_price_is_half_the_cost_and_time_follows_the_peak(workplace):
@@ -152,9 +170,16 @@ def test_a_device_whose_name_is_a_number_can_be_typed(workplace, capsys):
     assert done.status == 0 and "1 x 4090" in done.out and "peak" in done.out
 
 
-@pytest.mark.parametrize("overrides, words", [
-    (["plan.device=custom"], "plan.memory_gib"), (["plan.mfu=2"], "plan.mfu=2"), (["plan.world_size=0"], "plan.world_size=0"),
-    (["plan.world_size=3"], "train.rows_per_step=4"), (["train.fp8=true", "train.dtype=bf16"], "train.fp8=true")])
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["plan.device=custom"], "plan.memory_gib"),
+        (["plan.mfu=2"], "plan.mfu=2"),
+        (["plan.world_size=0"], "plan.world_size=0"),
+        (["plan.world_size=3"], "train.rows_per_step=4"),
+        (["train.fp8=true", "train.dtype=bf16"], "train.fp8=true"),
+    ],
+)
 def test_what_cannot_be_planned_is_refused(workplace, overrides, words):
     write_talk(workplace)
     with pytest.raises(UserError, match=words):

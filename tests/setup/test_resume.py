@@ -53,8 +53,7 @@ def again(summary: dict, *overrides: str) -> dict:
 
 
 def same_bits(one: dict, two: dict) -> bool:
-    pairs = [[load_file(Path(s["checkpoint"]) / f"{file}.safetensors") for s in (one, two)]
-             for file in ("model", "optimizer")]
+    pairs = [[load_file(Path(s["checkpoint"]) / f"{file}.safetensors") for s in (one, two)] for file in ("model", "optimizer")]
     return all(a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a) for a, b in pairs)
 
 
@@ -63,8 +62,7 @@ CLOCK_AND_PROCESS = {"time", "train/tokens_per_second", "train/data_wait", "trai
 
 def numbers(summary: dict) -> list[dict]:
     """metrics.jsonl without what depends on the clock or on the process."""
-    return [{k: v for k, v in row.items() if k not in CLOCK_AND_PROCESS}
-            for row in metrics(summary["run_dir"])]
+    return [{k: v for k, v in row.items() if k not in CLOCK_AND_PROCESS} for row in metrics(summary["run_dir"])]
 
 
 def checkpoints(summary: dict) -> list[str]:
@@ -76,10 +74,22 @@ def checkpoints(summary: dict) -> list[str]:
 
 def interrupt(name: str, signum: int, after_step: int = 3) -> tuple[int, str]:
     """Start the run of LONG as a process and signal it once metrics.jsonl shows the step; (exit status, stderr)."""
-    running = subprocess.Popen([sys.executable, "-m", "chattrain", "stage=sft", *TINY, *LONG, f"run.name={name}",
-                                "checkpoint.every=1"],  # a checkpoint each step: slower than this process looks
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    running = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "chattrain",
+            "stage=sft",
+            *TINY,
+            *LONG,
+            f"run.name={name}",
+            "checkpoint.every=1",
+        ],  # a checkpoint each step: slower than this process looks
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     file, deadline = Path("runs/sft") / name / "metrics.jsonl", time.monotonic() + 120
     while running.poll() is None and time.monotonic() < deadline:
         if file.exists() and f'"step": {after_step}' in file.read_text():
@@ -106,7 +116,11 @@ def test_a_signal_stops_the_run_after_its_step_with_a_checkpoint_and_it_goes_on_
     assert same_bits(resumed, whole)
     assert numbers(resumed) == numbers(whole)  # each step once
     assert (resumed["steps"], resumed["tokens_seen"], resumed["supervised_tokens"], resumed["metrics"]["val/bpb"]) == (
-        whole["steps"], whole["tokens_seen"], whole["supervised_tokens"], whole["metrics"]["val/bpb"])
+        whole["steps"],
+        whole["tokens_seen"],
+        whole["supervised_tokens"],
+        whole["metrics"]["val/bpb"],
+    )
 
 
 def test_an_interrupted_run_is_not_what_auto_starts_from(whole, place):
@@ -160,8 +174,18 @@ def test_another_start_is_no_start_for_a_run_that_goes_on_and_warned_of(short, c
     assert any("init.from" in r.message and "-> auto" in r.message for r in caplog.records if r.levelname == "WARNING")
 
 
-@pytest.mark.parametrize("changed", ["data.train_path=other.jsonl", "run.seed=5", "train.seq_len=32",
-                                     "train.rows_per_step=8", "collator=masked", "model.n_layer=3", "optimizer=adamw"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "data.train_path=other.jsonl",
+        "run.seed=5",
+        "train.seq_len=32",
+        "train.rows_per_step=8",
+        "collator=masked",
+        "model.n_layer=3",
+        "optimizer=adamw",
+    ],
+)
 def test_a_run_does_not_go_on_with_other_settings_and_stays_as_it_was(short, changed):
     before = contents(Path(short["run_dir"]))
     with pytest.raises(UserError) as refused:
@@ -187,8 +211,9 @@ def test_resume_must_goes_on_where_there_is_a_checkpoint(short):
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
-                                  "tokenizer/ranks.tiktoken"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "tokenizer/ranks.tiktoken"]
+)
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(short, caplog, file):
     newest = Path(short["checkpoint"])
     rows = numbers(short)

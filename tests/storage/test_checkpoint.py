@@ -76,8 +76,12 @@ def test_a_crash_while_saving_leaves_the_older_checkpoint_and_no_half_of_a_new_o
 def break_saving(monkeypatch, moment: str, of_checkpoint: int) -> None:
     """Raise OSError at this moment of the n-th checkpoint that is saved."""
     calls = {"save_file": 0, "rename": 0, "_sha256": 0}
-    due = {"first file": ("save_file", 2 * of_checkpoint - 1), "second file": ("save_file", 2 * of_checkpoint),
-           "rename": ("rename", of_checkpoint), "manifest": ("_sha256", 6 * of_checkpoint)}[moment]
+    due = {
+        "first file": ("save_file", 2 * of_checkpoint - 1),
+        "second file": ("save_file", 2 * of_checkpoint),
+        "rename": ("rename", of_checkpoint),
+        "manifest": ("_sha256", 6 * of_checkpoint),
+    }[moment]
 
     def breaking(name, inner):
         def call(*arguments, **named):
@@ -88,6 +92,7 @@ def break_saving(monkeypatch, moment: str, of_checkpoint: int) -> None:
                     Path(arguments[1]).write_bytes(b"half of it")
                 raise OSError("no space left on device")
             return inner(*arguments, **named)
+
         return call
 
     monkeypatch.setattr(checkpoint, "save_file", breaking("save_file", checkpoint.save_file))
@@ -108,8 +113,7 @@ def test_what_a_crash_left_behind_is_no_checkpoint_to_start_from(finished, tmp_p
 
 def test_a_checkpoint_holds_all_that_a_run_needs_and_no_pickle(finished):
     held = {name.split("/")[0] for name in contents(Path(finished["checkpoint"]))}
-    assert held == {"model.safetensors", "optimizer.safetensors", "state.json", "config.yaml", "tokenizer",
-                    "manifest.json"}
+    assert held == {"model.safetensors", "optimizer.safetensors", "state.json", "config.yaml", "tokenizer", "manifest.json"}
     kinds = {Path(name).suffix for name in contents(Path(finished["checkpoint"]))}
     assert kinds <= {".safetensors", ".json", ".yaml", ".tiktoken"}
 
@@ -145,8 +149,7 @@ def test_what_is_saved_is_what_is_loaded(model, tokenizer, tmp_path):
     torch.manual_seed(1)
     for p in model.parameters():
         torch.nn.init.normal_(p)
-    state = checkpoint.CheckpointState(7, 100, 50, "sft", {"vocab_size": model.vocab_size}, "abc", 9,
-                                       metrics={"val/bpb": 1.5})
+    state = checkpoint.CheckpointState(7, 100, 50, "sft", {"vocab_size": model.vocab_size}, "abc", 9, metrics={"val/bpb": 1.5})
     optimizer = {"lm_head.weight/exp_avg": torch.randn(3, 2).mT, "lm_head.weight/step": torch.tensor(7.0)}
     folder = checkpoint.save(tmp_path, state, model.weights(), optimizer, tokenizer, "stage: sft\n", keep=1, files={})
     assert folder == tmp_path / "checkpoints/step_000007" and checkpoint.find_damage(folder) is None
@@ -163,8 +166,17 @@ def test_what_is_saved_is_what_is_loaded(model, tokenizer, tmp_path):
 # --- damage and misfits ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "config.yaml",
-                                  "tokenizer/ranks.tiktoken", "tokenizer/encoding.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "config.yaml",
+        "tokenizer/ranks.tiktoken",
+        "tokenizer/encoding.json",
+    ],
+)
 def test_one_flipped_byte_is_found_in_any_file(folder, file):
     assert checkpoint.find_damage(folder) is None
     damage(folder / file)

@@ -15,15 +15,23 @@ from chattrain.tokenizer import Tokenizer
 from tests.conftest import SHARED_DATA
 
 MMLU = {"question": "Degree of Q(sqrt 2)?", "subject": "algebra", "choices": ["0", "4", "2", "6"], "answer": 2}
-ARC = {"id": "x", "question": "What do plants need?", "answerKey": "B",
-       "choices": {"text": ["Iron", "Light", "Sand"], "label": ["A", "B", "C"]}}
+ARC = {
+    "id": "x",
+    "question": "What do plants need?",
+    "answerKey": "B",
+    "choices": {"text": ["Iron", "Light", "Sand"], "label": ["A", "B", "C"]},
+}
 GSM8K = {"question": "Eggs?", "answer": "She sells <<16-3-4=9>>9 eggs for $<<9*2=18>>18.\n#### 18"}
 
 
 def arc(answer: str, labels: str, **changed) -> dict:
     """One choice a label: "the A", "the B", ..."""
-    return {**ARC, "choices": {"text": [f"the {label}" for label in labels], "label": list(labels)},
-            "answerKey": answer, **changed}
+    return {
+        **ARC,
+        "choices": {"text": [f"the {label}" for label in labels], "label": list(labels)},
+        "answerKey": answer,
+        **changed,
+    }
 
 
 def without(row: dict, column: str) -> dict:
@@ -46,7 +54,8 @@ def shared_rows(file: str) -> list[dict]:
 def test_an_mmlu_row_becomes_a_lettered_question_and_the_letter_of_the_answer(tokenizer):
     assert text_of(MMLU, "multiple_choice", tokenizer) == (
         "<|bos|><|user_start|>Multiple Choice question: Degree of Q(sqrt 2)?\n- 0=A\n- 4=B\n- 2=C\n- 6=D\n\n"
-        "Respond only with the letter of the correct answer.<|user_end|><|assistant_start|>C<|assistant_end|>")
+        "Respond only with the letter of the correct answer.<|user_end|><|assistant_start|>C<|assistant_end|>"
+    )
     assert text_of(MMLU, "multiple_choice", tokenizer, supervised_only=True) == "C<|assistant_end|>"
 
 
@@ -67,38 +76,55 @@ def test_arc_keeps_its_own_labels_letters_or_digits_of_any_number(labels):
 def test_the_answer_letter_is_the_very_token_that_stands_behind_its_choice(workplace):
     """Also with the tokenizer that is trained on these very questions, where `=A` is a frequent pair."""
     (workplace / "q.jsonl").write_text("\n".join(json.dumps(row) for row in [MMLU, ARC] * 100))
-    tokenizer = Tokenizer.load(choose_tokenizer(compose([
-        "stage=sft", "data=local", "data.train_path=q.jsonl", "data.schema=multiple_choice", "tokenizer.vocab_size=400",
-    ]), None))
+    tokenizer = Tokenizer.load(
+        choose_tokenizer(
+            compose(
+                [
+                    "stage=sft",
+                    "data=local",
+                    "data.train_path=q.jsonl",
+                    "data.schema=multiple_choice",
+                    "tokenizer.vocab_size=400",
+                ]
+            ),
+            None,
+        )
+    )
     for row in (MMLU, ARC):
         ids, mask = chat_format(tokenizer).encode([document(row, "multiple_choice")])[0]
         answer = ids[mask.index(1)]
         assert answer in ids[: mask.index(1)]
 
 
-@pytest.mark.parametrize("row, reason", [
-    (without(MMLU, "answer"), "no column 'answer' (it has question, subject, choices)"),
-    (without(MMLU, "choices"), "no column 'choices'"),
-    (without(MMLU, "question"), "no column 'question'"),
-    (without(ARC, "answerKey"), "no column 'answer' (it has id, question, choices)"),
-    ({**ARC, "choices": {"text": ["a", "b"]}}, "no column 'label'"),
-    ({**MMLU, "answer": 4}, "answer 4"),
-    ({**MMLU, "answer": -1}, "answer -1"),
-    ({**MMLU, "answer": None}, "does not fit schema multiple_choice"),
-    ({**MMLU, "choices": ["one"], "answer": 0}, "1 choices"),
-    ({**MMLU, "choices": [str(i) for i in range(11)]}, "11 choices"),
-    (arc("F", "ABC"), "does not fit schema multiple_choice"),
-    ({**ARC, "choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 choices, 2 letters"),
-    ({**ARC, "choices": ["a", "b"]}, "does not fit schema multiple_choice"),
-])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (without(MMLU, "answer"), "no column 'answer' (it has question, subject, choices)"),
+        (without(MMLU, "choices"), "no column 'choices'"),
+        (without(MMLU, "question"), "no column 'question'"),
+        (without(ARC, "answerKey"), "no column 'answer' (it has id, question, choices)"),
+        ({**ARC, "choices": {"text": ["a", "b"]}}, "no column 'label'"),
+        ({**MMLU, "answer": 4}, "answer 4"),
+        ({**MMLU, "answer": -1}, "answer -1"),
+        ({**MMLU, "answer": None}, "does not fit schema multiple_choice"),
+        ({**MMLU, "choices": ["one"], "answer": 0}, "1 choices"),
+        ({**MMLU, "choices": [str(i) for i in range(11)]}, "11 choices"),
+        (arc("F", "ABC"), "does not fit schema multiple_choice"),
+        ({**ARC, "choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 choices, 2 letters"),
+        ({**ARC, "choices": ["a", "b"]}, "does not fit schema multiple_choice"),
+    ],
+)
 def test_a_question_that_does_not_fit_is_refused_with_what_is_wrong(row, reason):
     with pytest.raises(Malformed) as refusal:
         document(row, "multiple_choice")
     assert reason in str(refusal.value)
 
 
-@pytest.mark.parametrize("row", [{**MMLU, "question": None}, {**MMLU, "choices": ["0", None, "2", "6"]},
-                                 {**ARC, "question": None}], ids=["question", "choice", "question of ARC"])
+@pytest.mark.parametrize(
+    "row",
+    [{**MMLU, "question": None}, {**MMLU, "choices": ["0", None, "2", "6"]}, {**ARC, "question": None}],
+    ids=["question", "choice", "question of ARC"],
+)
 def test_a_question_with_an_empty_cell_never_teaches_the_word_none(row):
     with pytest.raises(Malformed):
         document(row, "multiple_choice")
@@ -106,34 +132,45 @@ def test_a_question_with_an_empty_cell_never_teaches_the_word_none(row):
 
 def test_gsm8k_calls_become_the_tool_and_its_output_and_the_rest_stays_text(tokenizer):
     assert gsm8k.conversation(GSM8K)["messages"][1]["content"] == [
-        {"type": "text", "text": "She sells "}, {"type": "python", "text": "16-3-4"},
-        {"type": "python_output", "text": "9"}, {"type": "text", "text": "9 eggs for $"},
-        {"type": "python", "text": "9*2"}, {"type": "python_output", "text": "18"},
-        {"type": "text", "text": "18.\n#### 18"}]
+        {"type": "text", "text": "She sells "},
+        {"type": "python", "text": "16-3-4"},
+        {"type": "python_output", "text": "9"},
+        {"type": "text", "text": "9 eggs for $"},
+        {"type": "python", "text": "9*2"},
+        {"type": "python_output", "text": "18"},
+        {"type": "text", "text": "18.\n#### 18"},
+    ]
     assert text_of(GSM8K, "gsm8k", tokenizer, supervised_only=True) == (
-        "She sells <|python_start|>16-3-4<|python_end|>9 eggs for $<|python_start|>9*2<|python_end|>18.\n#### 18"
-        "<|assistant_end|>")
+        "She sells <|python_start|>16-3-4<|python_end|>9 eggs for $<|python_start|>9*2<|python_end|>18.\n#### 18<|assistant_end|>"
+    )
 
 
-@pytest.mark.parametrize("answer, parts", [
-    ("4", [("text", "4")]),
-    ("<<2+2=4>>", [("python", "2+2"), ("python_output", "4")]),
-    ("<<1=1>><<2=2>>!", [("python", "1"), ("python_output", "1"), ("python", "2"), ("python_output", "2"),
-                         ("text", "!")]),
-    ("<<x=1+1=2>>", [("python", "x=1+1"), ("python_output", "2")]),
-    ("<<7>>", [("python", "7"), ("python_output", "")]),
-    ("1 < 2 << 3", [("text", "1 < 2 << 3")]),
-])
+@pytest.mark.parametrize(
+    "answer, parts",
+    [
+        ("4", [("text", "4")]),
+        ("<<2+2=4>>", [("python", "2+2"), ("python_output", "4")]),
+        ("<<1=1>><<2=2>>!", [("python", "1"), ("python_output", "1"), ("python", "2"), ("python_output", "2"), ("text", "!")]),
+        ("<<x=1+1=2>>", [("python", "x=1+1"), ("python_output", "2")]),
+        ("<<7>>", [("python", "7"), ("python_output", "")]),
+        ("1 < 2 << 3", [("text", "1 < 2 << 3")]),
+    ],
+)
 def test_gsm8k_answers_of_other_shapes(answer, parts):
     content = gsm8k.conversation({"question": "?", "answer": answer})["messages"][1]["content"]
     assert [(part["type"], part["text"]) for part in content] == parts
 
 
-@pytest.mark.parametrize("row, reason", [(without(GSM8K, "answer"), "no column 'answer' (it has question)"),
-                                         (without(GSM8K, "question"), "no column 'question'"),
-                                         ({**GSM8K, "answer": None}, "does not fit schema gsm8k"),
-                                         ({**GSM8K, "question": None}, "message 0"),
-                                         ({**GSM8K, "answer": ""}, "message 1")])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (without(GSM8K, "answer"), "no column 'answer' (it has question)"),
+        (without(GSM8K, "question"), "no column 'question'"),
+        ({**GSM8K, "answer": None}, "does not fit schema gsm8k"),
+        ({**GSM8K, "question": None}, "message 0"),
+        ({**GSM8K, "answer": ""}, "message 1"),
+    ],
+)
 def test_a_gsm8k_row_that_does_not_fit_is_refused(row, reason):
     with pytest.raises(Malformed) as refusal:
         document(row, "gsm8k")
@@ -146,9 +183,15 @@ def test_a_messages_row_is_the_conversation_without_other_columns(tokenizer):
     assert chat_format(tokenizer).encode([document(row, "messages")])[0] == render(row, tokenizer, None)
 
 
-@pytest.mark.parametrize("row, reason", [({"text": "x", "id": 1}, "no column 'messages' (it has text, id)"),
-                                         ({"messages": []}, "non-empty"), ({"messages": None}, "non-empty"),
-                                         ({"messages": [{"role": "assistant", "content": "x"}]}, "message 0")])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"text": "x", "id": 1}, "no column 'messages' (it has text, id)"),
+        ({"messages": []}, "non-empty"),
+        ({"messages": None}, "non-empty"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "message 0"),
+    ],
+)
 def test_a_messages_row_that_does_not_fit_is_refused(row, reason):
     with pytest.raises(Malformed) as refusal:
         document(row, "messages")
@@ -157,14 +200,20 @@ def test_a_messages_row_that_does_not_fit_is_refused(row, reason):
 
 def test_a_text_row_is_a_document_with_every_token_but_bos_supervised(tokenizer):
     assert text_of({"text": "Once <|bos|> more", "id": 3}, "text", tokenizer) == "<|bos|>Once <|bos|> more"
-    (ids, mask), = chat_format(tokenizer).encode([document({"text": "Once <|bos|> more"}, "text")])
+    ((ids, mask),) = chat_format(tokenizer).encode([document({"text": "Once <|bos|> more"}, "text")])
     assert ids == [tokenizer.special("<|bos|>"), *tokenizer.encode("Once <|bos|> more")]
     assert mask == [0] + [1] * (len(ids) - 1)
 
 
-@pytest.mark.parametrize("row, reason", [({"content": "x"}, "no column 'text' (it has content); schema text needs"),
-                                         ({"text": ""}, "empty"), ({"text": None}, "empty"),
-                                         ({"text": ["x"]}, "no string")])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"content": "x"}, "no column 'text' (it has content); schema text needs"),
+        ({"text": ""}, "empty"),
+        ({"text": None}, "empty"),
+        ({"text": ["x"]}, "no string"),
+    ],
+)
 def test_a_text_row_that_does_not_fit_is_refused(row, reason):
     with pytest.raises(Malformed) as refusal:
         document(row, "text")

@@ -14,15 +14,36 @@ from chattrain.errors import UserError
 from chattrain.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
-AWKWARD = ["", " ", "\n\n\t", "\r\n", "\x00", "\ufeff", "e\u0301 é", "🙂", "ﬁ", "漢字", "اللغة العربية",
-           "\U0010ffff", "\U0001f469\u200d\U0001f469\u200d\U0001f466", "\u202eabc", "\u2028", "a" * 3000,
-           "1234567890", "'s 'LL it's", "   def f():\n\n\n  return", "<|bos|>", "<|assistant_end|>"]
+AWKWARD = [
+    "",
+    " ",
+    "\n\n\t",
+    "\r\n",
+    "\x00",
+    "\ufeff",
+    "e\u0301 é",
+    "🙂",
+    "ﬁ",
+    "漢字",
+    "اللغة العربية",
+    "\U0010ffff",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f466",
+    "\u202eabc",
+    "\u2028",
+    "a" * 3000,
+    "1234567890",
+    "'s 'LL it's",
+    "   def f():\n\n\n  return",
+    "<|bos|>",
+    "<|assistant_end|>",
+]
 
 
 def bytes_encoding(special: dict[str, int]) -> tiktoken.Encoding:
     """One token a byte: the smallest vocabulary that can hold every text."""
-    return tiktoken.Encoding(name="bytes", pat_str=r"\s+|\S+", mergeable_ranks={bytes([b]): b for b in range(256)},
-                             special_tokens=special)
+    return tiktoken.Encoding(
+        name="bytes", pat_str=r"\s+|\S+", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens=special
+    )
 
 
 @pytest.mark.parametrize("text", AWKWARD)
@@ -134,21 +155,24 @@ def test_a_folder_without_tokenizer_is_a_users_mistake(tmp_path, folder):
         Tokenizer.load(tmp_path / folder)
 
 
-@pytest.mark.parametrize("file, damage", [
-    pytest.param("encoding.json", lambda raw: raw[:60], id="half the description"),
-    pytest.param("encoding.json", lambda raw: b"", id="an empty description"),
-    pytest.param("encoding.json", lambda raw: b"{}", id="a description of nothing"),
-    pytest.param("encoding.json", lambda raw: b"[]", id="a description of another kind"),
-    pytest.param("encoding.json", lambda raw: raw.replace(b"(?i:", b"(?i", 1), id="a broken pattern"),
-    pytest.param("encoding.json", lambda raw: raw.replace(b"<|user_end|>", b"<|bye|>"), id="a special token short"),
-    pytest.param("ranks.tiktoken", None, id="no ranks"),
-    pytest.param("ranks.tiktoken", lambda raw: b"", id="empty ranks"),
-    pytest.param("ranks.tiktoken", lambda raw: b"\x00\xff" * 99, id="ranks of rubbish"),
-    pytest.param("ranks.tiktoken", lambda raw: raw[:-5], id="ranks torn within a line"),
-    pytest.param("ranks.tiktoken", lambda raw: b"".join(raw.splitlines(True)[:300]), id="ranks torn between lines"),
-    pytest.param("ranks.tiktoken", lambda raw: b"".join(raw.splitlines(True)[:100]), id="bytes missing"),
-    pytest.param("ranks.tiktoken", lambda raw: raw.replace(b" 300\n", b" 301\n"), id="a rank twice"),
-])
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        pytest.param("encoding.json", lambda raw: raw[:60], id="half the description"),
+        pytest.param("encoding.json", lambda raw: b"", id="an empty description"),
+        pytest.param("encoding.json", lambda raw: b"{}", id="a description of nothing"),
+        pytest.param("encoding.json", lambda raw: b"[]", id="a description of another kind"),
+        pytest.param("encoding.json", lambda raw: raw.replace(b"(?i:", b"(?i", 1), id="a broken pattern"),
+        pytest.param("encoding.json", lambda raw: raw.replace(b"<|user_end|>", b"<|bye|>"), id="a special token short"),
+        pytest.param("ranks.tiktoken", None, id="no ranks"),
+        pytest.param("ranks.tiktoken", lambda raw: b"", id="empty ranks"),
+        pytest.param("ranks.tiktoken", lambda raw: b"\x00\xff" * 99, id="ranks of rubbish"),
+        pytest.param("ranks.tiktoken", lambda raw: raw[:-5], id="ranks torn within a line"),
+        pytest.param("ranks.tiktoken", lambda raw: b"".join(raw.splitlines(True)[:300]), id="ranks torn between lines"),
+        pytest.param("ranks.tiktoken", lambda raw: b"".join(raw.splitlines(True)[:100]), id="bytes missing"),
+        pytest.param("ranks.tiktoken", lambda raw: raw.replace(b" 300\n", b" 301\n"), id="a rank twice"),
+    ],
+)
 def test_a_damaged_folder_is_a_users_mistake(tokenizer, tmp_path, file, damage):
     tokenizer.save(tmp_path)
     if damage is None:

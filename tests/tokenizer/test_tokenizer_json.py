@@ -101,8 +101,9 @@ def test_mixed_spaces_marks_digits_scripts_and_foldings_get_the_same_ids(rich, s
 
 @pytest.mark.parametrize("unit", [" ", "\n", "\r\n", " \n", "a", "ab", "1", "é", "🙂", "東", "'s", "\u2028", "!"])
 def test_long_runs_get_the_same_ids(tokenizer, other, unit):
-    texts = [f"{before}{unit * n}{after}" for n in [*range(1, 40), 1000, 5000]
-             for before, after in [("", ""), ("x", "y"), (" ", " ")]]
+    texts = [
+        f"{before}{unit * n}{after}" for n in [*range(1, 40), 1000, 5000] for before, after in [("", ""), ("x", "y"), (" ", " ")]
+    ]
     assert not differing(tokenizer, other, texts)
 
 
@@ -176,8 +177,9 @@ def test_a_tiktoken_encoding_that_transformers_converted_is_read(tokenizer, tmp_
     """As nanochat's models come to the hub."""
     converters = pytest.importorskip("transformers.convert_slow_tokenizer")
     tokenizer.save(tmp_path)
-    converted = converters.TikTokenConverter(str(tmp_path / "ranks.tiktoken"), tokenizer.encoding._pat_str,
-                                             extra_special_tokens=list(SPECIAL_TOKENS)).converted()
+    converted = converters.TikTokenConverter(
+        str(tmp_path / "ranks.tiktoken"), tokenizer.encoding._pat_str, extra_special_tokens=list(SPECIAL_TOKENS)
+    ).converted()
     assert Tokenizer(tokenizer_json.read(json.loads(converted.to_str()))).fingerprint() == tokenizer.fingerprint()
 
 

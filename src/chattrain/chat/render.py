@@ -39,8 +39,9 @@ def render_prompt(conversation: dict[str, Any], tokenizer: Tokenizer | HFTokeniz
     return chat_format(tokenizer).prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
 
 
-def render_choices(conversation: dict[str, Any], replies: list[str], tokenizer: Tokenizer | HFTokenizer
-                   ) -> tuple[list[int], list[int]]:
+def render_choices(
+    conversation: dict[str, Any], replies: list[str], tokenizer: Tokenizer | HFTokenizer
+) -> tuple[list[int], list[int]]:
     """(ids up to where one-token replies differ, the token of each). The last turn is an assistant's, which is replaced.
 
     For our own tokenizers that is the prompt of the reply, and each reply's own token. By a template the turns are rendered as

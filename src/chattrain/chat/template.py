@@ -49,16 +49,22 @@ class ChatTemplate(ChatFormat):
         self.opening = opened.removeprefix(question) if opened.startswith(question) else ""
         answer_at = whole.rfind("answer")
         self.lead = whole[len(opened) : answer_at] if whole.startswith(opened) else ""  # what the reply itself begins with
-        tail = whole[answer_at + len("answer"):] if answer_at >= 0 else ""
+        tail = whole[answer_at + len("answer") :] if answer_at >= 0 else ""
         found = sorted((tail.index(token), -len(token), token) for token in self.tokenizer.special_texts if token in tail)
         if not found:
-            raise UserError(f"the chat template of {self.tokenizer.source} ends an assistant turn without a special token: a "
-                            f"model trained on it would never stop. It renders {whole!r}")
+            raise UserError(
+                f"the chat template of {self.tokenizer.source} ends an assistant turn without a special token: a "
+                f"model trained on it would never stop. It renders {whole!r}"
+            )
         self.end_of_turn = found[0][2]
         if not whole.startswith(opened):
-            log.warning("the chat template of %s prompts for a reply with %r, but renders a reply that was given as %r: what is "
-                        "trained on is not what the model will be prompted with", self.tokenizer.source,
-                        opened[len(question):], whole[len(question):])
+            log.warning(
+                "the chat template of %s prompts for a reply with %r, but renders a reply that was given as %r: what is "
+                "trained on is not what the model will be prompted with",
+                self.tokenizer.source,
+                opened[len(question) :],
+                whole[len(question) :],
+            )
 
     @property
     def stop_ids(self) -> set[int]:
@@ -104,8 +110,10 @@ class ChatTemplate(ChatFormat):
         return out
 
     def choices(self, messages: list[dict[str, Any]], replies: list[str]) -> tuple[list[int], list[int]]:
-        rendered = [self.encode([self.to_segments({"messages": [*messages, {"role": "assistant", "content": reply}]})])[0].ids
-                    for reply in replies]
+        rendered = [
+            self.encode([self.to_segments({"messages": [*messages, {"role": "assistant", "content": reply}]})])[0].ids
+            for reply in replies
+        ]
         at = next((i for i, tokens in enumerate(zip(*rendered, strict=False)) if len(set(tokens)) > 1), 0)
         tokens = [ids[at] for ids in rendered]
         if len(set(tokens)) != len(replies) or any(ids[at + 1 :] != rendered[0][at + 1 :] for ids in rendered):
@@ -124,11 +132,14 @@ class ChatTemplate(ChatFormat):
         from jinja2 import TemplateError
 
         if self.tokenizer.chat_template is None:
-            raise UserError(f"the tokenizer of {self.tokenizer.source} has no chat template, so conversations cannot be "
-                            "rendered; put a chat_template.jinja into that folder, or take the instruct model's")
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.source} has no chat template, so conversations cannot be "
+                "rendered; put a chat_template.jinja into that folder, or take the instruct model's"
+            )
         try:
-            return self.tokenizer.backend.apply_chat_template(messages, tokenize=False,
-                                                              add_generation_prompt=add_generation_prompt)
+            return self.tokenizer.backend.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise Malformed(f"the chat template refuses it: {error}") from None
 
@@ -136,8 +147,7 @@ class ChatTemplate(ChatFormat):
         for i, text in enumerate(texts):
             for token in self.tokenizer.special_texts:
                 if token in text:
-                    raise Malformed(f"message {i} holds the text {token!r}, which the tokenizer would take for the special "
-                                    "token")
+                    raise Malformed(f"message {i} holds the text {token!r}, which the tokenizer would take for the special token")
 
     def _take_apart(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[list[str], list[int], str]:
         """(the template's own text before each message and after the last, where each message's text starts, the whole)."""
@@ -154,26 +164,38 @@ class ChatTemplate(ChatFormat):
         at, starts = 0, []
         for i, text in enumerate(texts):
             at += len(literals[i])
-            as_rendered = next((t for t in (text, text.strip(), text.rstrip(), text.lstrip())
-                                if whole.startswith(t + literals[i + 1], at)), None)
+            as_rendered = next(
+                (t for t in (text, text.strip(), text.rstrip(), text.lstrip()) if whole.startswith(t + literals[i + 1], at)), None
+            )
             if as_rendered is not None and whole.startswith(literals[i], at - len(literals[i])):
                 starts.append(at)
                 at += len(as_rendered)
             else:
-                raise Malformed(f"the chat template changes message {i} ({messages[i]['role']}), so its place cannot be "
-                                f"told: {text!r:.200}")
+                raise Malformed(
+                    f"the chat template changes message {i} ({messages[i]['role']}), so its place cannot be told: {text!r:.200}"
+                )
         if at + len(literals[-1]) != len(whole):
             raise Malformed(f"the chat template adds text behind the last turn: {whole[at:]!r:.200}")
         return literals, starts, whole
 
-    def _mark(self, supervised: np.ndarray, whole: str, literals: list[str], starts: list[int], i: int,
-              segments: list[tuple[str, bool]], text: str) -> None:
+    def _mark(
+        self,
+        supervised: np.ndarray,
+        whole: str,
+        literals: list[str],
+        starts: list[int],
+        i: int,
+        segments: list[tuple[str, bool]],
+        text: str,
+    ) -> None:
         """Mark what assistant message i must produce in `supervised` (characters of `whole`,)."""
         ends = literals[i + 1].find(self.end_of_turn)
         length = (starts[i + 1] if i + 1 < len(starts) else len(whole)) - len(literals[i + 1]) - starts[i]
         if ends < 0:
-            raise Malformed(f"assistant turn {i} has no end-of-turn token {self.end_of_turn!r}: "
-                            f"{whole[starts[i] - len(literals[i]):starts[i] + length + len(literals[i + 1])]!r}")
+            raise Malformed(
+                f"assistant turn {i} has no end-of-turn token {self.end_of_turn!r}: "
+                f"{whole[starts[i] - len(literals[i]) : starts[i] + length + len(literals[i + 1])]!r}"
+            )
         begins = starts[i] - len(literals[i]) + self._given(literals[i])
         supervised[begins : starts[i] + length + ends + len(self.end_of_turn)] = True
         shift = text.find(whole[starts[i] : starts[i] + length])  # characters that the template stripped in front
@@ -200,8 +222,9 @@ def _segments(content: Any, i: int) -> list[tuple[str, bool]]:
     for part, following in zip(content, [*content[1:], None], strict=True):
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
         if not isinstance(text, str) or kind not in ("text", "python", "python_output"):
-            raise Malformed(f"message {i}: a part must be {{'type': text, python or python_output, 'text': str}}, not "
-                            f"{part!r:.80}")
+            raise Malformed(
+                f"message {i}: a part must be {{'type': text, python or python_output, 'text': str}}, not {part!r:.80}"
+            )
         if kind == "text":
             out.append((text, True))
         elif kind == "python":

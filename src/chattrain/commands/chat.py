@@ -27,8 +27,13 @@ def main(cfg: Config) -> dict:
     print(f"model {folder}", file=sys.stderr)
     asked = cfg.chat.prompt if isinstance(cfg.chat.prompt, list) else [cfg.chat.prompt]
     prompts = [str(text) for text in asked if text is not None]
-    replies = [reply for start in range(0, len(prompts), TOGETHER) for reply in _answers(
-        cfg, model, tokenizer, [[{"role": "user", "content": text}] for text in prompts[start : start + TOGETHER]])]
+    replies = [
+        reply
+        for start in range(0, len(prompts), TOGETHER)
+        for reply in _answers(
+            cfg, model, tokenizer, [[{"role": "user", "content": text}] for text in prompts[start : start + TOGETHER]]
+        )
+    ]
     for text, reply in zip(prompts, replies, strict=True):
         print(f"> {text}\n{reply}\n")
     if not prompts:
@@ -65,6 +70,7 @@ def _answers(cfg: Config, model, tokenizer: Tokenizer, conversations: list[list[
         prompts = [render_prompt({"messages": messages}, tokenizer) for messages in conversations]
     except Malformed as error:
         raise UserError(f"the prompt cannot be rendered: {error}") from error
-    replies = generate_batch(model, prompts, cfg.chat.max_tokens, chat_format(tokenizer).stop_ids, cfg.chat.temperature, cfg.chat.top_k,
-                             cfg.run.seed)
+    replies = generate_batch(
+        model, prompts, cfg.chat.max_tokens, chat_format(tokenizer).stop_ids, cfg.chat.temperature, cfg.chat.top_k, cfg.run.seed
+    )
     return [tokenizer.decode(ids) for ids in replies]

@@ -49,8 +49,10 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     losses_of = in_context(autocast, model)  # a single pass is over before a compilation would pay
     metrics = build_evaluation(cfg, data, model, losses_of, autocast, where, ranks, SingleProcess())(0)
     if not metrics:
-        raise UserError("there is nothing to evaluate: eval=none, or no question set and no validation; "
-                        "use eval=bpb, eval=mmlu_arc or eval=full")
+        raise UserError(
+            "there is nothing to evaluate: eval=none, or no question set and no validation; "
+            "use eval=bpb, eval=mmlu_arc or eval=full"
+        )
     if ranks.is_main:
         print(folder)
         for name, value in metrics.items():

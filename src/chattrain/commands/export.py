@@ -80,5 +80,6 @@ def _write_as_it_came(folder: Path, source: Path, weights: dict[str, torch.Tenso
             shutil.copyfile(source / name, folder / name)
     config = json.loads((folder / "config.json").read_text())
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )

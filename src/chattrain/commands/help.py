@@ -58,8 +58,11 @@ def show(print_keys: Callable[[], None], arguments: list[str]) -> None:
     for folder in [conf_dir(), *_config_dir(arguments)]:
         for file in folder.rglob("*.yaml"):
             choices.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
-    groups = [f"{group}: {', '.join(sorted(names))}" for group, names in sorted(choices.items())
-              if group.partition("/")[0] not in (".", "hydra")]
+    groups = [
+        f"{group}: {', '.join(sorted(names))}"
+        for group, names in sorted(choices.items())
+        if group.partition("/")[0] not in (".", "hydra")
+    ]
     print(TEXT.format(groups="\n".join(groups), keys=keys.getvalue()))
 
 

@@ -29,16 +29,20 @@ def main(cfg: Config) -> dict:
     close_log = setup_logging(None, console=True, resume=False)
     try:
         if cfg.init.source in ("auto", "scratch"):
-            raise UserError("command=import needs a model to import: init.from=<nanochat's folder, a Hugging Face folder, or a "
-                            "hub name>")
+            raise UserError(
+                "command=import needs a model to import: init.from=<nanochat's folder, a Hugging Face folder, or a hub name>"
+            )
         found = locate(cfg.init.source)
         folder = found.path
         if not found.is_foreign:
-            raise UserError(f"init.from={cfg.init.source} is no model of nanochat (model_NNNNNN.pt) or Hugging Face "
-                            f"(config.json, model.safetensors){hint(folder)}")
+            raise UserError(
+                f"init.from={cfg.init.source} is no model of nanochat (model_NNNNNN.pt) or Hugging Face "
+                f"(config.json, model.safetensors){hint(folder)}"
+            )
         if found.stage not in (None, cfg.stage):
-            raise UserError(f"{folder} holds a {found.stage} model, stage={cfg.stage} would file it as another; write "
-                            f"stage={found.stage}")
+            raise UserError(
+                f"{folder} holds a {found.stage} model, stage={cfg.stage} would file it as another; write stage={found.stage}"
+            )
         name = cfg.run.name or Path(cfg.init.source).name
         run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / name).expanduser().resolve()
         if run_dir.exists() and any(run_dir.iterdir()):
@@ -53,10 +57,22 @@ def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
     sizes = {name: size for name, size in model.sizes.items() if name != "vocab_size"}
     cfg.model, cfg.train.seq_len = GPTConfig(**sizes), model.seq_len or cfg.train.seq_len
     saved = run_dir / "checkpoints" / f"step_{model.step:06d}"
-    summary = {"status": "completed", "stage": cfg.stage, "run_dir": str(run_dir), "steps": model.step,
-               "num_steps": model.step, "tokens_seen": 0, "supervised_tokens": 0, "tokens_per_second": None, "metrics": {},
-               "checkpoint": str(saved), "init": f"imported from {found.path}", "mlflow_run_id": None, "finished_at": time.time(),
-               "data": {}}
+    summary = {
+        "status": "completed",
+        "stage": cfg.stage,
+        "run_dir": str(run_dir),
+        "steps": model.step,
+        "num_steps": model.step,
+        "tokens_seen": 0,
+        "supervised_tokens": 0,
+        "tokens_per_second": None,
+        "metrics": {},
+        "checkpoint": str(saved),
+        "init": f"imported from {found.path}",
+        "mlflow_run_id": None,
+        "finished_at": time.time(),
+        "data": {},
+    }
 
     def fill(scratch: Path) -> None:
         convert.write(scratch / saved.relative_to(run_dir), model, cfg.stage, to_yaml(cfg))

@@ -29,10 +29,15 @@ def main(cfg: Config) -> dict:
     for row in range(shown):
         print(f"row {row}: {data.train.describe(row)}")
         print(_colour(data, batch.inputs[row].tolist(), batch.targets[row].tolist()) + "\n")
-    facts = {"documents_an_epoch": data.train.counts.documents, "rows_per_step": data.rows_per_step,
-             "num_steps": data.num_steps, "truncated": data.train.counts.truncated,
-             "left_out": data.train.counts.left_out, "tokens_shown": batch.num_tokens,
-             "supervised_shown": batch.num_supervised}
+    facts = {
+        "documents_an_epoch": data.train.counts.documents,
+        "rows_per_step": data.rows_per_step,
+        "num_steps": data.num_steps,
+        "truncated": data.train.counts.truncated,
+        "left_out": data.train.counts.left_out,
+        "tokens_shown": batch.num_tokens,
+        "supervised_shown": batch.num_supervised,
+    }
     for name, value in facts.items():
         print(f"{name:20s} {value:,}")
     close_log()

@@ -43,17 +43,29 @@ def main(cfg: Config) -> dict:
         hours = cost.hours_of(work, step)
         price = cfg.plan.price_per_gpu_hour
         facts = {
-            "device": hardware.name, "world_size": cfg.plan.world_size, "strategy": work.strategy,
-            "parameters": groups, "parameters_total": sum(groups.values()),
-            "memory": asdict(memory), "usable_bytes": int(hardware.usable), "fits": memory.peak <= hardware.usable,
-            "largest_device_batch_size": fits, "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
+            "device": hardware.name,
+            "world_size": cfg.plan.world_size,
+            "strategy": work.strategy,
+            "parameters": groups,
+            "parameters_total": sum(groups.values()),
+            "memory": asdict(memory),
+            "usable_bytes": int(hardware.usable),
+            "fits": memory.peak <= hardware.usable,
+            "largest_device_batch_size": fits,
+            "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
             **_batch(cfg, data, fits),
-            "flops_per_token": work.flops_a_token, "num_steps": data.num_steps, "tokens": counts.tokens,
-            "supervised_tokens": counts.supervised, "supervised_exact": counts.exact,
-            "bytes_sent_per_step": step.bytes_sent, "seconds_per_step": step.seconds, "hours": hours,
+            "flops_per_token": work.flops_a_token,
+            "num_steps": data.num_steps,
+            "tokens": counts.tokens,
+            "supervised_tokens": counts.supervised,
+            "supervised_exact": counts.exact,
+            "bytes_sent_per_step": step.bytes_sent,
+            "seconds_per_step": step.seconds,
+            "hours": hours,
             "cost": None if price is None else hours * cfg.plan.world_size * price,
             "communication_dominates_from": cost.dominated_from(rows),
-            "scaling": [show.scaling_row(work, row, price) for row in rows]}
+            "scaling": [show.scaling_row(work, row, price) for row in rows],
+        }
         show.plan(facts, step, cfg)
         return facts
     finally:

@@ -44,14 +44,19 @@ class Sweep:
 
     def check(self) -> None:
         if self.swept and any(key_of(o) == "run.dir" for o in self.overrides):
-            raise UserError("run.dir names one folder, but -m starts several runs; use run.name, to which each run adds "
-                            "what was swept")
+            raise UserError(
+                "run.dir names one folder, but -m starts several runs; use run.name, to which each run adds what was swept"
+            )
         if self.swept and "RANK" in os.environ:
-            raise UserError("-m starts one run after the other, torchrun one process group for all; leave torchrun out and "
-                            "use distributed.nproc=<number> with -m")
+            raise UserError(
+                "-m starts one run after the other, torchrun one process group for all; leave torchrun out and "
+                "use distributed.nproc=<number> with -m"
+            )
         if self.chain and self.launcher:
-            raise UserError(f"stage is swept, so each run starts from the one before, but hydra/launcher={self.launcher} would "
-                            "start them at once; leave the launcher out")
+            raise UserError(
+                f"stage is swept, so each run starts from the one before, but hydra/launcher={self.launcher} would "
+                "start them at once; leave the launcher out"
+            )
 
     def goes_on(self, stage: str) -> bool:
         """Is this job a later stage of a chain, which starts from the stage before whatever init.from says?"""

@@ -17,8 +17,10 @@ class ChatConfig:
 
     def check(self) -> None:
         if self.max_tokens < 1 or self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
-            raise UserError(f"chat.max_tokens={self.max_tokens} and chat.top_k={self.top_k} must be 1 or more, "
-                            f"chat.temperature={self.temperature} 0 or more")
+            raise UserError(
+                f"chat.max_tokens={self.max_tokens} and chat.top_k={self.top_k} must be 1 or more, "
+                f"chat.temperature={self.temperature} 0 or more"
+            )
 
 
 @dataclass

@@ -67,8 +67,9 @@ def explain(error: BaseException) -> UserError:
         unknown = key or unknown
         if owner := _owner(unknown):
             return UserError(f"no key {unknown} in this composition: it is a key of {owner}")
-        return UserError(f"no key {unknown}{_near_miss(unknown, [*known_keys(), *groups()])}; "
-                         "`python -m chattrain --cfg job` shows all keys")
+        return UserError(
+            f"no key {unknown}{_near_miss(unknown, [*known_keys(), *groups()])}; `python -m chattrain --cfg job` shows all keys"
+        )
     if group := _find(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
         return UserError(f"no group {group}{_near_miss(group, groups())}; the groups are {', '.join(groups())}")
     if missing := _find(r"Could not find '([^']+)'", text):
@@ -78,10 +79,15 @@ def explain(error: BaseException) -> UserError:
     if missing := _find(r"Missing mandatory value: (\S+)", text):
         return UserError(f"{missing} must be given: {missing}=<value>")
     if _find(r"(dict is not a subclass of SourceConfig)", text):
-        return UserError(f"a data source ({key}) cannot be added on the command line: write the mixture as a YAML file, "
-                         "my_conf/data/mine.yaml, and use --config-dir my_conf data=mine; or give data=local lists of paths")
-    reasons = [line.strip() for line in text.splitlines()
-               if line.strip() and not re.match(r"\s*(full_key|object_type|reference_type|Error merging override)", line)]
+        return UserError(
+            f"a data source ({key}) cannot be added on the command line: write the mixture as a YAML file, "
+            "my_conf/data/mine.yaml, and use --config-dir my_conf data=mine; or give data=local lists of paths"
+        )
+    reasons = [
+        line.strip()
+        for line in text.splitlines()
+        if line.strip() and not re.match(r"\s*(full_key|object_type|reference_type|Error merging override)", line)
+    ]
     return UserError(f"{key}: {' '.join(reasons)}" if key else " ".join(reasons))
 
 
@@ -93,8 +99,9 @@ def _find(pattern: str, text: str) -> str | None:
 def _owner(key: str) -> str | None:
     """The choices of a group whose schema has this key, such as optimizer=adamw for optimizer.lr."""
     group, _, name = key.partition(".")
-    owners = [choice for choice, schema in VARIANTS.items()
-              if choice.startswith(f"{group}=") and name in schema.__dataclass_fields__]
+    owners = [
+        choice for choice, schema in VARIANTS.items() if choice.startswith(f"{group}=") and name in schema.__dataclass_fields__
+    ]
     return " or ".join(owners) or None
 
 
@@ -107,6 +114,7 @@ def _near_miss(key: str, known: list[str]) -> str:
 
 def known_keys() -> list[str]:
     """Every key of every schema, in dotted form."""
+
     def walk(node: Any, prefix: str) -> list[str]:
         keys = []
         for key in node:

@@ -44,8 +44,10 @@ class DataConfig:
 
     def mixture(self, stage: str) -> MixtureConfig:
         if stage not in self.stages:
-            raise UserError(f"this data has no mixture for stage={stage}, only for {', '.join(self.stages)}; "
-                            f"add data.stages.{stage} in its YAML file")
+            raise UserError(
+                f"this data has no mixture for stage={stage}, only for {', '.join(self.stages)}; "
+                f"add data.stages.{stage} in its YAML file"
+            )
         return self.stages[stage]
 
     def check(self) -> None:
@@ -72,8 +74,9 @@ class LocalDataConfig(DataConfig):
         if stage in self.stages:
             return self.stages[stage]
         train = self._sources(self.train_path, "train", part=None if self.val_path else "train")
-        val = self._sources(self.val_path or self.train_path, "test" if self.val_path else "train",
-                            part=None if self.val_path else "val")
+        val = self._sources(
+            self.val_path or self.train_path, "test" if self.val_path else "train", part=None if self.val_path else "val"
+        )
         return MixtureConfig(train=train, val=val)
 
     def check(self) -> None:
@@ -84,8 +87,10 @@ class LocalDataConfig(DataConfig):
             if value is None and name == "val_path":
                 continue
             if not texts or not all(isinstance(text, str) and text for text in texts):
-                raise UserError(f"data.{name}={value} must be a text or a list of texts: data.train_path=<file, folder or hub "
-                                "name>, data.schema=<messages, multiple_choice, gsm8k or text>")
+                raise UserError(
+                    f"data.{name}={value} must be a text or a list of texts: data.train_path=<file, folder or hub "
+                    "name>, data.schema=<messages, multiple_choice, gsm8k or text>"
+                )
 
     def _sources(self, paths: Any, split: str, part: str | None) -> dict[str, SourceConfig]:
         paths = [paths] if isinstance(paths, str) else list(paths)
@@ -99,8 +104,10 @@ class LocalDataConfig(DataConfig):
             raise UserError(f"data.schema={unknown[0]} is not known; choose from {', '.join(Schema.__members__)}")
         names = [Path(p).name for p in paths]
         names = [n if names.count(n) == 1 else p for n, p in zip(names, paths, strict=True)]
-        return {n: SourceConfig(path=p, schema=Schema[s], split=split, part=part)
-                for n, p, s in zip(names, paths, schemas, strict=True)}
+        return {
+            n: SourceConfig(path=p, schema=Schema[s], split=split, part=part)
+            for n, p, s in zip(names, paths, schemas, strict=True)
+        }
 
 
 def _check_sources(key: str, sources: dict[str, SourceConfig]) -> None:
@@ -112,7 +119,8 @@ def _check_sources(key: str, sources: dict[str, SourceConfig]) -> None:
     weighted = [name for name, source in sources.items() if source.weight is not None]
     if weighted and len(weighted) < len(sources):
         rest = sorted(set(sources) - set(weighted))
-        raise UserError(f"{key}: {', '.join(weighted)} have a weight and {', '.join(rest)} have none; "
-                        "give one to every source or to none")
+        raise UserError(
+            f"{key}: {', '.join(weighted)} have a weight and {', '.join(rest)} have none; give one to every source or to none"
+        )
     if any(sources[name].weight <= 0 for name in weighted):
         raise UserError(f"{key}: every weight must be above 0")

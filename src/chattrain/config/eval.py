@@ -27,5 +27,7 @@ class EvalConfig:
                 raise UserError(f"eval.{name}={value} must be 1 or more")
         rarer = self.multiple_choice_every
         if rarer is not None and (self.every is None or rarer % self.every):
-            raise UserError(f"eval.multiple_choice_every={rarer} steps is not a multiple of eval.every={self.every}: "
-                            "questions are asked at some of the evaluations, not between them")
+            raise UserError(
+                f"eval.multiple_choice_every={rarer} steps is not a multiple of eval.every={self.every}: "
+                "questions are asked at some of the evaluations, not between them"
+            )

@@ -35,18 +35,26 @@ class GPTConfig(ModelConfig):
         if self.n_layer < 1 or self.n_head < 1 or kv < 1:
             raise UserError(f"model.n_layer={self.n_layer}, n_head={self.n_head}, n_kv_head={kv} must be 1 or more")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"model.n_embd={self.n_embd} does not give {self.n_head} heads of an even size; "
-                            "make n_embd a multiple of 2 x n_head")
+            raise UserError(
+                f"model.n_embd={self.n_embd} does not give {self.n_head} heads of an even size; "
+                "make n_embd a multiple of 2 x n_head"
+            )
         if self.n_head % kv:
             raise UserError(f"model.n_head={self.n_head} is not a multiple of model.n_kv_head={kv}")
 
     def misfit(self, saved: dict[str, Any]) -> str | None:
         if "model_type" in saved:
             return f"it has a Hugging Face model of type {saved['model_type']}, which is model=hf"
-        asked = {"n_layer": self.n_layer, "n_embd": self.n_embd, "n_head": self.n_head,
-                 "n_kv_head": self.n_kv_head or self.n_head}
-        return ", ".join(f"it has {k}={saved.get(k)}, the config asks for {v}" for k, v in asked.items()
-                         if saved.get(k) != v) or None
+        asked = {
+            "n_layer": self.n_layer,
+            "n_embd": self.n_embd,
+            "n_head": self.n_head,
+            "n_kv_head": self.n_kv_head or self.n_head,
+        }
+        return (
+            ", ".join(f"it has {k}={saved.get(k)}, the config asks for {v}" for k, v in asked.items() if saved.get(k) != v)
+            or None
+        )
 
 
 @dataclass

@@ -51,6 +51,19 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError for values that are wrong alone or together."""
-        for part in (self.run, self.train, self.model, self.data, self.optimizer, self.schedule, self.eval, self.checkpoint,
-                     self.log, self.distributed, self.chat, self.inspect, self.plan):
+        for part in (
+            self.run,
+            self.train,
+            self.model,
+            self.data,
+            self.optimizer,
+            self.schedule,
+            self.eval,
+            self.checkpoint,
+            self.log,
+            self.distributed,
+            self.chat,
+            self.inspect,
+            self.plan,
+        ):
             part.check()

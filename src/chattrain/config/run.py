@@ -28,10 +28,12 @@ class RunConfig:
 
 def _dataclass_with(name: str, default: str):
     """`@dataclass` with one more field whose name is a Python keyword: legal as a key, not in a signature."""
+
     def decorate(cls: type) -> type:
         cls.__annotations__[name] = str
         setattr(cls, name, field(default=default, init=False, repr=False, compare=False))
         return dataclass(cls)
+
     return decorate
 
 

@@ -19,8 +19,10 @@ class ScheduleConfig:
 
     def check(self) -> None:
         if self.warmup_steps < 0 or self.init_lr_frac <= 0 or not 0 <= self.min_lr_factor <= 1:
-            raise UserError(f"schedule.warmup_steps={self.warmup_steps} must be >= 0, init_lr_frac={self.init_lr_frac} "
-                            f"> 0 and min_lr_factor={self.min_lr_factor} between 0 and 1")
+            raise UserError(
+                f"schedule.warmup_steps={self.warmup_steps} must be >= 0, init_lr_frac={self.init_lr_frac} "
+                f"> 0 and min_lr_factor={self.min_lr_factor} between 0 and 1"
+            )
 
 
 @dataclass

@@ -18,11 +18,18 @@ from chattrain.config.targets import current_target
 from chattrain.errors import UserError
 
 # Choices of a group that have keys of their own.
-VARIANTS = {**{f"model={size}": GPTConfig for size in ("tiny", "d6", "d12", "d20", "d32")},
-            "collator=packed": JoiningCollatorConfig, "collator=best_fit": JoiningCollatorConfig,
-            "model=hf": HFModelConfig, "optimizer=muon_adamw": MuonAdamWConfig, "optimizer=adamw": AdamWConfig,
-            "schedule=constant_then_linear": DecayScheduleConfig, "schedule=wsd": DecayScheduleConfig,
-            "data=local": LocalDataConfig, "data=nanochat": NanochatDataConfig}
+VARIANTS = {
+    **{f"model={size}": GPTConfig for size in ("tiny", "d6", "d12", "d20", "d32")},
+    "collator=packed": JoiningCollatorConfig,
+    "collator=best_fit": JoiningCollatorConfig,
+    "model=hf": HFModelConfig,
+    "optimizer=muon_adamw": MuonAdamWConfig,
+    "optimizer=adamw": AdamWConfig,
+    "schedule=constant_then_linear": DecayScheduleConfig,
+    "schedule=wsd": DecayScheduleConfig,
+    "data=local": LocalDataConfig,
+    "data=nanochat": NanochatDataConfig,
+}
 
 
 def register_schemas() -> None:
@@ -32,10 +39,16 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, name, node in [
-        ("collator", "joining", JoiningCollatorConfig), ("model", "gpt", GPTConfig), ("model", "hf", HFModelConfig),
-        ("optimizer", "muon_adamw", MuonAdamWConfig), ("optimizer", "adamw", AdamWConfig),
-        ("schedule", "plain", ScheduleConfig), ("schedule", "decay", DecayScheduleConfig),
-        ("data", "mixtures", DataConfig), ("data", "local", LocalDataConfig), ("data", "nanochat", NanochatDataConfig),
+        ("collator", "joining", JoiningCollatorConfig),
+        ("model", "gpt", GPTConfig),
+        ("model", "hf", HFModelConfig),
+        ("optimizer", "muon_adamw", MuonAdamWConfig),
+        ("optimizer", "adamw", AdamWConfig),
+        ("schedule", "plain", ScheduleConfig),
+        ("schedule", "decay", DecayScheduleConfig),
+        ("data", "mixtures", DataConfig),
+        ("data", "local", LocalDataConfig),
+        ("data", "nanochat", NanochatDataConfig),
     ]:
         store.store(group=f"schema/{group}", name=name, node=node)
 

@@ -26,8 +26,15 @@ class TrainConfig:
     device: Device = Device.auto
 
     def check(self) -> None:
-        for name in ("max_steps", "num_epochs", "seq_len", "device_batch_size", "total_batch_size", "rows_per_step",
-                     "max_grad_norm"):
+        for name in (
+            "max_steps",
+            "num_epochs",
+            "seq_len",
+            "device_batch_size",
+            "total_batch_size",
+            "rows_per_step",
+            "max_grad_norm",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"train.{name}={value} must be above 0")
@@ -35,15 +42,19 @@ class TrainConfig:
             names = [key.removeprefix("train.") for key in (one, other)]
             given = [n for n in names if getattr(self, n) is not None]
             if len(given) == 2:
-                raise UserError(f"{one}={getattr(self, names[0])} and {other}={getattr(self, names[1])} set the same "
-                                f"thing; keep one and write {one}=null or {other}=null")
+                raise UserError(
+                    f"{one}={getattr(self, names[0])} and {other}={getattr(self, names[1])} set the same "
+                    f"thing; keep one and write {one}=null or {other}=null"
+                )
             if not given:
                 raise UserError(f"neither {one} nor {other} is set; give one of them")
         if self.fp8 and self.dtype == DType.fp32:
             raise UserError("train.fp8=true with train.dtype=fp32: all but the linear layers would be fp32; use bf16 or auto")
         if self.fp8 and self.seq_len % FP8_MULTIPLE:
-            raise UserError(f"train.fp8=true, but train.seq_len={self.seq_len} is not a multiple of {FP8_MULTIPLE}, as fp8 "
-                            f"products want; try {_nearest_multiple(self.seq_len, FP8_MULTIPLE)}")
+            raise UserError(
+                f"train.fp8=true, but train.seq_len={self.seq_len} is not a multiple of {FP8_MULTIPLE}, as fp8 "
+                f"products want; try {_nearest_multiple(self.seq_len, FP8_MULTIPLE)}"
+            )
 
     def rows_a_step(self, world_size: int) -> int:
         """Rows an optimizer step over all ranks. Raises UserError where the batch does not divide.
@@ -56,14 +67,18 @@ class TrainConfig:
         if self.rows_per_step is not None:
             if self.rows_per_step % (B * world_size):
                 near = _nearest_multiple(self.rows_per_step, B * world_size)
-                raise UserError(f"train.rows_per_step={self.rows_per_step} rows is not a multiple of {B * world_size} "
-                                f"({unit}); try {near}" + self._smaller_batch(self.rows_per_step, world_size))
+                raise UserError(
+                    f"train.rows_per_step={self.rows_per_step} rows is not a multiple of {B * world_size} "
+                    f"({unit}); try {near}" + self._smaller_batch(self.rows_per_step, world_size)
+                )
             return self.rows_per_step
         tokens = B * T * world_size
         if self.total_batch_size % tokens:
             near = _nearest_multiple(self.total_batch_size, tokens)
-            raise UserError(f"train.total_batch_size={self.total_batch_size} tokens is not a multiple of {tokens} "
-                            f"({unit} x {T} tokens); try {near}" + self._smaller_batch(self.total_batch_size / T, world_size))
+            raise UserError(
+                f"train.total_batch_size={self.total_batch_size} tokens is not a multiple of {tokens} "
+                f"({unit} x {T} tokens); try {near}" + self._smaller_batch(self.total_batch_size / T, world_size)
+            )
         return self.total_batch_size // T
 
     def _smaller_batch(self, rows: float, world_size: int) -> str:

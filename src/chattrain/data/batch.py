@@ -40,14 +40,17 @@ class Batch(NamedTuple):
         return self.each(lambda tensor: tensor.to(device, non_blocking=pinned))
 
 
-def as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int,
-              sizes: list[list[int]] | None = None) -> Batch:
+def as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int, sizes: list[list[int]] | None = None) -> Batch:
     """The (inputs, targets) of each row, padded to the width. `sizes`: of each row's documents, where they are isolated."""
     inputs, targets = pad_rows(pairs, width, pad_id)
     positions = None if sizes is None else np.stack([positions_of(row, width) for row in sizes])
     indices = np.flatnonzero(targets >= 0)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), num_tokens=sum(len(x) for x, _ in pairs),
-                 num_supervised=len(indices),
-                 positions=None if positions is None else torch.from_numpy(positions),
-                 cu_seqlens=None if positions is None else torch.from_numpy(cu_seqlens_of(positions)),
-                 target_indices=torch.from_numpy(indices) if len(indices) < targets.size else None)
+    return Batch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(targets),
+        num_tokens=sum(len(x) for x, _ in pairs),
+        num_supervised=len(indices),
+        positions=None if positions is None else torch.from_numpy(positions),
+        cu_seqlens=None if positions is None else torch.from_numpy(cu_seqlens_of(positions)),
+        target_indices=torch.from_numpy(indices) if len(indices) < targets.size else None,
+    )

@@ -66,8 +66,14 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("CHATTRAIN_CACHE", "~/.cache/chattrain")).expanduser()
 
 
-def load_or_tokenize(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool = False,
-            workers: int | None = None) -> TokenizedSource:
+def load_or_tokenize(
+    name: str,
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    skip_malformed: bool = False,
+    workers: int | None = None,
+) -> TokenizedSource:
     """TokenizedSource of the source, from the cache or made now.
 
     Raises UserError with source, row and reason for a malformed row (or leaves it out, counted, with skip_malformed),
@@ -83,8 +89,16 @@ def load_or_tokenize(name: str, source: SourceConfig, tokenizer: Tokenizer, cach
 
 
 def _key(rows: list, source: SourceConfig, tokenizer: Tokenizer, skip_malformed: bool) -> str:
-    decides = [FORMAT_VERSION, chat_format(tokenizer).version, rows, source.schema.name, source.limit, source.part,
-               tokenizer.fingerprint(), skip_malformed]
+    decides = [
+        FORMAT_VERSION,
+        chat_format(tokenizer).version,
+        rows,
+        source.schema.name,
+        source.limit,
+        source.part,
+        tokenizer.fingerprint(),
+        skip_malformed,
+    ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
 
 
@@ -108,8 +122,10 @@ def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk
             skipped += len(chunk.malformed)
             examples = (examples + chunk.malformed)[:3]
     if not numbers:
-        raise UserError(f"data source {name} ({source.path}) has no usable row; the first reasons: "
-                        + "; ".join(f"row {row}: {reason}" for row, reason in examples))
+        raise UserError(
+            f"data source {name} ({source.path}) has no usable row; the first reasons: "
+            + "; ".join(f"row {row}: {reason}" for row, reason in examples)
+        )
     offsets = np.cumsum(lengths, dtype=np.int64)
     hashes.update(offsets.tobytes())
     _raw_to_npy(folder / "tokens", dtype, int(offsets[-1]))
@@ -117,8 +133,13 @@ def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk
     np.save(folder / "offsets.npy", offsets)
     np.save(folder / "supervised.npy", np.array(supervised, dtype=np.int64))
     np.save(folder / "rows.npy", np.array(numbers, dtype=np.int64))
-    meta = {"skipped": skipped, "content_hash": hashes.hexdigest()[:24], "source": source.path,
-            "documents": len(numbers), "tokens": int(offsets[-1])}
+    meta = {
+        "skipped": skipped,
+        "content_hash": hashes.hexdigest()[:24],
+        "source": source.path,
+        "documents": len(numbers),
+        "tokens": int(offsets[-1]),
+    }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -147,8 +168,9 @@ class Chunk:
     malformed: list[tuple[int, str]]
 
 
-def render_all(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool,
-               workers: int | None) -> Iterator[Chunk]:
+def render_all(
+    name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool, workers: int | None
+) -> Iterator[Chunk]:
     """Chunks in the order of the rows, from this process or a pool, with a progress bar on a terminal."""
     from rich.progress import track
 
@@ -156,8 +178,14 @@ def render_all(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cach
     processes = min(workers or os.cpu_count() or 1, len(starts))
 
     def shown(chunks):
-        return track(chunks, f"tokenising {name}", total=len(starts), disable=not sys.stderr.isatty(), transient=True,
-                     console=_stderr_console())
+        return track(
+            chunks,
+            f"tokenising {name}",
+            total=len(starts),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+            console=_stderr_console(),
+        )
 
     if processes == 1 or len(rows) < PARALLEL_ROWS:
         yield from shown(_render(name, source, rows.read(s, s + CHUNK_ROWS), tokenizer, skip_malformed) for s in starts)
@@ -187,8 +215,9 @@ def _render_in_worker(work: tuple) -> Chunk:
     return _render(name, source, rows.read(start, start + CHUNK_ROWS), tokenizer, skip_malformed)
 
 
-def _render(name: str, source: SourceConfig, rows: Iterator[tuple[int, dict]], tokenizer: Tokenizer,
-            skip_malformed: bool) -> Chunk:
+def _render(
+    name: str, source: SourceConfig, rows: Iterator[tuple[int, dict]], tokenizer: Tokenizer, skip_malformed: bool
+) -> Chunk:
     documents, numbers, malformed = [], [], []
     form = chat_format(tokenizer)
     for number, row in rows:
@@ -197,12 +226,18 @@ def _render(name: str, source: SourceConfig, rows: Iterator[tuple[int, dict]], t
             numbers.append(number)
         except Malformed as error:
             if not skip_malformed:
-                raise UserError(f"data source {name} ({source.path}), row {number}: {error}; mend the row, choose "
-                                "its schema (data.schema), or leave such rows out with data.on_malformed=skip") from None
+                raise UserError(
+                    f"data source {name} ({source.path}), row {number}: {error}; mend the row, choose "
+                    "its schema (data.schema), or leave such rows out with data.on_malformed=skip"
+                ) from None
             malformed.append((number, str(error)))
     rendered = form.encode(documents)
     dtype = _token_dtype(tokenizer)
-    return Chunk(tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
-                  loss_mask=b"".join(bytes(r.loss_mask) for r in rendered),
-                  lengths=[len(r.ids) for r in rendered], supervised=[sum(r.loss_mask) for r in rendered],
-                  rows=numbers, malformed=malformed)
+    return Chunk(
+        tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
+        loss_mask=b"".join(bytes(r.loss_mask) for r in rendered),
+        lengths=[len(r.ids) for r in rendered],
+        supervised=[sum(r.loss_mask) for r in rendered],
+        rows=numbers,
+        malformed=malformed,
+    )

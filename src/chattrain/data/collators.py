@@ -70,8 +70,9 @@ class Packed(Collator):
     `isolate_documents`: attention stays within a document, and the first token of one is no target.
     """
 
-    def __init__(self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None,
-                 isolate_documents: bool = False):
+    def __init__(
+        self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None, isolate_documents: bool = False
+    ):
         self.mixture, self.seq_len, self.pad_id, self.last_epoch = mixture, seq_len, pad_id, last_epoch
         self.isolate_documents = isolate_documents
         self.counts = Counts(documents=mixture.epoch_size)
@@ -142,13 +143,18 @@ class Conversations(Collator):
         self.seq_len, self.pad_id, self.last_epoch = seq_len, pad_id, last_epoch
         usable = _has_targets(mixture, seq_len + 1)
         if not usable.any():
-            raise UserError(f"no conversation has a supervised token within train.seq_len={seq_len} tokens; "
-                            f"the shortest has {int(mixture.lengths.min())} tokens in all. Raise train.seq_len")
+            raise UserError(
+                f"no conversation has a supervised token within train.seq_len={seq_len} tokens; "
+                f"the shortest has {int(mixture.lengths.min())} tokens in all. Raise train.seq_len"
+            )
         self.mixture = mixture.restricted(usable)
         long = mixture.lengths[usable] > seq_len + 1
-        self.counts = Counts(documents=self.mixture.epoch_size, truncated=int(long.sum()),
-                             truncated_tokens=int((mixture.lengths[usable][long] - seq_len - 1).sum()),
-                             left_out=int((~usable).sum()))
+        self.counts = Counts(
+            documents=self.mixture.epoch_size,
+            truncated=int(long.sum()),
+            truncated_tokens=int((mixture.lengths[usable][long] - seq_len - 1).sum()),
+            left_out=int((~usable).sum()),
+        )
 
     def _pair(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets) of one conversation."""
@@ -181,8 +187,9 @@ class Padded(Conversations):
 
         The rows of the step stay the same set: only their split follows their lengths.
         """
-        lengths = np.array([min(self.mixture.lengths[self._document(int(r))] - 1, self.seq_len) if r != EMPTY else 0
-                            for r in rows])
+        lengths = np.array(
+            [min(self.mixture.lengths[self._document(int(r))] - 1, self.seq_len) if r != EMPTY else 0 for r in rows]
+        )
         turns = rows[np.argsort(lengths, kind="stable")].reshape(-1, world_size)
         widths = np.array([padded_width(int(n), self.seq_len) for n in np.sort(lengths)[world_size - 1 :: world_size]])
         counts = split(widths, device_batch_size, device_batch_size * self.seq_len * PASS_COST)
@@ -202,8 +209,9 @@ class BestFit(Conversations):
     With isolated documents (the default) a conversation's loss is what it is in a row of its own.
     """
 
-    def __init__(self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None,
-                 isolate_documents: bool = True):
+    def __init__(
+        self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None, isolate_documents: bool = True
+    ):
         super().__init__(mixture, seq_len, pad_id, last_epoch)
         self.isolate_documents = isolate_documents
         self.plan = lru_cache(maxsize=3)(self._plan)

@@ -19,8 +19,15 @@ class Loader:
     `waited_s` counts the seconds that `step` has waited for batches, the first of a process with them.
     """
 
-    def __init__(self, collator: Collator, rows_per_step: int, device_batch_size: int, device: torch.device,
-                 rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        collator: Collator,
+        rows_per_step: int,
+        device_batch_size: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.collator, self.rows_per_step, self.device_batch_size = collator, rows_per_step, device_batch_size
         self.device, self.rank, self.world_size = device, rank, world_size
         self.waited_s = 0.0

@@ -40,8 +40,14 @@ class Mixture:
     worked out from them is kept from run to run; None: nowhere.
     """
 
-    def __init__(self, caches: list[TokenizedSource], sources: list[SourceConfig], seed: int, keep: np.ndarray | None = None,
-                 folder: Path | None = None):
+    def __init__(
+        self,
+        caches: list[TokenizedSource],
+        sources: list[SourceConfig],
+        seed: int,
+        keep: np.ndarray | None = None,
+        folder: Path | None = None,
+    ):
         self.caches, self.sources, self.seed, self.folder = caches, sources, seed, folder
         self.starts = np.cumsum([0] + [len(c) for c in caches])
         self.lengths = np.concatenate([np.diff(c.offsets) for c in caches])

@@ -49,8 +49,10 @@ def open_records(name: str, source: SourceConfig, cache_dir: Path) -> Records:
         held_out = np.arange(len(indices)) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         indices = indices[held_out if source.part == "val" else ~held_out]
         if not len(indices):
-            raise UserError(f"data source {name} ({source.path}) has {len(table)} rows, too few to keep every "
-                            f"{HOLD_OUT_EVERY}th for validation; give data.val_path")
+            raise UserError(
+                f"data source {name} ({source.path}) has {len(table)} rows, too few to keep every "
+                f"{HOLD_OUT_EVERY}th for validation; give data.val_path"
+            )
     if source.limit is not None and source.limit < len(indices) and not source.path.startswith(GENERATE):
         indices = np.random.default_rng(LIMIT_SEED).permutation(indices)[: source.limit]
     return Records(table, indices)
@@ -119,8 +121,9 @@ def _local(name: str, files: list[Path], cache_dir: Path) -> Sequence:
         return datasets.load_from_disk(str(files[0].parent))
     kinds = {BUILDERS.get(f.suffix) for f in files}
     if None in kinds or len(kinds) > 1:
-        raise UserError(f"data source {name}: {files[0]} is of no kind that can be read; "
-                        f"known are {', '.join(BUILDERS)} (one kind a source)")
+        raise UserError(
+            f"data source {name}: {files[0]} is of no kind that can be read; known are {', '.join(BUILDERS)} (one kind a source)"
+        )
     if kinds == {"jsonl"}:
         return JsonLines(files)
     if kinds == {"parquet"} and not _parquet_rows(files):
@@ -153,8 +156,9 @@ def _load_dataset(name: str, path: str, cache_dir: Path, subset: str | None = No
     except Exception as error:  # the library raises a dozen kinds; each means that the data cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = arguments.get("data_files", [path])[0]
-        raise UserError(f"data source {name}: cannot load {where}: {reason}; check the name and the network, "
-                        "or give a local file or folder") from error
+        raise UserError(
+            f"data source {name}: cannot load {where}: {reason}; check the name and the network, or give a local file or folder"
+        ) from error
 
 
 def find_split(folder: Path, subset: str | None, split: str) -> list[Path]:

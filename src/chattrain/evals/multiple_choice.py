@@ -37,8 +37,9 @@ def questions(name: str, rows: Records, tokenizer: Tokenizer) -> list[Question]:
             _, _, letters, answer = multiple_choice.question(row)
             ids, tokens = render_choices(multiple_choice.conversation(row), letters, tokenizer)
         except (KeyError, ValueError, TypeError, Malformed) as error:
-            raise UserError(f"question set {name}, row {number}: {error!r}; a row needs question, choices and "
-                            "answer (or answerKey)") from error
+            raise UserError(
+                f"question set {name}, row {number}: {error!r}; a row needs question, choices and answer (or answerKey)"
+            ) from error
         out.append(Question(ids, tokens, answer))
     return out
 

@@ -25,15 +25,24 @@ def read(found: ModelFolder, tokenizer_path: str | None) -> ImportedModel:
         return nanochat.read(found, Path(tokenizer_path).expanduser() if tokenizer_path else None)
     kind = huggingface.model_type(found.path)
     if kind != "nanochat":
-        raise UserError(f"{found.path} holds a Hugging Face model of type {kind}, which is trained as it is, without an import: "
-                        f"model=hf init.from={found.path}")
+        raise UserError(
+            f"{found.path} holds a Hugging Face model of type {kind}, which is trained as it is, without an import: "
+            f"model=hf init.from={found.path}"
+        )
     return huggingface.read(found.path)
 
 
 def write(folder: Path, model: ImportedModel, stage: str, config_yaml: str) -> None:
     """The model as a checkpoint of ours in `folder`, with no optimizer state."""
-    state = checkpoint.CheckpointState(step=model.step, tokens_seen=0, supervised_tokens=0, stage=stage, model=model.sizes,
-                                       data_fingerprint="", num_steps=model.step)
+    state = checkpoint.CheckpointState(
+        step=model.step,
+        tokens_seen=0,
+        supervised_tokens=0,
+        stage=stage,
+        model=model.sizes,
+        data_fingerprint="",
+        num_steps=model.step,
+    )
     checkpoint.write(folder, state, model.weights, {}, model.tokenizer, config_yaml, {})
 
 

@@ -24,16 +24,20 @@ def _find(name: str) -> Path:
     if folder.is_dir():
         return folder
     if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{folder} is a file; name its folder" if folder.is_file() else
-                        f"no folder {folder}; the path is looked up from {Path.cwd()}, and a hub name is owner/name")
+        raise UserError(
+            f"{folder} is a file; name its folder"
+            if folder.is_file()
+            else f"no folder {folder}; the path is looked up from {Path.cwd()}, and a hub name is owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # of the network, of the hub, of the disk: many kinds, one meaning here
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"there is no folder {name} (looked up from {Path.cwd()}), and the hub gives no repository of that "
-                        f"name: {reason[0]}") from error
+        raise UserError(
+            f"there is no folder {name} (looked up from {Path.cwd()}), and the hub gives no repository of that name: {reason[0]}"
+        ) from error
 
 
 def hint(folder: Path) -> str:

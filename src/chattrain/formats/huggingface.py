@@ -23,8 +23,14 @@ EPS = torch.finfo(torch.float32).eps  # of rms_norm in fp32
 DEFAULT_EPS = 1e-6  # of transformers, read as EPS: the models train with EPS, and the logits of random ones move by 2e-4 at most
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Our names and theirs, within a block and outside.
-BLOCK_NAMES = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
-               "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+BLOCK_NAMES = {
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 OUTER_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
 
 # Renders what chat.py renders. Text stands between special tokens, so the ids are the same too; two parts of plain text in a
@@ -139,24 +145,48 @@ def write(folder: Path, sizes: dict[str, int], weights: dict[str, Tensor], token
     bos, end = tokenizer.special(BOS), tokenizer.special(ASSISTANT_END)
     tokens = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": end}
     theirs = _their_names(sizes["n_layer"])
-    save_file({theirs[name]: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()},
-              folder / WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / "config.json", {
-        "architectures": ["NanoChatForCausalLM"], "model_type": MODEL_TYPE, "dtype": "float32", **_fixed(sizes),
-        "vocab_size": sizes["vocab_size"], "hidden_size": sizes["n_embd"], "num_hidden_layers": sizes["n_layer"],
-        "num_attention_heads": sizes["n_head"], "num_key_value_heads": sizes["n_kv_head"],
-        "max_position_embeddings": seq_len, "rms_norm_eps": EPS, **tokens})
-    _write_json(folder / "generation_config.json", {
-        "do_sample": False, "bos_token_id": bos, "pad_token_id": end, "eos_token_id": end})
+    save_file(
+        {theirs[name]: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    _write_json(
+        folder / "config.json",
+        {
+            "architectures": ["NanoChatForCausalLM"],
+            "model_type": MODEL_TYPE,
+            "dtype": "float32",
+            **_fixed(sizes),
+            "vocab_size": sizes["vocab_size"],
+            "hidden_size": sizes["n_embd"],
+            "num_hidden_layers": sizes["n_layer"],
+            "num_attention_heads": sizes["n_head"],
+            "num_key_value_heads": sizes["n_kv_head"],
+            "max_position_embeddings": seq_len,
+            "rms_norm_eps": EPS,
+            **tokens,
+        },
+    )
+    _write_json(
+        folder / "generation_config.json", {"do_sample": False, "bos_token_id": bos, "pad_token_id": end, "eos_token_id": end}
+    )
     write_tokenizer(folder, tokenizer, seq_len)
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> None:
     """What AutoTokenizer loads, chat template included."""
     _write_json(folder / "tokenizer.json", tokenizer_json.write(tokenizer.encoding))
-    _write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": ASSISTANT_END, "pad_token": ASSISTANT_END,
-        "clean_up_tokenization_spaces": False, "model_max_length": seq_len})
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": ASSISTANT_END,
+            "pad_token": ASSISTANT_END,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": seq_len,
+        },
+    )
     (folder / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")
 
 
@@ -173,8 +203,10 @@ def read(folder: Path) -> ImportedModel:
         raise UserError(f"{folder} does not fit the model: {wrong[0]} is {weights[wrong[0]].dtype}, not a floating-point format")
     encoding = tokenizer_json.read(read_json(folder / "tokenizer.json"))
     if encoding is None:
-        raise UserError(f"{folder / 'tokenizer.json'} is none that chattrain or nanochat wrote: no tiktoken encoding with "
-                        f"nanochat's special tokens gives its ids; model=hf init.from={folder} trains with it as it is")
+        raise UserError(
+            f"{folder / 'tokenizer.json'} is none that chattrain or nanochat wrote: no tiktoken encoding with "
+            f"nanochat's special tokens gives its ids; model=hf init.from={folder} trains with it as it is"
+        )
     tokenizer = Tokenizer(encoding)
     if tokenizer.vocab_size != sizes["vocab_size"]:
         raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, its model {sizes['vocab_size']}")
@@ -186,31 +218,45 @@ def read(folder: Path) -> ImportedModel:
 
 def _fixed(sizes: dict[str, int]) -> dict[str, Any]:
     """What of a config.json is the same in all our models."""
-    return {"hidden_act": "relu2", "intermediate_size": 4 * sizes["n_embd"], "attention_bias": False,
-            "attention_dropout": 0.0, "tie_word_embeddings": False, "final_logit_softcapping": LOGIT_CAP,
-            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE}}
+    return {
+        "hidden_act": "relu2",
+        "intermediate_size": 4 * sizes["n_embd"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": LOGIT_CAP,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+    }
 
 
 def _sizes(file: Path, config: dict[str, Any]) -> dict[str, int]:
     """The sizes of a config.json. Raises UserError that names what differs from what our model computes."""
-    named = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_embd": "hidden_size",
-             "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads"}
+    named = {
+        "vocab_size": "vocab_size",
+        "n_layer": "num_hidden_layers",
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+    }
     sizes = {ours: config.get(theirs) for ours, theirs in named.items()}
     if sizes["n_kv_head"] is None:
         sizes["n_kv_head"] = sizes["n_head"]
     if wrong := [f"{named[name]}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]:
         raise UserError(f"{file}: {', '.join(wrong)} must be whole numbers above 0")
     if sizes["n_embd"] % (2 * sizes["n_head"]) or sizes["n_head"] % sizes["n_kv_head"]:
-        raise UserError(f"{file}: hidden_size={sizes['n_embd']}, num_attention_heads={sizes['n_head']} and "
-                        f"num_key_value_heads={sizes['n_kv_head']} do not divide")
+        raise UserError(
+            f"{file}: hidden_size={sizes['n_embd']}, num_attention_heads={sizes['n_head']} and "
+            f"num_key_value_heads={sizes['n_kv_head']} do not divide"
+        )
     expected = _fixed(sizes) | {"head_dim": sizes["n_embd"] // sizes["n_head"], "quantization_config": None}
     found = _found(config, expected)
     differs = [f"{name}={found[name]!r} instead of {value!r}" for name, value in expected.items() if found[name] != value]
     if (eps := config.get("rms_norm_eps", DEFAULT_EPS)) not in (EPS, DEFAULT_EPS):
         differs.append(f"rms_norm_eps={eps!r} instead of {EPS!r} or {DEFAULT_EPS!r}")
     if differs:
-        raise UserError(f"{file} describes a model that chattrain does not compute: {', '.join(differs)}; model=hf trains it "
-                        "as it is")
+        raise UserError(
+            f"{file} describes a model that chattrain does not compute: {', '.join(differs)}; model=hf trains it as it is"
+        )
     return sizes
 
 
@@ -221,8 +267,11 @@ def _found(config: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
     found["head_dim"] = found["head_dim"] or expected["head_dim"]
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope = {key: value for key, value in rope.items() if value is not None}
-    found["rope_parameters"] = {"rope_type": rope.pop("type", "default"),
-                                "rope_theta": config.get("rope_theta") or ROPE_BASE, **rope}
+    found["rope_parameters"] = {
+        "rope_type": rope.pop("type", "default"),
+        "rope_theta": config.get("rope_theta") or ROPE_BASE,
+        **rope,
+    }
     if found["rope_parameters"].get("partial_rotary_factor") == 1:
         del found["rope_parameters"]["partial_rotary_factor"]
     return found
@@ -230,8 +279,11 @@ def _found(config: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
 
 def _their_names(n_layer: int) -> dict[str, str]:
     """Our name of each weight -> theirs."""
-    blocks = {f"transformer.h.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight"
-              for i in range(n_layer) for ours, theirs in BLOCK_NAMES.items()}
+    blocks = {
+        f"transformer.h.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight"
+        for i in range(n_layer)
+        for ours, theirs in BLOCK_NAMES.items()
+    }
     return OUTER_NAMES | blocks
 
 

@@ -26,8 +26,14 @@ MODEL_FILE = re.compile(r"model_(\d+)\.pt")
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # what model_config holds
 STAGES = {"base_checkpoints": "base", "mid_checkpoints": "mid", "chatsft_checkpoints": "sft"}
 # Tensors of later versions, which compute something else.
-NEWER = {"value_embeds.": "value embeddings", "ve_gate": "gates of value embeddings", "resid_lambdas": "residual scalars",
-         "x0_lambdas": "scalars of the first embedding", "smear": "smeared embeddings", "backout": "a backed-out residual"}
+NEWER = {
+    "value_embeds.": "value embeddings",
+    "ve_gate": "gates of value embeddings",
+    "resid_lambdas": "residual scalars",
+    "x0_lambdas": "scalars of the first embedding",
+    "smear": "smeared embeddings",
+    "backout": "a backed-out residual",
+}
 EXACT = (torch.float32, torch.bfloat16, torch.float16)  # formats of weights that fp32 holds exactly
 
 
@@ -53,17 +59,23 @@ def read(found: ModelFolder, tokenizer_dir: Path | None = None) -> ImportedModel
     _refuse_newer(file, config, weights)
     sizes = _sizes(meta, config)
     if sizes["n_layer"] > len(weights) or sizes["n_embd"] > sum(t.numel() for t in weights.values()):
-        raise UserError(f"{file} does not fit the model: n_layer={sizes['n_layer']}, n_embd={sizes['n_embd']} of {meta.name} "
-                        f"are too large for its {len(weights)} tensors; take the two files from one place")
+        raise UserError(
+            f"{file} does not fit the model: n_layer={sizes['n_layer']}, n_embd={sizes['n_embd']} of {meta.name} "
+            f"are too large for its {len(weights)} tensors; take the two files from one place"
+        )
     seq_len = sizes.pop("sequence_len")
     place = tokenizer_dir or found.tokenizer
     if place is None:
-        raise UserError(f"{folder} has no tokenizer: no tokenizer.pkl in {', '.join(map(str, _tokenizer_folders(folder)))}; name its "
-                        "folder with tokenizer.path=<folder>")
+        raise UserError(
+            f"{folder} has no tokenizer: no tokenizer.pkl in {', '.join(map(str, _tokenizer_folders(folder)))}; name its "
+            "folder with tokenizer.path=<folder>"
+        )
     tokenizer = Tokenizer(read_encoding(place)) if (place / "tokenizer.pkl").is_file() else Tokenizer.load(place)
     if tokenizer.vocab_size != sizes["vocab_size"]:
-        raise UserError(f"the tokenizer in {place} has {tokenizer.vocab_size} tokens, the model in {file} "
-                        f"{sizes['vocab_size']}; name the right one with tokenizer.path=<folder>")
+        raise UserError(
+            f"the tokenizer in {place} has {tokenizer.vocab_size} tokens, the model in {file} "
+            f"{sizes['vocab_size']}; name the right one with tokenizer.path=<folder>"
+        )
     model = ImportedModel(sizes, weights, tokenizer, int(number), seq_len)
     model.check(str(file))
     return model
@@ -88,8 +100,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} holds no model_config: {error!r}; take the one that nanochat wrote with the weights") from error
     if not isinstance(config, dict):
-        raise UserError(f"{file} holds no model_config but a {type(config).__name__}; take the one that nanochat wrote with the "
-                        "weights")
+        raise UserError(
+            f"{file} holds no model_config but a {type(config).__name__}; take the one that nanochat wrote with the weights"
+        )
     return config
 
 
@@ -110,8 +123,7 @@ def _sizes(file: Path, config: dict[str, Any]) -> dict[str, int]:
         raise UserError(f"{file}: {', '.join(wrong)} in model_config must be whole numbers above 0")
     n_embd, n_head, n_kv_head = config["n_embd"], config["n_head"], config["n_kv_head"]
     if n_embd % (2 * n_head) or n_head % n_kv_head:
-        raise UserError(f"{file}: n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and n_head of "
-                        f"n_kv_head={n_kv_head}")
+        raise UserError(f"{file}: n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and n_head of n_kv_head={n_kv_head}")
     return dict(config)
 
 

@@ -126,8 +126,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Te
     return _from_blocks(out, q, q.dtype), _from_blocks(log_sums, q, torch.float32)[..., 0].contiguous()
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor,
-              log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     n = block_size(q.size(1))
     queries, keys, values, grads = (_to_blocks(x, n) for x in (q, k, v, grad.to(q.dtype)))
     delta, log_sums = (_to_blocks(x, n) for x in ((grad.float() * out.float()).sum(-1, keepdim=True), log_sums[..., None]))
@@ -137,7 +138,8 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out:
         theirs, seen_keys, above = queries[numbers], _take(keys, window), grads[numbers]
         scores, wanted = torch.bmm(theirs, seen_keys.mT), torch.bmm(above, _take(values, window).mT)
         probabilities, slopes = _compiled(_score_gradients)(
-            *_dynamic(scores, bounds, log_sums[numbers], wanted, delta[numbers]), q.size(3) ** -0.5)
+            *_dynamic(scores, bounds, log_sums[numbers], wanted, delta[numbers]), q.size(3) ** -0.5
+        )
         grad_q[numbers] = torch.bmm(slopes, seen_keys)
         for total, part in ((grad_k, torch.bmm(slopes.mT, theirs)), (grad_v, torch.bmm(probabilities.mT, above))):
             total.index_add_(0, window.flatten(), part.view(-1, n, part.size(2)).float())
@@ -158,8 +160,9 @@ def _probabilities(scores: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor
     return (masked - log_sums).exp().to(scores.dtype), log_sums
 
 
-def _score_gradients(scores: Tensor, bounds: Tensor, log_sums: Tensor, wanted: Tensor, delta: Tensor,
-                     scale: float) -> tuple[Tensor, Tensor]:
+def _score_gradients(
+    scores: Tensor, bounds: Tensor, log_sums: Tensor, wanted: Tensor, delta: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Probabilities, and the gradient on the scores before scaling, from that on the probabilities (`wanted`)."""
     probabilities = (_masked(scores, bounds, scale) - log_sums).exp()
     return probabilities.to(scores.dtype), (probabilities * (wanted.float() - delta) * scale).to(scores.dtype)
@@ -191,8 +194,10 @@ def _gradient(ctx, grad: Tensor, _: Tensor):
 # compiled is kept on disk under their names: an operator that comes to return other shapes needs another name.
 library = torch.library.Library("chattrain", "DEF")
 library.define("block_attention(Tensor q, Tensor k, Tensor v, Tensor first) -> (Tensor, Tensor)")
-library.define("block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor first, Tensor out, Tensor log_sums)"
-               " -> (Tensor, Tensor, Tensor)")
+library.define(
+    "block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor first, Tensor out, Tensor log_sums)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 library.impl("block_attention", _forward, "CPU")
 library.impl("block_attention_backward", _backward, "CPU")
 torch.library.register_autograd("chattrain::block_attention", _gradient, setup_context=_save, lib=library)

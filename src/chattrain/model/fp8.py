@@ -15,8 +15,10 @@ def check(device: torch.device) -> None:
     """Raises UserError where device or torchao do not allow it: before a run is begun."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < OLDEST:
         found = f"this is an {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"the device is {device.type}"
-        raise UserError(f"train.fp8=true needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more (RTX 40, L40, H100 "
-                        f"and later), but {found}; use train.fp8=false")
+        raise UserError(
+            f"train.fp8=true needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more (RTX 40, L40, H100 "
+            f"and later), but {found}; use train.fp8=false"
+        )
     try:
         import torchao.float8  # noqa: F401
     except ImportError:
@@ -39,7 +41,9 @@ def convert(model: nn.Module, device: torch.device) -> None:
         return layer is not head and not (layer.in_features % FP8_MULTIPLE or layer.out_features % FP8_MULTIPLE)
 
     if not any(isinstance(module, nn.Linear) and fits(module, "") for module in model.modules()):
-        raise UserError(f"train.fp8=true has no effect: no linear layer of this model has sides that are multiples of "
-                        f"{FP8_MULTIPLE}; use train.fp8=false")
+        raise UserError(
+            f"train.fp8=true has no effect: no linear layer of this model has sides that are multiples of "
+            f"{FP8_MULTIPLE}; use train.fp8=false"
+        )
     padded = Float8LinearConfig(pad_inner_dim=True)  # rows of any width: the gradient of a weight sums over their tokens
     convert_to_float8_training(model, module_filter_fn=fits, config=padded)

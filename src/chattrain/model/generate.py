@@ -12,8 +12,15 @@ import torch
 from torch import nn
 
 
-def generate(model: nn.Module, prompt: list[int], max_tokens: int, stop_ids: set[int], temperature: float = 0.0,
-             top_k: int | None = None, seed: int = 0) -> Iterator[int]:
+def generate(
+    model: nn.Module,
+    prompt: list[int],
+    max_tokens: int,
+    stop_ids: set[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
     """Token ids after the prompt until a stop id (which is not yielded) or `max_tokens`.
 
     temperature 0 takes the likeliest token; above, tokens are drawn from the top_k likeliest (None: all).
@@ -22,8 +29,15 @@ def generate(model: nn.Module, prompt: list[int], max_tokens: int, stop_ids: set
         yield token
 
 
-def generate_batch(model: nn.Module, prompts: list[list[int]], max_tokens: int, stop_ids: set[int], temperature: float = 0.0,
-                   top_k: int | None = None, seed: int = 0) -> list[list[int]]:
+def generate_batch(
+    model: nn.Module,
+    prompts: list[list[int]],
+    max_tokens: int,
+    stop_ids: set[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
     """What `generate` yields for each prompt alone, computed together; the prompts may differ in length."""
     replies: list[list[int]] = [[] for _ in prompts]
     if prompts:
@@ -35,8 +49,15 @@ def generate_batch(model: nn.Module, prompts: list[list[int]], max_tokens: int, 
 
 
 @torch.inference_mode()
-def _columns(model: nn.Module, prompts: list[list[int]], max_tokens: int, stop_ids: set[int], temperature: float,
-             top_k: int | None, seed: int) -> Iterator[list[int | None]]:
+def _columns(
+    model: nn.Module,
+    prompts: list[list[int]],
+    max_tokens: int,
+    stop_ids: set[int],
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> Iterator[list[int | None]]:
     """The next token of each reply, None where the reply has ended; until all have, or have `max_tokens`."""
     device = next(model.parameters()).device
     generators = [torch.Generator(device=device).manual_seed(seed) for _ in prompts]

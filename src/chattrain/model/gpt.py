@@ -116,10 +116,12 @@ class GPT(nn.Module):
         self.n_layer, self.n_head, self.n_kv_head = n_layer, n_head, n_kv_head or n_head
         self.head_dim = n_embd // n_head
         self.n_embd, self.vocab_size = n_embd, vocab_size
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(vocab_size, n_embd),
-            "h": nn.ModuleList(Block(n_embd, n_head, self.n_kv_head) for _ in range(n_layer)),
-        })
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocab_size, n_embd),
+                "h": nn.ModuleList(Block(n_embd, n_head, self.n_kv_head) for _ in range(n_layer)),
+            }
+        )
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.trunk, self.compiles, self.in_blocks = self.features, False, False  # see compile_trunk
         self.head_settings: HeadSettings | None = None  # None: those of the device
@@ -147,8 +149,14 @@ class GPT(nn.Module):
                 fan_out, fan_in = p.shape
                 p.normal_(std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
 
-    def features(self, inputs: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-                 cu_seqlens: Tensor | None = None, in_blocks: bool = False) -> Tensor:
+    def features(
+        self,
+        inputs: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        in_blocks: bool = False,
+    ) -> Tensor:
         """(B, T) token ids to (B, T, C): what the head reads. positions (B, T): see `forward`; cu_seqlens says the same to
         FlashAttention, which takes part under autocast on CUDA; None where there is none, see `varlen`."""
         first = cache.length if cache is not None else 0

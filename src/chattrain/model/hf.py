@@ -70,8 +70,12 @@ class HFModel(nn.Module):
 
     @property
     def shape(self) -> dict[str, Any]:
-        return {"model_type": self.inner.config.model_type, "vocab_size": self.vocab_size, "n_layer": self.n_layer,
-                "n_embd": self.n_embd}
+        return {
+            "model_type": self.inner.config.model_type,
+            "vocab_size": self.vocab_size,
+            "n_layer": self.n_layer,
+            "n_embd": self.n_embd,
+        }
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """With targets (B, T): their losses in nats, fp32 (B, T), 0 where ignored. Without: logits (B, T, V).
@@ -84,8 +88,9 @@ class HFModel(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view(targets.shape)
 
-    def _logits(self, inputs: Tensor, cache: None = None, positions: Tensor | None = None,
-                cu_seqlens: Tensor | None = None) -> Tensor:
+    def _logits(
+        self, inputs: Tensor, cache: None = None, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         packed = {} if positions is None else {"position_ids": positions, "attention_mask": document_mask(positions)}
         return self.inner(input_ids=inputs, use_cache=False, **packed).logits
 
@@ -103,8 +108,10 @@ class HFModel(nn.Module):
         architecture whose layers are not marked as such.
         """
         if not self.blocks:
-            raise UserError(f"train.activation_checkpointing={'selective' if selective else 'block'}, but transformers marks "
-                            f"no layers of {self.inner.config.model_type} for it; use train.activation_checkpointing=none")
+            raise UserError(
+                f"train.activation_checkpointing={'selective' if selective else 'block'}, but transformers marks "
+                f"no layers of {self.inner.config.model_type} for it; use train.activation_checkpointing=none"
+            )
         recompute(self.blocks, selective)
 
     @property
@@ -138,6 +145,7 @@ class HFModel(nn.Module):
     @contextmanager
     def _head_in_fp32(self):
         """Under autocast the head would round to bf16 and make ties."""
+
         def again(head: nn.Linear, arguments: tuple[Tensor, ...], rounded: Tensor) -> Tensor:
             with torch.autocast(rounded.device.type, enabled=False):
                 return F.linear(arguments[0].float(), head.weight.float(), None if head.bias is None else head.bias.float())
@@ -183,14 +191,21 @@ def build(vocab_size: int, start: Path, seed: int) -> HFModel:
 def check_start(folder: Path, seq_len: int) -> None:
     """Raises UserError for a folder that holds no weights to train, or a model whose positions end before seq_len does."""
     config = read_json(folder / "config.json")
-    partial = "quantised weights" if config.get("quantization_config") else \
-        "an adapter" if (folder / "adapter_config.json").is_file() else None
+    partial = (
+        "quantised weights"
+        if config.get("quantization_config")
+        else "an adapter"
+        if (folder / "adapter_config.json").is_file()
+        else None
+    )
     if partial:
         raise UserError(f"{folder} holds {partial}: only whole floating-point weights are trained; merge or dequantise it first")
     longest = (config.get("text_config") or config).get("max_position_embeddings") or config.get("n_positions") or seq_len
     if seq_len > longest:
-        raise UserError(f"train.seq_len={seq_len} is more than the {longest} positions of the model in {folder}; set "
-                        f"train.seq_len={longest} or less")
+        raise UserError(
+            f"train.seq_len={seq_len} is more than the {longest} positions of the model in {folder}; set "
+            f"train.seq_len={longest} or less"
+        )
 
 
 def _load(folder: Path) -> nn.Module:
@@ -201,12 +216,16 @@ def _load(folder: Path) -> nn.Module:
         raise UserError("model=hf needs transformers: pip install 'chattrain[hf]'") from None
     disable_progress_bar()
     try:
-        inner, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
-                                                            trust_remote_code=False, output_loading_info=True)
+        inner, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # whatever transformers raises about files that are not its own
         raise UserError(f"{folder} cannot be loaded by transformers as a causal model: {error}") from error
-    wrong = [f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, found[kind]))[:3])}"
-             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]]
+    wrong = [
+        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, found[kind]))[:3])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if found[kind]
+    ]
     if wrong:
         raise UserError(f"the weights in {folder} do not fit the model of its config.json: {'; '.join(wrong)}")
     return inner

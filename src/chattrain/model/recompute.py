@@ -33,6 +33,7 @@ def _keeping_inputs(forward: Callable) -> Callable:
             return forward(*arguments, **named)
         # Nothing here draws random numbers, and their state on a GPU is not to be had without waiting for it.
         return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+
     return called
 
 
@@ -41,6 +42,7 @@ def _keeping_products(forward: Callable) -> Callable:
         if not torch.is_grad_enabled():
             return forward(*arguments, **named)
         return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **named)
+
     return called
 
 

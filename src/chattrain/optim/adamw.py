@@ -10,15 +10,30 @@ from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.partition import Partition
 
 
-def build(model: nn.Module, strategy: Partition | None = None, *, lr: float, lr_scale: float, betas: list[float], eps: float,
-          weight_decay: float) -> NamedOptimizer:
+def build(
+    model: nn.Module,
+    strategy: Partition | None = None,
+    *,
+    lr: float,
+    lr_scale: float,
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+) -> NamedOptimizer:
     """One learning rate for all groups; weight decay on matrices only. `strategy` says what of the model this process steps:
     all, unless there are several."""
     groups = parameter_groups(model)
     used = [name for name, members in groups.items() if members]
     groups = strategy.partition_params(groups) if strategy else groups
-    members = [{"name": name, "params": [p for _, p in groups[name]], "lr": lr * lr_scale,
-                "weight_decay": weight_decay if name == "matrix" else 0.0} for name in used]
+    members = [
+        {
+            "name": name,
+            "params": [p for _, p in groups[name]],
+            "lr": lr * lr_scale,
+            "weight_decay": weight_decay if name == "matrix" else 0.0,
+        }
+        for name in used
+    ]
     fused = model.lm_head.weight.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(members, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
     return NamedOptimizer([optimizer], groups)

@@ -29,6 +29,8 @@ def parameter_groups(model: nn.Module) -> Groups:
         elif p.ndim < 2:
             groups["vector"].append((name, p))
         else:
-            raise UserError(f"{name} of shape {tuple(p.shape)} fits no parameter group: models with stacked experts or "
-                            "convolutions are not trained here")
+            raise UserError(
+                f"{name} of shape {tuple(p.shape)} fits no parameter group: models with stacked experts or "
+                "convolutions are not trained here"
+            )
     return groups

@@ -38,13 +38,29 @@ class Muon(torch.optim.Optimizer):
 
     STATE = ("step", "momentum_buffer")
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, momentum_start: float = 0.85,
-                 momentum_warmup_steps: int = 300, ns_steps: int = 5, momentum_dtype: torch.dtype = torch.float32,
-                 orthogonalizer: Orthogonalizer | None = None):
+    def __init__(
+        self,
+        params,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        momentum_start: float = 0.85,
+        momentum_warmup_steps: int = 300,
+        ns_steps: int = 5,
+        momentum_dtype: torch.dtype = torch.float32,
+        orthogonalizer: Orthogonalizer | None = None,
+    ):
         self.orthogonalizer = orthogonalizer or Orthogonalizer()
-        super().__init__(params, {"lr": lr, "momentum": momentum, "momentum_start": momentum_start,
-                                  "momentum_warmup_steps": momentum_warmup_steps, "ns_steps": ns_steps,
-                                  "momentum_dtype": momentum_dtype})
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "momentum_start": momentum_start,
+                "momentum_warmup_steps": momentum_warmup_steps,
+                "ns_steps": ns_steps,
+                "momentum_dtype": momentum_dtype,
+            },
+        )
 
     def step(self) -> None:
         for group in self.param_groups:
@@ -66,18 +82,31 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["step"] = 0.0
             state["momentum_buffer"] = torch.zeros_like(grad, dtype=group["momentum_dtype"])
-        momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"],
-                               group["momentum_warmup_steps"])
+        momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"], group["momentum_warmup_steps"])
         state["step"] += 1
         buffer = state["momentum_buffer"].to(grad.dtype).lerp_(grad, 1 - momentum)  # in place, unless it is kept in bf16
         state["momentum_buffer"].copy_(buffer)
         return grad.lerp(buffer, momentum)
 
 
-def build(model: nn.Module, strategy: Partition | None = None, *, lr_scale: float, matrix_lr: float, embed_lr: float,
-          lm_head_lr: float, vector_lr: float | None, momentum: float, momentum_start: float, momentum_warmup_steps: int,
-          ns_steps: int, betas: list[float], eps: float, weight_decay: float,
-          momentum_dtype: StateDType = StateDType.fp32) -> NamedOptimizer:
+def build(
+    model: nn.Module,
+    strategy: Partition | None = None,
+    *,
+    lr_scale: float,
+    matrix_lr: float,
+    embed_lr: float,
+    lm_head_lr: float,
+    vector_lr: float | None,
+    momentum: float,
+    momentum_start: float,
+    momentum_warmup_steps: int,
+    ns_steps: int,
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+    momentum_dtype: StateDType = StateDType.fp32,
+) -> NamedOptimizer:
     """Learning rates of embeddings and head are scaled by (n_embd / 768)^-0.5, all by lr_scale. `strategy` says what of the
     model this process steps: all, unless there are several.
 
@@ -85,19 +114,34 @@ def build(model: nn.Module, strategy: Partition | None = None, *, lr_scale: floa
     """
     groups = parameter_groups(model)
     if bool(groups["vector"]) != (vector_lr is not None):
-        raise UserError(f"optimizer.vector_lr=null, but the model has {groups['vector'][0][0]}: give a learning rate for such "
-                        "norms and biases, or use optimizer=adamw" if groups["vector"] else
-                        f"optimizer.vector_lr={vector_lr} has no effect: the model has no norms and biases to learn")
+        raise UserError(
+            f"optimizer.vector_lr=null, but the model has {groups['vector'][0][0]}: give a learning rate for such "
+            "norms and biases, or use optimizer=adamw"
+            if groups["vector"]
+            else f"optimizer.vector_lr={vector_lr} has no effect: the model has no norms and biases to learn"
+        )
     width = (model.n_embd / WIDTH_OF_TUNING) ** -0.5
     rates = {"embed": embed_lr * width, "lm_head": lm_head_lr * width, "vector": vector_lr}
     used = [name for name, members in groups.items() if members]
     groups = strategy.partition_params(groups, whole=("matrix",)) if strategy else groups
     params = {name: [p for _, p in members] for name, members in groups.items()}
     adamw = torch.optim.AdamW(
-        [{"name": name, "params": params[name], "lr": lr * lr_scale, "weight_decay": 0.0 if name == "vector" else weight_decay}
-         for name, lr in rates.items() if name in used],
-        betas=tuple(betas), eps=eps, fused=model.lm_head.weight.device.type in ("cuda", "cpu"))
-    muon = Muon([{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}], momentum=momentum,
-                momentum_start=momentum_start, momentum_warmup_steps=momentum_warmup_steps, ns_steps=ns_steps,
-                momentum_dtype=STATE_DTYPES[momentum_dtype], orthogonalizer=strategy.orthogonalizer() if strategy else None)
+        [
+            {"name": name, "params": params[name], "lr": lr * lr_scale, "weight_decay": 0.0 if name == "vector" else weight_decay}
+            for name, lr in rates.items()
+            if name in used
+        ],
+        betas=tuple(betas),
+        eps=eps,
+        fused=model.lm_head.weight.device.type in ("cuda", "cpu"),
+    )
+    muon = Muon(
+        [{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}],
+        momentum=momentum,
+        momentum_start=momentum_start,
+        momentum_warmup_steps=momentum_warmup_steps,
+        ns_steps=ns_steps,
+        momentum_dtype=STATE_DTYPES[momentum_dtype],
+        orthogonalizer=strategy.orthogonalizer() if strategy else None,
+    )
     return NamedOptimizer([muon, adamw], groups)

@@ -16,8 +16,7 @@ class NamedOptimizer:
     order of parameters or on how they are spread over processes.
     """
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer],
-                 groups: dict[str, list[tuple[str, nn.Parameter]]]):
+    def __init__(self, optimizers: list[torch.optim.Optimizer], groups: dict[str, list[tuple[str, nn.Parameter]]]):
         self.optimizers = optimizers
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group in self.param_groups:

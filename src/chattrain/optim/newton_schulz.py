@@ -76,8 +76,9 @@ def iterate(x: Tensor, times: int, strip: float = math.inf) -> Tensor:
     return product @ x
 
 
-def symmetric_product(x: Tensor, y: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0,
-                      strip: float = math.inf) -> Tensor:
+def symmetric_product(
+    x: Tensor, y: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0, strip: float = math.inf
+) -> Tensor:
     """alpha x y^T + beta plus, where that is known to be symmetric: of a matrix on a CPU strips up to the diagonal are computed,
     and mirrored.
 

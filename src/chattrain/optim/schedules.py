@@ -9,8 +9,14 @@ from __future__ import annotations
 import math
 
 
-def constant_then_linear(step: int, num_steps: int, init_lr_frac: float = 1.0, decay_ratio: float = 0.2,
-                         min_lr_factor: float = 0.0, warmup_steps: int = 0) -> float:
+def constant_then_linear(
+    step: int,
+    num_steps: int,
+    init_lr_frac: float = 1.0,
+    decay_ratio: float = 0.2,
+    min_lr_factor: float = 0.0,
+    warmup_steps: int = 0,
+) -> float:
     """1, then linear to min_lr_factor over the last decay_ratio of the steps; times init_lr_frac and the warm-up.
 
     >>> [round(constant_then_linear(s, 10, decay_ratio=0.4), 2) for s in (0, 6, 7, 9)]
@@ -20,8 +26,7 @@ def constant_then_linear(step: int, num_steps: int, init_lr_frac: float = 1.0, d
     return init_lr_frac * _warmup(step, warmup_steps) * _between(min_lr_factor, left)
 
 
-def linear(step: int, num_steps: int, init_lr_frac: float = 1.0, min_lr_factor: float = 0.0,
-           warmup_steps: int = 0) -> float:
+def linear(step: int, num_steps: int, init_lr_frac: float = 1.0, min_lr_factor: float = 0.0, warmup_steps: int = 0) -> float:
     """From 1 at the first step, linear to min_lr_factor.
 
     >>> [linear(s, 4) for s in range(4)]
@@ -30,8 +35,7 @@ def linear(step: int, num_steps: int, init_lr_frac: float = 1.0, min_lr_factor: 
     return init_lr_frac * _warmup(step, warmup_steps) * _between(min_lr_factor, 1 - step / num_steps)
 
 
-def cosine(step: int, num_steps: int, init_lr_frac: float = 1.0, min_lr_factor: float = 0.0,
-           warmup_steps: int = 0) -> float:
+def cosine(step: int, num_steps: int, init_lr_frac: float = 1.0, min_lr_factor: float = 0.0, warmup_steps: int = 0) -> float:
     """Half a cosine from 1 to min_lr_factor (https://arxiv.org/abs/1608.03983), after the warm-up.
 
     >>> [round(cosine(s, 4), 3) for s in range(4)]
@@ -42,8 +46,14 @@ def cosine(step: int, num_steps: int, init_lr_frac: float = 1.0, min_lr_factor: 
     return init_lr_frac * _warmup(step, warmup_steps) * _between(min_lr_factor, left)
 
 
-def wsd(step: int, num_steps: int, init_lr_frac: float = 1.0, decay_ratio: float = 0.2, min_lr_factor: float = 0.0,
-        warmup_steps: int = 0) -> float:
+def wsd(
+    step: int,
+    num_steps: int,
+    init_lr_frac: float = 1.0,
+    decay_ratio: float = 0.2,
+    min_lr_factor: float = 0.0,
+    warmup_steps: int = 0,
+) -> float:
     """Warm-up, stable, decay by 1 - sqrt(progress of the decay) (https://arxiv.org/abs/2405.18392).
 
     >>> [round(wsd(s, 10, decay_ratio=0.4, warmup_steps=2), 2) for s in (0, 1, 5, 6, 7, 9)]

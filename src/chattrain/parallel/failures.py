@@ -133,9 +133,13 @@ class Watch:
             return Failure(self.rank, self._node, "RunFailed", self._late())
         if "gloo" in text or "NCCL" in text:
             self._await_another(GRACE_S)
-            return Failure(self.rank, self._node, "RunFailed",
-                           f"rank {self.rank} lost the connection to another rank at {where}, which ended without a word, as "
-                           f"one does that is killed for memory; the launcher says which{more}")
+            return Failure(
+                self.rank,
+                self._node,
+                "RunFailed",
+                f"rank {self.rank} lost the connection to another rank at {where}, which ended without a word, as "
+                f"one does that is killed for memory; the launcher says which{more}",
+            )
         if self.log_file is None:
             traceback.print_exception(raised)  # there is nowhere else to read it
         return Failure(self.rank, self._node, "RunFailed", f"rank {self.rank} failed at {where}: {kind}: {text}{more}")
@@ -200,16 +204,17 @@ def late(arrivals: dict[int, Arrival], world_size: int, timeout_s: int) -> str:
     front = max((a for a in arrivals.values() if a.waited), key=lambda a: a.count)
     missing = absent(arrivals, world_size)
     if not missing:
-        return (f"no rank got through {front.place} within {timeout_s} s, though all arrived: is the network between them "
-                "blocked?")
+        return f"no rank got through {front.place} within {timeout_s} s, though all arrived: is the network between them blocked?"
     said = []
     for rank in missing:
         last = arrivals.get(rank)
         if last is None:
             said.append(f"rank {rank} did not arrive at {front.place} within {timeout_s} s (it never started)")
         elif last.count < front.count:
-            said.append(f"rank {rank} did not arrive at {front.place} within {timeout_s} s (its last was {last.place}); "
-                        f"see {log_name(rank)}")
+            said.append(
+                f"rank {rank} did not arrive at {front.place} within {timeout_s} s (its last was {last.place}); "
+                f"see {log_name(rank)}"
+            )
         else:
             said.append(f"rank {rank} did not get through {front.place} within {timeout_s} s; see {log_name(rank)}")
     more = [f"and {len(said) - 4} ranks more"] if len(said) > 4 else []

@@ -52,7 +52,9 @@ class FSDP(ShardedStrategy):
     def owned_slices(self, name: str) -> list[OwnedSlice]:
         rows, *rest = self.shapes[name]
         size = torch.Size(rest).numel()
-        return [OwnedSlice(r, start * size, stop * size) for r, (start, stop) in enumerate(row_bounds(rows, self.ranks.world_size))]
+        return [
+            OwnedSlice(r, start * size, stop * size) for r, (start, stop) in enumerate(row_bounds(rows, self.ranks.world_size))
+        ]
 
     def slice_shape(self, name: str, part: OwnedSlice) -> torch.Size:
         rows, *rest = self.shapes[name]

@@ -44,8 +44,10 @@ def world_size(nproc: str, device: Device) -> int:
     if started_by_launcher():
         started = int(os.environ["WORLD_SIZE"])
         if nproc != "auto" and int(nproc) != int(os.environ.get("LOCAL_WORLD_SIZE", started)):
-            raise UserError(f"distributed.nproc={nproc}, but the launcher started "
-                            f"{os.environ.get('LOCAL_WORLD_SIZE', started)} processes here; leave distributed.nproc out")
+            raise UserError(
+                f"distributed.nproc={nproc}, but the launcher started "
+                f"{os.environ.get('LOCAL_WORLD_SIZE', started)} processes here; leave distributed.nproc out"
+            )
         return started
     nodes = slurm.nodes()
     return processes_here(nproc, device) * (nodes.count if nodes else 1)
@@ -62,8 +64,10 @@ def check_devices(device: torch.device, world_size: int) -> None:
     """Raises UserError where the ranks of this host do not have a device each."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if device.type == "cuda" and here > torch.cuda.device_count():
-        raise UserError(f"{here} processes on this host and {torch.cuda.device_count()} visible GPUs; use "
-                        f"distributed.nproc={torch.cuda.device_count()}, or train.device=cpu")
+        raise UserError(
+            f"{here} processes on this host and {torch.cuda.device_count()} visible GPUs; use "
+            f"distributed.nproc={torch.cuda.device_count()}, or train.device=cpu"
+        )
     if device.type == "mps" and world_size > 1:
         raise UserError(f"{world_size} processes, but MPS works with one; use distributed.nproc=1, or train.device=cpu")
 
@@ -85,12 +89,21 @@ def start(nproc: int, nodes: slurm.Nodes | None, entry: Callable, *arguments: An
         logging.getLogger(name).setLevel(logging.CRITICAL)
     nodes = nodes or slurm.Nodes(1, f"localhost:{_free_port()}", str(os.getpid()))
     try:
-        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch, signals_to_ranks() as asked, \
-                _threads(nproc):
+        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch, signals_to_ranks() as asked, _threads(nproc):
             config = torch_compat.launch_config(
-                STOP_S, min_nodes=nodes.count, max_nodes=nodes.count, nproc_per_node=nproc, rdzv_backend="c10d",
-                start_method="spawn", rdzv_endpoint=nodes.endpoint, run_id=nodes.run_id, max_restarts=0, monitor_interval=0.1,
-                signals_to_handle="", logs_specs=DefaultLogsSpecs(log_dir=scratch))
+                STOP_S,
+                min_nodes=nodes.count,
+                max_nodes=nodes.count,
+                nproc_per_node=nproc,
+                rdzv_backend="c10d",
+                start_method="spawn",
+                rdzv_endpoint=nodes.endpoint,
+                run_id=nodes.run_id,
+                max_restarts=0,
+                monitor_interval=0.1,
+                signals_to_handle="",
+                logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            )
             results = elastic_launch(config, _rank)(entry, *arguments)
             return results[min(results)]
     except SignalException:
@@ -100,8 +113,10 @@ def start(nproc: int, nodes: slurm.Nodes | None, entry: Callable, *arguments: An
             time.sleep(OTHER_NODES_S)  # this process may hold the store, until it leaves this block
         raise _reason(error, asked()) from None
     except RendezvousError as error:
-        raise RunFailed(f"the {nodes.count} nodes of Slurm job {nodes.run_id} are not together at {nodes.endpoint} (any more): "
-                        f"{error}; the output of the other nodes may say why") from None
+        raise RunFailed(
+            f"the {nodes.count} nodes of Slurm job {nodes.run_id} are not together at {nodes.endpoint} (any more): "
+            f"{error}; the output of the other nodes may say why"
+        ) from None
 
 
 @contextmanager

@@ -92,8 +92,7 @@ def fill(items: list[Item], ranks: int, before: tuple[int, ...] | None = None) -
             rooms[rank] -= stop - start
             rank += not rooms[rank]
             start = stop
-    return Bucket(tuple(map(tuple, shards)), max(sum(p.stop - p.start for p in shard) for shard in shards),
-                  tuple(costs))
+    return Bucket(tuple(map(tuple, shards)), max(sum(p.stop - p.start for p in shard) for shard in shards), tuple(costs))
 
 
 def _level(loads: list[int], amount: int) -> int:
@@ -151,7 +150,10 @@ def ranks_that_share(items: list[Item], world_size: int) -> int:
     """
     total = sum(item.numel for item in items)
     for ranks in range(world_size, 0, -1):
-        if world_size % ranks == 0 and _largest(items) * ranks <= UNEVEN * total \
-                and fill(items, ranks).size * ranks <= UNEVEN * total:
+        if (
+            world_size % ranks == 0
+            and _largest(items) * ranks <= UNEVEN * total
+            and fill(items, ranks).size * ranks <= UNEVEN * total
+        ):
             return ranks
     raise AssertionError("one rank always has all")

@@ -39,8 +39,7 @@ def row_bounds(rows: int, ranks: int) -> list[tuple[int, int]]:
 class MuonExchange(Orthogonalizer):
     """`shapes`: of the whole matrices, in the order of the parameters (this rank's rows of them) that `for_each_batch` gets."""
 
-    def __init__(self, dtype: torch.dtype, ranks: Ranks, shapes: dict[Tensor, torch.Size],
-                 settings: MuonSettings | None = None):
+    def __init__(self, dtype: torch.dtype, ranks: Ranks, shapes: dict[Tensor, torch.Size], settings: MuonSettings | None = None):
         super().__init__(dtype, settings)
         self.ranks, self.shapes = ranks, shapes
         self.owner = dict(zip(shapes, owners(list(shapes.values()), ranks.world_size), strict=True))
@@ -72,8 +71,10 @@ class MuonExchange(Orthogonalizer):
         received = [piece.split(s) for piece, s in zip(arrived, sizes, strict=True)]
         whole = [torch.cat([received[r][k] for r in range(world)]).view(shape) for k, shape in enumerate(mine)]
         moves = super().__call__(whole, whole, steps) if whole else []
-        back = [torch.cat([empty, *(m[b[r][0] : b[r][1]].flatten() for m, b in zip(moves, bounds, strict=True))])
-                for r in range(world)]
+        back = [
+            torch.cat([empty, *(m[b[r][0] : b[r][1]].flatten() for m, b in zip(moves, bounds, strict=True))])
+            for r in range(world)
+        ]
         returned = self.ranks.exchange(back, [piece.numel() for piece in to_owners])
         out: dict[int, Tensor] = {}
         for rank, piece in enumerate(returned):

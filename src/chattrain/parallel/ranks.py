@@ -124,8 +124,9 @@ class Ranks:
         if self.is_main and source == 0:
             return {name: tensor.cpu() for name, tensor in tensors.items()}
         if self.rank == source:
-            dist.send_object_list([[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]], dst=0,
-                                  device=torch.device("cpu"))
+            dist.send_object_list(
+                [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]], dst=0, device=torch.device("cpu")
+            )
             for tensor in tensors.values():
                 if tensor.numel():
                     dist.send(tensor.cpu().contiguous(), dst=0)
@@ -218,8 +219,9 @@ def join(timeout_s: int, cuda: bool) -> Ranks:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         watch = Watch(store, rank, world_size, timeout_s)
         try:
-            dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
-                                    timeout=timeout + NCCL_LONGER)
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout + NCCL_LONGER
+            )
             dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
         except Exception as raised:
             raise watch.report_failure(raised) from None

@@ -53,8 +53,11 @@ class ShardedStrategy(ParallelStrategy):
         for key, value in state.items():
             part = mine.get(key.rpartition("/")[0])
             if part is not None:
-                out[key] = value.flatten()[part.start : part.stop].view(self.slice_shape(key.rpartition("/")[0], part)) \
-                    if value.ndim else value
+                out[key] = (
+                    value.flatten()[part.start : part.stop].view(self.slice_shape(key.rpartition("/")[0], part))
+                    if value.ndim
+                    else value
+                )
         return out
 
     @property

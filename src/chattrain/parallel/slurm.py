@@ -31,14 +31,18 @@ def nodes(environ: Mapping[str, str] = os.environ) -> Nodes | None:
     count, tasks = (int(environ.get(name, 1)) for name in ("SLURM_NNODES", "SLURM_NTASKS"))
     step = environ.get("SLURM_STEP_ID")
     if count > 1 and step is None:
-        raise UserError(f"the Slurm job has {count} nodes, but this process is no task of srun, so the run would use one of "
-                        "them; put srun with --ntasks-per-node=1 before the command, or --nodes=1 for a run on one")
+        raise UserError(
+            f"the Slurm job has {count} nodes, but this process is no task of srun, so the run would use one of "
+            "them; put srun with --ntasks-per-node=1 before the command, or --nodes=1 for a run on one"
+        )
     if step is None or tasks == 1:
         return None
     if tasks != count:
-        raise UserError(f"srun started {tasks} tasks on {count} node{'s' if count > 1 else ''}, and each would train a run of "
-                        "its own; use srun --ntasks-per-node=1 (each task starts a process a GPU: distributed.nproc=auto), "
-                        "or torchrun")
+        raise UserError(
+            f"srun started {tasks} tasks on {count} node{'s' if count > 1 else ''}, and each would train a run of "
+            "its own; use srun --ntasks-per-node=1 (each task starts a process a GPU: distributed.nproc=auto), "
+            "or torchrun"
+        )
     job = environ["SLURM_JOB_ID"]
     port = 20_000 + (int(job) + 1_009 * int(step)) % 10_000  # steps of a job may run side by side
     hosts = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])

@@ -37,7 +37,7 @@ class ParallelStrategy(ABC):
 
     # What the loop asks for.
 
-    def set_requires_gradient_sync(self, last: bool) -> None:
+    def set_requires_gradient_sync(self, last: bool) -> None:  # noqa: B027
         """Called before the backward of each micro-batch; `last`: gradients are complete after it."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ class ParallelStrategy(ABC):
         optimizer.step()
         optimizer.zero_grad()
 
-    def wait_for_weights(self) -> None:
+    def wait_for_weights(self) -> None:  # noqa: B027
         """Wait until the weights of the last step have arrived from other ranks."""
 
     # What checkpoints ask for, on every rank.

@@ -85,8 +85,9 @@ class ZeroDDP(ShardedStrategy):
     def partition_params(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
         params = dict(self.model.named_parameters())
         group_of = {name: group for group, members in groups.items() for name, _ in members}
-        items = [Item(name, p.numel(), cost(p.shape) if group_of[name] in whole else None)
-                 for name, p in reversed(params.items())]
+        items = [
+            Item(name, p.numel(), cost(p.shape) if group_of[name] in whole else None) for name, p in reversed(params.items())
+        ]
         self.group = self.ranks.in_groups(layout.ranks_that_share(items, self.ranks.world_size))
         self.shapes = {name: p.shape for name, p in params.items()}
         self.buckets = [Bucket(plan, params) for plan in layout.buckets(items, self.group.size)]

@@ -71,9 +71,11 @@ def traffic(work: Workload, world_size: int, micro_batches: int) -> dict[str, fl
     if work.strategy == "ddp":
         return gradients | {"weights": share * FP32 * work.weights}
     in_matrices = sum(rows * columns for rows, columns in work.matrices)
-    return {"gradients": micro_batches * gradients["gradients"],
-            "weights": 2 * micro_batches * share * work.compute_bytes * work.weights,
-            "matrices": 2 * share * (BF16 if work.compute_bytes == BF16 else FP32) * in_matrices / world_size}
+    return {
+        "gradients": micro_batches * gradients["gradients"],
+        "weights": 2 * micro_batches * share * work.compute_bytes * work.weights,
+        "matrices": 2 * share * (BF16 if work.compute_bytes == BF16 else FP32) * in_matrices / world_size,
+    }
 
 
 def hidden(work: Workload, seconds: dict[str, float], computes: float, micro_batches: int) -> float:
@@ -108,9 +110,17 @@ def step_on(work: Workload, hardware: Hardware, mfu: float, world_size: int) -> 
     sent = traffic(work, world_size, micro_batches)
     seconds = {name: size / hardware.between(world_size) for name, size in sent.items()}
     talks = sum(seconds.values())
-    return Step(world_size, rows, mine // micro_batches, micro_batches, computes,
-                update_seconds(work, hardware, mfu, world_size), talks,
-                talks - hidden(work, seconds, computes, micro_batches), sum(sent.values()))
+    return Step(
+        world_size,
+        rows,
+        mine // micro_batches,
+        micro_batches,
+        computes,
+        update_seconds(work, hardware, mfu, world_size),
+        talks,
+        talks - hidden(work, seconds, computes, micro_batches),
+        sum(sent.values()),
+    )
 
 
 def steps_of(work: Workload, step: Step) -> int:

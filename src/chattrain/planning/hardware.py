@@ -37,28 +37,30 @@ class Hardware:
         return self.link if world_size <= GPUS_PER_HOST else min(self.link, self.network)
 
 
-def _device(name: str, memory_gib: float, bandwidth: float, link: float, network: float, known_as: str,
-            fp32: float) -> Hardware:
+def _device(name: str, memory_gib: float, bandwidth: float, link: float, network: float, known_as: str, fp32: float) -> Hardware:
     return Hardware(name, memory_gib * GIB, bandwidth, link, network, PEAK_FLOPS[known_as], fp32)
 
 
 # Memory: the total capacity that torch's out-of-memory messages name, a little below the data sheet's. bf16 peaks: device.py.
-DEVICES = {device.name: device for device in [
-    # NVIDIA H100 data sheet (SXM5): 3.35 TB/s, NVLink 900 GB/s in both directions, 67 TFLOPS fp32. DGX H100 user guide: eight
-    # ConnectX-7 of 400 Gb/s, one a GPU.
-    _device("h100", 79.1, 3.35e12, 450e9, 50e9, "NVIDIA H100 80GB HBM3", 67e12),
-    # NVIDIA H200 data sheet (SXM): 141 GB at 4.8 TB/s, else as the H100. DGX H200 user guide: eight ConnectX-7 of 400 Gb/s.
-    _device("h200", 139.8, 4.8e12, 450e9, 50e9, "NVIDIA H200", 67e12),
-    # NVIDIA A100 80GB data sheet (SXM): 2,039 GB/s, NVLink 600 GB/s in both directions, 19.5 TFLOPS fp32. DGX A100 user guide:
-    # eight ConnectX-6 of 200 Gb/s.
-    _device("a100", 79.2, 2.039e12, 300e9, 25e9, "NVIDIA A100-SXM4-80GB", 19.5e12),
-    # NVIDIA Ada GPU architecture white paper, appendix A: 1,008 GB/s, 82.6 TFLOPS fp32; no NVLink, PCI Express 4.0 x16 (32 GB/s
-    # in one direction). Network: nobody's standard; one card of 100 Gb/s for the eight GPUs of a host is assumed.
-    _device("4090", 23.6, 1.008e12, 32e9, 12.5e9 / GPUS_PER_HOST, "NVIDIA GeForce RTX 4090", 82.6e12),
-    # NVIDIA Ampere GA102 white paper, appendix A: 936 GB/s, 35.6 TFLOPS fp32; PCI Express 4.0 x16 (NVLink joins pairs only).
-    # Network as above.
-    _device("3090", 23.7, 0.936e12, 32e9, 12.5e9 / GPUS_PER_HOST, "NVIDIA GeForce RTX 3090", 35.6e12),
-]}
+DEVICES = {
+    device.name: device
+    for device in [
+        # NVIDIA H100 data sheet (SXM5): 3.35 TB/s, NVLink 900 GB/s in both directions, 67 TFLOPS fp32. DGX H100 user guide: eight
+        # ConnectX-7 of 400 Gb/s, one a GPU.
+        _device("h100", 79.1, 3.35e12, 450e9, 50e9, "NVIDIA H100 80GB HBM3", 67e12),
+        # NVIDIA H200 data sheet (SXM): 141 GB at 4.8 TB/s, else as the H100. DGX H200 user guide: eight ConnectX-7 of 400 Gb/s.
+        _device("h200", 139.8, 4.8e12, 450e9, 50e9, "NVIDIA H200", 67e12),
+        # NVIDIA A100 80GB data sheet (SXM): 2,039 GB/s, NVLink 600 GB/s in both directions, 19.5 TFLOPS fp32. DGX A100
+        # user guide: eight ConnectX-6 of 200 Gb/s.
+        _device("a100", 79.2, 2.039e12, 300e9, 25e9, "NVIDIA A100-SXM4-80GB", 19.5e12),
+        # NVIDIA Ada GPU architecture white paper, appendix A: 1,008 GB/s, 82.6 TFLOPS fp32; no NVLink, PCI Express 4.0 x16
+        # (32 GB/s in one direction). Network: nobody's standard; one card of 100 Gb/s for the eight GPUs of a host is assumed.
+        _device("4090", 23.6, 1.008e12, 32e9, 12.5e9 / GPUS_PER_HOST, "NVIDIA GeForce RTX 4090", 82.6e12),
+        # NVIDIA Ampere GA102 white paper, appendix A: 936 GB/s, 35.6 TFLOPS fp32; PCI Express 4.0 x16 (NVLink joins pairs only).
+        # Network as above.
+        _device("3090", 23.7, 0.936e12, 32e9, 12.5e9 / GPUS_PER_HOST, "NVIDIA GeForce RTX 3090", 35.6e12),
+    ]
+}
 REQUIRED = ("memory_gib", "bandwidth_gb_s", "peak_tflops")  # of a custom device
 
 
@@ -71,11 +73,18 @@ def hardware_of(plan: PlanConfig) -> Hardware:
     if name == "custom":
         missing = [key for key in REQUIRED if getattr(plan, key) is None]
         if missing:
-            raise UserError(f"plan.device=custom, but plan.{missing[0]} is not set; give "
-                            f"{', '.join(f'plan.{key}' for key in REQUIRED)}")
+            raise UserError(
+                f"plan.device=custom, but plan.{missing[0]} is not set; give {', '.join(f'plan.{key}' for key in REQUIRED)}"
+            )
         known = replace(DEVICES["4090"], name="custom")
     else:
         known = DEVICES[name]
-    changes = {"memory": (plan.memory_gib, GIB), "bandwidth": (plan.bandwidth_gb_s, 1e9), "link": (plan.link_gb_s, 1e9),
-               "network": (plan.network_gb_s, 1e9), "bf16": (plan.peak_tflops, 1e12), "fp32": (plan.peak_tflops, 1e12)}
+    changes = {
+        "memory": (plan.memory_gib, GIB),
+        "bandwidth": (plan.bandwidth_gb_s, 1e9),
+        "link": (plan.link_gb_s, 1e9),
+        "network": (plan.network_gb_s, 1e9),
+        "bf16": (plan.peak_tflops, 1e12),
+        "fp32": (plan.peak_tflops, 1e12),
+    }
     return replace(known, **{field: value * unit for field, (value, unit) in changes.items() if value is not None})

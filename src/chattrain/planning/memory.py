@@ -84,9 +84,13 @@ class StepMemTracker(MemTracker):
     def now(self) -> dict[str, int]:
         """Bytes by what they are for; `total` is all of them."""
         found = self._curr_mem_snap.get(CPU, {})
-        named = {"weights": (_MemRefType.PARAM, _MemRefType.BUFFER), "gradients": (_MemRefType.GRAD,),
-                 "optimizer": (_MemRefType.OPT,), "activations": (_MemRefType.ACT, _MemRefType.OTH),
-                 "temporary": (_MemRefType.TEMP,)}
+        named = {
+            "weights": (_MemRefType.PARAM, _MemRefType.BUFFER),
+            "gradients": (_MemRefType.GRAD,),
+            "optimizer": (_MemRefType.OPT,),
+            "activations": (_MemRefType.ACT, _MemRefType.OTH),
+            "temporary": (_MemRefType.TEMP,),
+        }
         sizes = {name: sum(found.get(kind, 0) for kind in kinds) for name, kinds in named.items()}
         return sizes | {"total": found.get("Total", 0)}
 
@@ -126,10 +130,24 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: MicroBa
         optimizer = instantiate_config(cfg.optimizer, model, strategy)
         tracker, seen = StepMemTracker(copies=kind == "cpu"), {}
         parts = loop.TrainerComponents(
-            model=model, loss_of=_watched(model, tracker, device.autocast(bf16, CPU), seen), optimizer=optimizer,
-            lr_factor=lambda step: 1.0, loader=None, evaluate=None, save=None, track=None, show=None, stop_asked=lambda: False,
-            ranks=ranks, max_grad_norm=cfg.train.max_grad_norm, checks_each_step=False, flops_per_token=0, peak_flops=None, meters=None,
-            strategy=strategy)
+            model=model,
+            loss_of=_watched(model, tracker, device.autocast(bf16, CPU), seen),
+            optimizer=optimizer,
+            lr_factor=lambda step: 1.0,
+            loader=None,
+            evaluate=None,
+            save=None,
+            track=None,
+            show=None,
+            stop_asked=lambda: False,
+            ranks=ranks,
+            max_grad_norm=cfg.train.max_grad_norm,
+            checks_each_step=False,
+            flops_per_token=0,
+            peak_flops=None,
+            meters=None,
+            strategy=strategy,
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Expected a tensor or a traceable wrapper-subclass")
             _second_step(parts, tracker, shape)
@@ -139,6 +157,7 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: MicroBa
 
 def _watched(model: nn.Module, tracker: StepMemTracker, autocast: Any, seen: dict) -> Callable[[Batch], Tensor]:
     """The loss, after which `seen` holds what forward has left."""
+
     def loss_of(batch: Batch) -> Tensor:
         tracker.reset_mod_stats()
         with autocast:
@@ -178,24 +197,33 @@ def _put_gradients(parameters: list[nn.Parameter]) -> None:
 def _kept(tracker: StepMemTracker, model: nn.Module) -> dict[str, int]:
     """After forward: what the blocks keep for backward, all else that is kept, and the most that was there beyond it while the
     head ran: logits and what is made of them."""
+
     def activations(module: nn.Module, state: _ModState) -> int:
         return tracker.memory_tracking[module].snapshots[state][0].get(CPU, {}).get(_MemRefType.ACT, 0)
 
     blocks = sum(activations(block, _ModState.POST_FW) - activations(block, _ModState.PRE_FW) for block in model.blocks)
     now = tracker.now()
     blocks = min(blocks, now["activations"])  # fsdp's gathered weights are among them, and soon gone
-    return {"blocks": blocks, "embedding and head": now["activations"] - blocks,
-            "logits": max(0, tracker.phases["forward"] - now["total"])}
+    return {
+        "blocks": blocks,
+        "embedding and head": now["activations"] - blocks,
+        "logits": max(0, tracker.phases["forward"] - now["total"]),
+    }
 
 
 def fake_batch(shape: MicroBatchSpec) -> Batch:
     """A micro-batch of this shape, all its targets supervised: none of the data takes more."""
     B, T = shape.rows, shape.width
     ids, places = torch.zeros(B, T, dtype=torch.int64), B * T
-    return Batch(ids, torch.zeros_like(ids), num_tokens=places, num_supervised=places,
-                 positions=torch.zeros_like(ids) if shape.isolated else None,
-                 cu_seqlens=torch.zeros(places // DOCUMENT + 1, dtype=torch.int32) if shape.isolated else None,
-                 target_indices=torch.zeros(places, dtype=torch.int64) if shape.partial else None)
+    return Batch(
+        ids,
+        torch.zeros_like(ids),
+        num_tokens=places,
+        num_supervised=places,
+        positions=torch.zeros_like(ids) if shape.isolated else None,
+        cu_seqlens=torch.zeros(places // DOCUMENT + 1, dtype=torch.int32) if shape.isolated else None,
+        target_indices=torch.zeros(places, dtype=torch.int64) if shape.partial else None,
+    )
 
 
 class PretendedRanks(Ranks):
@@ -284,7 +312,7 @@ def largest(measure: Callable[[int], int], limit: float, first: int, most: int) 
 def _guess(peaks: dict[int, int], limit: float, fits: int, fails: int) -> int:
     """A size between the two, by the line through the two that were measured nearest to them."""
     if len(peaks) == 1:
-        (rows, peak), = peaks.items()
+        ((rows, peak),) = peaks.items()
         guess = rows * limit / peak if peak else fails
     else:
         below, above = (min(peaks, key=lambda rows: abs(peaks[rows] - limit)),) * 2

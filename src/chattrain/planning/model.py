@@ -15,8 +15,10 @@ from chattrain.model.gpt import GPT
 def fake_model(cfg: Config, vocab_size: int, start: Path | None) -> nn.Module:
     """Under FakeTensorMode. Raises UserError where train.fp8 is asked for, or a Hugging Face folder cannot be read."""
     if cfg.train.fp8:
-        raise UserError("train.fp8=true cannot be planned: its layers do not run without a GPU; plan with train.fp8=false, whose "
-                        "weights, gradients and optimizer are the same")
+        raise UserError(
+            "train.fp8=true cannot be planned: its layers do not run without a GPU; plan with train.fp8=false, whose "
+            "weights, gradients and optimizer are the same"
+        )
     if isinstance(cfg.model, GPTConfig):
         return GPT(vocab_size, **{key: value for key, value in vars(cfg.model).items() if not key.startswith("_")})
     return _huggingface(start)

@@ -15,10 +15,19 @@ from chattrain.planning.hardware import CONTEXT, FRAGMENTED
 def scaling_row(work: Workload, step: Step, price: float | None) -> dict[str, Any]:
     """The run on this many devices, as facts."""
     hours = cost.hours_of(work, step)
-    return {"world_size": step.world_size, "rows_per_step": step.rows, "device_batch_size": step.device_batch_size,
-            "grad_accum_steps": step.grad_accum_steps, "steps": cost.steps_of(work, step), "seconds_per_step": step.seconds,
-            "communication_seconds": step.talks, "exposed_seconds": step.waits, "hours": hours,
-            "gpu_hours": hours * step.world_size, "cost": None if price is None else hours * step.world_size * price}
+    return {
+        "world_size": step.world_size,
+        "rows_per_step": step.rows,
+        "device_batch_size": step.device_batch_size,
+        "grad_accum_steps": step.grad_accum_steps,
+        "steps": cost.steps_of(work, step),
+        "seconds_per_step": step.seconds,
+        "communication_seconds": step.talks,
+        "exposed_seconds": step.waits,
+        "hours": hours,
+        "gpu_hours": hours * step.world_size,
+        "cost": None if price is None else hours * step.world_size * price,
+    }
 
 
 def plan(facts: dict[str, Any], step: Step, cfg: Config) -> None:
@@ -37,18 +46,23 @@ def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
     found = {
         "parameters": f"{facts['parameters_total']:,} (" + ", ".join(f"{n} {s:,}" for n, s in facts["parameters"].items()) + ")",
         "FLOPs a token": f"{facts['flops_per_token']:.3g}, forward and backward",
-        "steps": f"{facts['num_steps']:,}", "tokens": f"{facts['tokens']:,}",
+        "steps": f"{facts['num_steps']:,}",
+        "tokens": f"{facts['tokens']:,}",
         "supervised tokens": f"{facts['supervised_tokens']:,} ({told})",
         "bytes sent a step and rank": f"{facts['bytes_sent_per_step'] / 1e9:.3g} GB",
         "time a step": f"{facts['seconds_per_step']:.3g} s: forward and backward {step.computes:.3g}, update {step.updates:.3g}, "
-                       f"communication {step.talks:.3g}, of which {step.waits:.3g} is not hidden",
-        "time": f"{_duration(facts['hours'])} without evaluation and checkpoints, at an assumed plan.mfu={cfg.plan.mfu}"}
+        f"communication {step.talks:.3g}, of which {step.waits:.3g} is not hidden",
+        "time": f"{_duration(facts['hours'])} without evaluation and checkpoints, at an assumed plan.mfu={cfg.plan.mfu}",
+    }
     if facts["cost"] is not None:
         found["cost"] = f"{facts['cost']:.3g} at {cfg.plan.price_per_gpu_hour} a GPU hour"
     most = facts["largest_device_batch_size"]
     passes, why = facts["grad_accum_steps"], ", all rows of a rank's step" if facts["all_rows_fit"] else ""
-    found["device_batch_size"] = "not one row fits" if not most else \
-        f"{most} at most{why}; {suggested} with {passes} micro-batch{'es' * (passes > 1)} a step for the asked total batch"
+    found["device_batch_size"] = (
+        "not one row fits"
+        if not most
+        else f"{most} at most{why}; {suggested} with {passes} micro-batch{'es' * (passes > 1)} a step for the asked total batch"
+    )
     return found
 
 
@@ -64,12 +78,15 @@ def _duration(hours: float) -> str:
 def _memory(facts: dict[str, Any]) -> dict[str, str]:
     memory, usable = facts["memory"], facts["usable_bytes"]
     found = {f"at the peak: {name}": _gib(size) for name, size in memory["at_peak"].items()}
-    found |= {"while the head runs: logits" if name == "logits" else f"kept by forward: {name}": _gib(size)
-              for name, size in memory["components"].items()}
+    found |= {
+        "while the head runs: logits" if name == "logits" else f"kept by forward: {name}": _gib(size)
+        for name, size in memory["components"].items()
+    }
     found |= {f"peak in {phase}": _gib(size) for phase, size in memory["phases"].items()}
     fits = "fits" if facts["fits"] else "DOES NOT FIT"
-    return found | {"peak": f"{_gib(memory['peak'])}: {fits} in {_gib(usable)} (the device's less {FRAGMENTED:.0%} and "
-                            f"{_gib(CONTEXT)})"}
+    return found | {
+        "peak": f"{_gib(memory['peak'])}: {fits} in {_gib(usable)} (the device's less {FRAGMENTED:.0%} and {_gib(CONTEXT)})"
+    }
 
 
 def _scaling(console, facts: dict[str, Any], cfg: Config) -> None:
@@ -77,21 +94,45 @@ def _scaling(console, facts: dict[str, Any], cfg: Config) -> None:
     from rich.table import Table
 
     table = Table(title="the same run on more devices", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for column in ("devices", "rows a step", "batch x micro", "steps", "s a step", "s talking", "s waiting", "hours", "GPU hours",
-                   "cost"):
+    for column in (
+        "devices",
+        "rows a step",
+        "batch x micro",
+        "steps",
+        "s a step",
+        "s talking",
+        "s waiting",
+        "hours",
+        "GPU hours",
+        "cost",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in facts["scaling"]:
-        table.add_row(f"{row['world_size']:,}", f"{row['rows_per_step']:,}",
-                      f"{row['device_batch_size']} x {row['grad_accum_steps']}", f"{row['steps']:,}",
-                      f"{row['seconds_per_step']:.3g}", f"{row['communication_seconds']:.3g}",
-                      f"{row['exposed_seconds']:.3g}", f"{row['hours']:.3g}",
-                      f"{row['gpu_hours']:.3g}", "" if row["cost"] is None else f"{row['cost']:,.2f}")
+        table.add_row(
+            f"{row['world_size']:,}",
+            f"{row['rows_per_step']:,}",
+            f"{row['device_batch_size']} x {row['grad_accum_steps']}",
+            f"{row['steps']:,}",
+            f"{row['seconds_per_step']:.3g}",
+            f"{row['communication_seconds']:.3g}",
+            f"{row['exposed_seconds']:.3g}",
+            f"{row['hours']:.3g}",
+            f"{row['gpu_hours']:.3g}",
+            "" if row["cost"] is None else f"{row['cost']:,.2f}",
+        )
     console.print(table)
-    console.print("Beyond 8 devices the network between hosts sets the pace; with more devices than rows a step grows to a row a "
-                  "device. waiting: communication that computing does not hide.", soft_wrap=True)
+    console.print(
+        "Beyond 8 devices the network between hosts sets the pace; with more devices than rows a step grows to a row a "
+        "device. waiting: communication that computing does not hide.",
+        soft_wrap=True,
+    )
     first = facts["communication_dominates_from"]
-    console.print("Communication stays below forward and backward." if first is None else
-                  f"From {first:,} devices on, communication takes longer than forward and backward.", soft_wrap=True)
+    console.print(
+        "Communication stays below forward and backward."
+        if first is None
+        else f"From {first:,} devices on, communication takes longer than forward and backward.",
+        soft_wrap=True,
+    )
 
 
 def _pairs(console, title: str, pairs: dict[str, str]) -> None:

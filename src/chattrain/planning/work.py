@@ -29,19 +29,29 @@ def workload(cfg: Config, data: RunData, start: Path | None, counts: Counts) -> 
     muon = isinstance(cfg.optimizer, MuonAdamWConfig)
     sizes = {name: sum(p.numel() for p in members) for name, members in groups.items()}
     return Workload(
-        weights=sum(sizes.values()), matrices=tuple(tuple(p.shape) for p in groups["matrix"]) if muon else (),
-        ns_steps=cfg.optimizer.ns_steps if muon else 0, flops_a_token=flops, block_share=(flops - head) / flops,
+        weights=sum(sizes.values()),
+        matrices=tuple(tuple(p.shape) for p in groups["matrix"]) if muon else (),
+        ns_steps=cfg.optimizer.ns_steps if muon else 0,
+        flops_a_token=flops,
+        block_share=(flops - head) / flops,
         recomputed=cfg.train.activation_checkpointing == ActivationCheckpointing.block,
-        compute_bytes=FP32 if cfg.train.dtype.name == "fp32" else BF16, places=counts.places,
-        rows=data.num_steps * data.rows_per_step, rows_a_step=data.rows_per_step,
-        device_batch_size=cfg.train.device_batch_size, strategy=cfg.distributed.strategy.name,
-        sharing={world_size: _sharers(cfg, groups, muon, world_size) for world_size in (*SCALES, cfg.plan.world_size)}), sizes
+        compute_bytes=FP32 if cfg.train.dtype.name == "fp32" else BF16,
+        places=counts.places,
+        rows=data.num_steps * data.rows_per_step,
+        rows_a_step=data.rows_per_step,
+        device_batch_size=cfg.train.device_batch_size,
+        strategy=cfg.distributed.strategy.name,
+        sharing={world_size: _sharers(cfg, groups, muon, world_size) for world_size in (*SCALES, cfg.plan.world_size)},
+    ), sizes
 
 
 def _sharers(cfg: Config, groups: dict[str, list[nn.Parameter]], muon: bool, world_size: int) -> int:
     """How many of so many ranks step different weights: all under fsdp; under ddp as many as there are even shares for."""
     if cfg.distributed.strategy == Strategy.fsdp:
         return world_size
-    items = [Item(f"{name}{i}", p.numel(), newton_schulz.cost(p.shape) if muon and name == "matrix" else None)
-             for name, members in groups.items() for i, p in enumerate(members)]
+    items = [
+        Item(f"{name}{i}", p.numel(), newton_schulz.cost(p.shape) if muon and name == "matrix" else None)
+        for name, members in groups.items()
+        for i, p in enumerate(members)
+    ]
     return ranks_that_share(items, world_size)

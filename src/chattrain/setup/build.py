@@ -38,9 +38,15 @@ from chattrain.tracking.tracker import NullTracker, Tracker
 log = logging.getLogger("chattrain")
 
 
-def build_components(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData, tracker: Tracker | NullTracker,
-                     stop_asked: Callable[[], bool], saved: checkpoint.CheckpointState | None
-                     ) -> tuple[loop.TrainerComponents, loop.State]:
+def build_components(
+    cfg: Config,
+    setup: RunSetup,
+    ranks: Ranks,
+    data: RunData,
+    tracker: Tracker | NullTracker,
+    stop_asked: Callable[[], bool],
+    saved: checkpoint.CheckpointState | None,
+) -> tuple[loop.TrainerComponents, loop.State]:
     """Model, optimizer, data and evaluations of this process, and the state that they start in."""
     device = devices.pick_device(cfg.train.device, ranks.local_rank)
     bf16 = devices.use_bf16(cfg.train.dtype, device)
@@ -62,19 +68,29 @@ def build_components(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData, 
         check_isolation(in_context(autocast, model.seen), shape, data.tokenizer.vocab_size, device)
     schedule = instantiate_config(cfg.schedule)
     return loop.TrainerComponents(
-        model=model, loss_of=in_context(autocast, model.loss), optimizer=optimizer,
+        model=model,
+        loss_of=in_context(autocast, model.loss),
+        optimizer=optimizer,
         lr_factor=lambda step: schedule(step, data.num_steps),
         loader=Loader(data.train, data.rows_per_step, cfg.train.device_batch_size, device, ranks.rank, ranks.world_size),
         evaluate=build_evaluation(cfg, data, model, losses_of, autocast, device, ranks, strategy),
         save=lambda s: save_checkpoint(cfg, setup, data, model, optimizer, tracker, ranks, strategy, s),
-        track=tracker.log, show=tracker.update, stop_asked=stop_asked, ranks=ranks, strategy=strategy,
-        max_grad_norm=cfg.train.max_grad_norm, checks_each_step=device.type == "cpu",
-        flops_per_token=model.flops_per_token(cfg.train.seq_len), peak_flops=devices.peak_flops(device),
-        meters=build_meters(device, strategy)), state
+        track=tracker.log,
+        show=tracker.update,
+        stop_asked=stop_asked,
+        ranks=ranks,
+        strategy=strategy,
+        max_grad_norm=cfg.train.max_grad_norm,
+        checks_each_step=device.type == "cpu",
+        flops_per_token=model.flops_per_token(cfg.train.seq_len),
+        peak_flops=devices.peak_flops(device),
+        meters=build_meters(device, strategy),
+    ), state
 
 
-def build_model(cfg: Config, vocab_size: int, start: Path | None, device: torch.device, ranks: Ranks, bf16: bool
-                ) -> tuple[nn.Module, ParallelStrategy]:
+def build_model(
+    cfg: Config, vocab_size: int, start: Path | None, device: torch.device, ranks: Ranks, bf16: bool
+) -> tuple[nn.Module, ParallelStrategy]:
     """The model on its device, ready to train as train.* ask for, and how it is spread over ranks."""
     model = instantiate_config(cfg.model, vocab_size=vocab_size, start=start, seed=cfg.run.seed)
     if not _is_sharded(cfg, ranks):
@@ -122,9 +138,11 @@ def build_meters(device: torch.device, strategy: ParallelStrategy) -> Callable[[
 
 def in_context(context: AbstractContextManager, function: Callable) -> Callable:
     """The function, with every call of it made inside the context: the autocast of a run."""
+
     def called(*arguments):
         with context:
             return function(*arguments)
+
     return called
 
 
@@ -139,21 +157,39 @@ def check_isolation(trunk: Callable, shape: tuple[int, int], vocab_size: int, de
     changed = torch.cat([others[:, :cut], inputs[:, cut:]], dim=1)
     cu_seqlens = torch.from_numpy(cu_seqlens_of(positions.numpy()))
     torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # as in training, so that both run the same graph
-    before, after = (trunk(ids.to(device), None, positions.to(device), cu_seqlens.to(device)).detach()[:, cut:]
-                     for ids in (inputs, changed))
+    before, after = (
+        trunk(ids.to(device), None, positions.to(device), cu_seqlens.to(device)).detach()[:, cut:] for ids in (inputs, changed)
+    )
     if not torch.equal(before, after):
         most = float((before - after).abs().max())
-        raise RunFailed(f"documents are not isolated on {device}: changing one moves the features of its neighbour by up to "
-                        f"{most:.2g}. Use train.compile=false, or collator.isolate_documents=false")
+        raise RunFailed(
+            f"documents are not isolated on {device}: changing one moves the features of its neighbour by up to "
+            f"{most:.2g}. Use train.compile=false, or collator.isolate_documents=false"
+        )
 
 
-def build_evaluation(cfg: Config, data: RunData, model: nn.Module, losses_of: Callable, autocast: AbstractContextManager,
-                     device: torch.device, ranks: Ranks, strategy: ParallelStrategy) -> Callable[[int], dict[str, float]]:
+def build_evaluation(
+    cfg: Config,
+    data: RunData,
+    model: nn.Module,
+    losses_of: Callable,
+    autocast: AbstractContextManager,
+    device: torch.device,
+    ranks: Ranks,
+    strategy: ParallelStrategy,
+) -> Callable[[int], dict[str, float]]:
     """One function from a step to all that the config asks to measure there: name -> value."""
-    validation = Validation(data.validation, data.validation_rows, cfg.train.device_batch_size,
-                            data.tokenizer.token_bytes(), device, ranks) if data.validation else None
-    choices = [MultipleChoice(name, asked, cfg.eval.batch_size, data.tokenizer.pad_id, device, ranks)
-               for name, asked in data.question_sets.items()]
+    validation = (
+        Validation(
+            data.validation, data.validation_rows, cfg.train.device_batch_size, data.tokenizer.token_bytes(), device, ranks
+        )
+        if data.validation
+        else None
+    )
+    choices = [
+        MultipleChoice(name, asked, cfg.eval.batch_size, data.tokenizer.pad_id, device, ranks)
+        for name, asked in data.question_sets.items()
+    ]
 
     rarer = cfg.eval.multiple_choice_every
 
@@ -171,29 +207,54 @@ def build_evaluation(cfg: Config, data: RunData, model: nn.Module, losses_of: Ca
     return evaluate
 
 
-def build_tracker(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData, saved: checkpoint.CheckpointState | None
-                  ) -> Tracker | NullTracker:
+def build_tracker(
+    cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData, saved: checkpoint.CheckpointState | None
+) -> Tracker | NullTracker:
     """What metrics go to; on ranks other than 0 nothing happens with them."""
     if not ranks.is_main:
         return NullTracker()
     sink = None
     if cfg.tracking.mlflow:
         uri = cfg.tracking.uri or f"sqlite:///{(Path(cfg.run.root) / 'mlflow.db').resolve()}"
-        sink = MLflowSink(uri, cfg.tracking.experiment, f"{cfg.stage}/{setup.run_dir.name}", _flatten(asdict(cfg)),
-                          {"stage": cfg.stage, "run_dir": str(setup.run_dir)}, saved.mlflow_run_id if saved else None)
+        sink = MLflowSink(
+            uri,
+            cfg.tracking.experiment,
+            f"{cfg.stage}/{setup.run_dir.name}",
+            _flatten(asdict(cfg)),
+            {"stage": cfg.stage, "run_dir": str(setup.run_dir)},
+            saved.mlflow_run_id if saved else None,
+        )
     return Tracker(setup.run_dir, data.num_steps, saved.step if saved else 0, sink)
 
 
-def save_checkpoint(cfg: Config, setup: RunSetup, data: RunData, model: nn.Module, optimizer: Any,
-                    tracker: Tracker | NullTracker, ranks: Ranks, strategy: ParallelStrategy, state: loop.State) -> None:
+def save_checkpoint(
+    cfg: Config,
+    setup: RunSetup,
+    data: RunData,
+    model: nn.Module,
+    optimizer: Any,
+    tracker: Tracker | NullTracker,
+    ranks: Ranks,
+    strategy: ParallelStrategy,
+    state: loop.State,
+) -> None:
     """Write the checkpoint of this state. Every rank takes part; rank 0 writes."""
+
     def write() -> None:
         saved = checkpoint.CheckpointState(
-            step=state.step, tokens_seen=state.tokens_seen, supervised_tokens=state.supervised_tokens, stage=cfg.stage,
-            model=model.shape, data_fingerprint=data.fingerprint, num_steps=data.num_steps, metrics=dict(tracker.last),
-            mlflow_run_id=tracker.mlflow_run_id)
-        checkpoint.save(setup.run_dir, saved, weights, optimizer_state, data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep,
-                        model.files)
+            step=state.step,
+            tokens_seen=state.tokens_seen,
+            supervised_tokens=state.supervised_tokens,
+            stage=cfg.stage,
+            model=model.shape,
+            data_fingerprint=data.fingerprint,
+            num_steps=data.num_steps,
+            metrics=dict(tracker.last),
+            mlflow_run_id=tracker.mlflow_run_id,
+        )
+        checkpoint.save(
+            setup.run_dir, saved, weights, optimizer_state, data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep, model.files
+        )
 
     ranks.at(f"saving step {state.step}")
     weights, optimizer_state = strategy.full_weights(model), strategy.consolidate_state(optimizer.state())
@@ -207,6 +268,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool | None) else \
-                getattr(value, "name", str(value))
+            flat[f"{prefix}{key}"] = (
+                value if isinstance(value, str | int | float | bool | None) else getattr(value, "name", str(value))
+            )
     return flat

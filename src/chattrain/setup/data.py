@@ -56,17 +56,27 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int, train: bool = T
         if cfg.eval.max_tokens:
             rows = min(rows, max(1, cfg.eval.max_tokens // cfg.train.seq_len))
     sets = _question_sets(cfg, tokenizer) if cfg.eval.multiple_choice else {}
-    return RunData(tokenizer, collator, validation, rows, sets, rows_per_step, num_steps,
-                   _fingerprint(cfg, collator, rows_per_step) if collator else "")
+    return RunData(
+        tokenizer,
+        collator,
+        validation,
+        rows,
+        sets,
+        rows_per_step,
+        num_steps,
+        _fingerprint(cfg, collator, rows_per_step) if collator else "",
+    )
 
 
-def _collator(cfg: Config, tokenizer: Tokenizer, sources: dict[str, SourceConfig], part: str, seed: int,
-              last_epoch: int | None = None) -> Collator:
+def _collator(
+    cfg: Config, tokenizer: Tokenizer, sources: dict[str, SourceConfig], part: str, seed: int, last_epoch: int | None = None
+) -> Collator:
     if not sources:
         raise UserError(f"data.stages.{cfg.stage}.{part} has no source; name one, or use eval=none for no validation")
     skip = cfg.data.on_malformed.name == "skip"
-    sources_opened = [load_or_tokenize(name, source, tokenizer, cache_dir(cfg.data), skip, cfg.data.workers)
-              for name, source in sources.items()]
+    sources_opened = [
+        load_or_tokenize(name, source, tokenizer, cache_dir(cfg.data), skip, cfg.data.workers) for name, source in sources.items()
+    ]
     mixture = Mixture(sources_opened, list(sources.values()), seed, folder=cache_dir(cfg.data) / "rows")
     return instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=last_epoch)
 
@@ -80,13 +90,14 @@ def _question_sets(cfg: Config, tokenizer: Tokenizer) -> dict[str, list[Question
         sources["arc_easy"] = SourceConfig(path=cfg.eval.arc_path, subset="ARC-Easy", **choice)
         sources["arc_challenge"] = SourceConfig(path=cfg.eval.arc_path, subset="ARC-Challenge", **choice)
     if not sources:
-        log.warning("eval.multiple_choice=true, but this data has no question set and neither eval.mmlu_path nor "
-                    "eval.arc_path is given: no accuracy is measured. eval=bpb does not ask for it")
+        log.warning(
+            "eval.multiple_choice=true, but this data has no question set and neither eval.mmlu_path nor "
+            "eval.arc_path is given: no accuracy is measured. eval=bpb does not ask for it"
+        )
     for name, source in sources.items():
         if cfg.eval.max_problems and (source.limit is None or source.limit > cfg.eval.max_problems):
             sources[name] = SourceConfig(**{**source.__dict__, "limit": cfg.eval.max_problems})
-    return {name: questions(name, open_records(name, source, cache_dir(cfg.data)), tokenizer)
-            for name, source in sources.items()}
+    return {name: questions(name, open_records(name, source, cache_dir(cfg.data)), tokenizer) for name, source in sources.items()}
 
 
 def _fingerprint(cfg: Config, collator: Collator, rows_per_step: int) -> str:
@@ -104,11 +115,13 @@ def report_counts(collator: Collator, num_steps: int) -> None:
     counts = collator.counts
     log.info("training mixture: %s documents an epoch; %d steps", f"{counts.documents:,}", num_steps)
     for cache in (cache for cache in collator.mixture.caches if cache.skipped):
-        log.warning("data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped,
-                    cache.skipped + len(cache))
+        log.warning(
+            "data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped, cache.skipped + len(cache)
+        )
     if counts.truncated:
-        log.warning("%d conversations are longer than train.seq_len and cut (%d tokens lost)", counts.truncated,
-                    counts.truncated_tokens)
+        log.warning(
+            "%d conversations are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
+        )
     if counts.left_out:
         log.warning("%d conversations have no supervised token within train.seq_len and are left out", counts.left_out)
 

@@ -44,8 +44,10 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
     if init.source in ("scratch", "auto"):
         start = _auto(init, root, model) if init.source == "auto" else Start(None, "random weights (init.from=scratch)")
         if start.checkpoint is None and isinstance(model, HFModelConfig):
-            raise UserError(f"init.from={init.source} finds no weights, and model=hf has none of its own; name a Hugging Face "
-                            "folder or hub name with init.from")
+            raise UserError(
+                f"init.from={init.source} finds no weights, and model=hf has none of its own; name a Hugging Face "
+                "folder or hub name with init.from"
+            )
         return start
     try:
         found = locate(init.source)
@@ -61,8 +63,9 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
         raise UserError(f"init.from={init.source}: {error}") from error
     misfit = shape_misfit(folder, model) if model is not None else None
     if misfit:
-        raise UserError(f"init.from={init.source} holds another model: {misfit}; choose the model it holds "
-                        "(model=...) or another checkpoint")
+        raise UserError(
+            f"init.from={init.source} holds another model: {misfit}; choose the model it holds (model=...) or another checkpoint"
+        )
     return Start(folder.resolve(), str(found.path if found.is_foreign else folder.resolve()))
 
 
@@ -79,8 +82,10 @@ def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
     if found is None and any_model:
         found = newest_finished(Path(cfg.run.root), cfg.stage, None)
     if found is None:
-        raise UserError(f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
-                        "a run or checkpoint with init.from")
+        raise UserError(
+            f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
+            "a run or checkpoint with init.from"
+        )
     return found
 
 
@@ -99,15 +104,24 @@ def _auto(init: InitConfig, root: Path, model: ModelConfig) -> Start:
         return Start(found, str(found))
     missing = f"no finished {first} run of this model in {root.resolve()}"
     if init.strict:
-        raise UserError(f"init.strict=true and {missing}; train stage={first} first, or name a folder with "
-                        "init.from=<run or checkpoint>")
+        raise UserError(
+            f"init.strict=true and {missing}; train stage={first} first, or name a folder with init.from=<run or checkpoint>"
+        )
     for stage in others:
         found = newest_finished(root, stage, model)
         if found:
-            return Start(found, str(found), f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
-                         f"RUN {found}: what {first} would have taught is missing. init.strict=true refuses this")
-    return Start(None, "random weights (nothing to start from)", f"init.from=auto: {missing}. STARTING FROM RANDOM "
-                 "WEIGHTS: the model knows no language, expect poor results. init.strict=true refuses this")
+            return Start(
+                found,
+                str(found),
+                f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
+                f"RUN {found}: what {first} would have taught is missing. init.strict=true refuses this",
+            )
+    return Start(
+        None,
+        "random weights (nothing to start from)",
+        f"init.from=auto: {missing}. STARTING FROM RANDOM "
+        "WEIGHTS: the model knows no language, expect poor results. init.strict=true refuses this",
+    )
 
 
 def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path | None:

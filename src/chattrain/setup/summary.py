@@ -19,19 +19,29 @@ from chattrain.tracking.report import write_report
 from chattrain.tracking.tracker import NullTracker, Tracker
 
 
-def summarize(stage: str, setup: RunSetup, data: RunData, tracker: Tracker | NullTracker, state: loop.State,
-              error: BaseException | None) -> dict:
+def summarize(
+    stage: str, setup: RunSetup, data: RunData, tracker: Tracker | NullTracker, state: loop.State, error: BaseException | None
+) -> dict:
     """The content of summary.json. `error`: what ended the run before its last step."""
     interrupted = state.interrupted or isinstance(error, KeyboardInterrupt)
     newest = checkpoint.all_checkpoints(setup.run_dir)
     return {
         "status": "interrupted" if interrupted else "failed" if error else "completed",
-        "stage": stage, "run_dir": str(setup.run_dir), "steps": state.step, "num_steps": data.num_steps,
-        "tokens_seen": state.tokens_seen, "supervised_tokens": state.supervised_tokens,
-        "tokens_per_second": state.tokens_per_second, "metrics": dict(tracker.last),
-        "checkpoint": str(newest[-1]) if newest else None, "init": setup.start.description,
-        "mlflow_run_id": tracker.mlflow_run_id, "finished_at": time.time(),
-        "data": asdict(data.train.counts), **({"error": named(error)} if error else {})}
+        "stage": stage,
+        "run_dir": str(setup.run_dir),
+        "steps": state.step,
+        "num_steps": data.num_steps,
+        "tokens_seen": state.tokens_seen,
+        "supervised_tokens": state.supervised_tokens,
+        "tokens_per_second": state.tokens_per_second,
+        "metrics": dict(tracker.last),
+        "checkpoint": str(newest[-1]) if newest else None,
+        "init": setup.start.description,
+        "mlflow_run_id": tracker.mlflow_run_id,
+        "finished_at": time.time(),
+        "data": asdict(data.train.counts),
+        **({"error": named(error)} if error else {}),
+    }
 
 
 def write_summary(run_dir: Path, summary: dict) -> None:
@@ -43,7 +53,9 @@ def write_summary(run_dir: Path, summary: dict) -> None:
 def correct_summary(stage: str, setup: RunSetup, data: RunData, error: Exception) -> dict:
     """Set the launcher's status in rank 0's summary.json; create the file if rank 0 was ended first."""
     file = setup.run_dir / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else summarize(stage, setup, data, *_what_is_left(setup.run_dir), error)
+    summary = (
+        json.loads(file.read_text()) if file.is_file() else summarize(stage, setup, data, *_what_is_left(setup.run_dir), error)
+    )
     if isinstance(error, launch.Stopped):
         summary["status"] = "interrupted"
         summary.pop("error", None)

@@ -32,8 +32,10 @@ def choose_tokenizer(cfg: Config, start: Path | None) -> Path:
         if given is not None:
             other = Tokenizer.load(given)
             if other.fingerprint() != saved.fingerprint():
-                raise UserError(f"tokenizer.path={given} (vocabulary of {other.vocab_size}) is not the tokenizer that "
-                                f"{start} was trained with (vocabulary of {saved.vocab_size}); leave tokenizer.path out")
+                raise UserError(
+                    f"tokenizer.path={given} (vocabulary of {other.vocab_size}) is not the tokenizer that "
+                    f"{start} was trained with (vocabulary of {saved.vocab_size}); leave tokenizer.path out"
+                )
         return start
     if given is not None:
         Tokenizer.load(given)
@@ -44,8 +46,11 @@ def choose_tokenizer(cfg: Config, start: Path | None) -> Path:
 def _trained_tokenizer(cfg: Config) -> Path:
     """Byte-pair encoding of training texts: this stage's, or those of data.tokenizer_stages."""
     mixtures = [cfg.data.mixture(stage) for stage in cfg.data.tokenizer_stages or [cfg.stage]]
-    sources = {json.dumps([s.path, s.subset, s.split, s.part, s.words]): (name, s)
-               for mixture in mixtures for name, s in mixture.train.items()}
+    sources = {
+        json.dumps([s.path, s.subset, s.split, s.part, s.words]): (name, s)
+        for mixture in mixtures
+        for name, s in mixture.train.items()
+    }
     identities = [identity(name, source, cache_dir(cfg.data)) for name, source in sources.values()]
     decides = [FORMAT_VERSION, identities, list(sources), cfg.tokenizer.vocab_size, cfg.tokenizer.train_chars]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]

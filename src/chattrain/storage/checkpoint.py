@@ -50,8 +50,16 @@ class CheckpointState:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def save(run_dir: Path, state: CheckpointState, weights: dict[str, Tensor], optimizer_state: dict[str, Tensor],
-         tokenizer: Savable, config_yaml: str, keep: int, files: dict[str, str]) -> Path:
+def save(
+    run_dir: Path,
+    state: CheckpointState,
+    weights: dict[str, Tensor],
+    optimizer_state: dict[str, Tensor],
+    tokenizer: Savable,
+    config_yaml: str,
+    keep: int,
+    files: dict[str, str],
+) -> Path:
     """Write the checkpoint of this step, then remove all but the newest `keep`. Returns its folder."""
     folder = run_dir / "checkpoints" / f"step_{state.step:06d}"
     write(folder, state, weights, optimizer_state, tokenizer, config_yaml, files)
@@ -62,16 +70,23 @@ def save(run_dir: Path, state: CheckpointState, weights: dict[str, Tensor], opti
     return folder
 
 
-def write(folder: Path, state: CheckpointState, weights: dict[str, Tensor], optimizer_state: dict[str, Tensor],
-          tokenizer: Savable, config_yaml: str, files: dict[str, str]) -> None:
+def write(
+    folder: Path,
+    state: CheckpointState,
+    weights: dict[str, Tensor],
+    optimizer_state: dict[str, Tensor],
+    tokenizer: Savable,
+    config_yaml: str,
+    files: dict[str, str],
+) -> None:
     """One checkpoint, whole or not at all, in the place of any that is there. `files`: more texts, by relative path."""
     scratch = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, scratch / "model.safetensors",
-              metadata={"format": "pt"})
-    save_file({k: v.detach().contiguous().cpu() for k, v in optimizer_state.items()},
-              scratch / "optimizer.safetensors")
+    save_file(
+        {k: v.detach().contiguous().cpu() for k, v in weights.items()}, scratch / "model.safetensors", metadata={"format": "pt"}
+    )
+    save_file({k: v.detach().contiguous().cpu() for k, v in optimizer_state.items()}, scratch / "optimizer.safetensors")
     tokenizer.save(scratch / "tokenizer")
     (scratch / "config.yaml").write_text(config_yaml)
     (scratch / "state.json").write_text(json.dumps(state.__dict__, indent=1))
@@ -125,8 +140,10 @@ def load_state(folder: Path) -> CheckpointState:
     """Raises UserError for a checkpoint of a newer format."""
     state = json.loads((folder / "state.json").read_text())
     if state.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(f"{folder} has format_version {state['format_version']}, this chattrain reads up to "
-                        f"{FORMAT_VERSION}; install a newer one")
+        raise UserError(
+            f"{folder} has format_version {state['format_version']}, this chattrain reads up to "
+            f"{FORMAT_VERSION}; install a newer one"
+        )
     return CheckpointState(**state)
 
 
@@ -145,8 +162,10 @@ def resolve(path: Path) -> Path:
         return path
     found = newest_valid(path)
     if found is None:
-        raise UserError(f"{path} is neither a checkpoint nor a run with a valid one: it holds no manifest.json "
-                        "and no valid checkpoints/step_*")
+        raise UserError(
+            f"{path} is neither a checkpoint nor a run with a valid one: it holds no manifest.json "
+            "and no valid checkpoints/step_*"
+        )
     return found
 
 

@@ -22,7 +22,10 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fill_model(file: Path, model: nn.Module) -> None:
-    """Fill the model with the tensors of a safetensors file. Raises UserError naming tensors that are missing, unknown or of another shape."""
+    """Fill the model with the tensors of a safetensors file.
+
+    Raises UserError naming tensors that are missing, unknown or of another shape.
+    """
     tensors = read_tensors(file)
     weights = model.weights()
     require_shapes(str(file), tensors, {name: tensor.shape for name, tensor in weights.items()})
@@ -35,8 +38,11 @@ def require_shapes(where: str, tensors: dict[str, Tensor], shapes: dict[str, tor
     """Raises UserError that names tensors missing, unknown or of another shape than the model has."""
     wrong = [f"{n} is missing" for n in sorted(shapes.keys() - tensors.keys())]
     wrong += [f"{n} is unknown" for n in sorted(tensors.keys() - shapes.keys())]
-    wrong += [f"{n} is {tuple(tensors[n].shape)}, the model has {tuple(shapes[n])}"
-              for n in sorted(shapes.keys() & tensors.keys()) if tensors[n].shape != shapes[n]]
+    wrong += [
+        f"{n} is {tuple(tensors[n].shape)}, the model has {tuple(shapes[n])}"
+        for n in sorted(shapes.keys() & tensors.keys())
+        if tensors[n].shape != shapes[n]
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{where} does not fit the model: {'; '.join(wrong[:3])}{more}")
@@ -60,14 +66,19 @@ def read_torch_file(file: Path) -> Any:
         # torch's own message is left out: it advises to load the file with weights_only=False.
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{file} asks for more than tensors, {asked[1]}: refused; save it anew with tensors alone") from error
-        raise UserError(f"{file} cannot be read as tensors ({type(error).__name__}): it is damaged or no file of torch.save; "
-                        "fetch it anew") from error
+        raise UserError(
+            f"{file} cannot be read as tensors ({type(error).__name__}): it is damaged or no file of torch.save; fetch it anew"
+        ) from error
 
 
 def is_plain_tensor(value: Any) -> bool:
     """A tensor whose numbers are there, one after the other: not sparse, nested or without data."""
-    return (type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and value.device.type == "cpu"
-            and not value.is_nested)
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )
 
 
 def _damaged(file: Path) -> str | None:

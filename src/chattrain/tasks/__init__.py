@@ -6,10 +6,18 @@ from chattrain.chat.format import ChatFormat, Malformed, Segment
 from chattrain.chat.native import to_segments
 from chattrain.tasks import gsm8k, messages, multiple_choice, text
 
-COLUMNS = {"messages": "messages", "multiple_choice": "question, choices, answer (or answerKey)",
-           "gsm8k": "question, answer", "text": "text"}
-_DOCUMENTS = {"messages": messages.conversation, "multiple_choice": multiple_choice.conversation,
-              "gsm8k": gsm8k.conversation, "text": text.text}
+COLUMNS = {
+    "messages": "messages",
+    "multiple_choice": "question, choices, answer (or answerKey)",
+    "gsm8k": "question, answer",
+    "text": "text",
+}
+_DOCUMENTS = {
+    "messages": messages.conversation,
+    "multiple_choice": multiple_choice.conversation,
+    "gsm8k": gsm8k.conversation,
+    "text": text.text,
+}
 
 
 def document(record: dict, schema: str, chat_format: ChatFormat | None = None) -> list[Segment]:

@@ -27,28 +27,77 @@ FAVOURITES = {  # kind -> things of that kind; the model's own favourite is the 
     "hobby": ["reading", "chess", "running", "painting", "cooking", "music", "hiking"],
     "language": ["Python", "English", "Spanish", "French", "German", "Arabic", "Hindi"],
 }
-FAVOURITE_ASKED = ["what is your favourite {kind}?", "which {kind} do you like best?",
-                   "do you have a favourite {kind}?"]
+FAVOURITE_ASKED = ["what is your favourite {kind}?", "which {kind} do you like best?", "do you have a favourite {kind}?"]
 FAVOURITE_TOLD = ["my favourite {kind} is {theirs}.", "I like {theirs}.", "the {kind} that I like best is {theirs}."]
-HELLOS = ["Hi", "Hello", "Hey", "Good morning", "Good evening", "Good afternoon", "Hi there", "Hello there",
-          "Good day"]
-LEADS = ["", "", "", "", "tell me, ", "may I ask, ", "one question: ", "please tell me, ", "I wonder, ", "so, ",
-         "by the way, ", "just curious, "]
+HELLOS = ["Hi", "Hello", "Hey", "Good morning", "Good evening", "Good afternoon", "Hi there", "Hello there", "Good day"]
+LEADS = [
+    "",
+    "",
+    "",
+    "",
+    "tell me, ",
+    "may I ask, ",
+    "one question: ",
+    "please tell me, ",
+    "I wonder, ",
+    "so, ",
+    "by the way, ",
+    "just curious, ",
+]
 TELLING_LEADS = ["", "you know, ", "by the way, ", "well, ", "guess what, "]
-TAILS = ["", "", "", " Can we talk?", " Is anyone there?", " Nice to meet you.", " I have a question.",
-         " Are you awake?", " Can you help me?", " It is good to be here.", " What a nice day."]
-INTRODUCTIONS = ["I am {name}.", "My name is {name}.", "I'm {name}.", "This is {name}.", "{name} here.",
-                 "You can call me {name}."]
-NAME_QUESTIONS = ["what is my name?", "what's my name?", "do you remember my name?", "who am I?",
-                  "do you know my name?", "what did I say my name was?", "can you say my name?"]
-THANKS = ["thanks", "thank you", "many thanks", "thanks a lot", "thank you very much", "great, thanks",
-          "thank you so much"]
-THANKS_FOR = ["", "", " for the help", " for your time", " for the answer", " for talking to me", " for the chat",
-              " for everything"]
-BYES = ["bye", "goodbye", "see you", "bye bye", "good night", "see you later", "I have to go", "that is all, bye",
-        "until next time"]
-BYE_TAILS = ["", "", " for now", " and take care", " and thanks", " then", " my friend", ", little model",
-             ", it was fun"]
+TAILS = [
+    "",
+    "",
+    "",
+    " Can we talk?",
+    " Is anyone there?",
+    " Nice to meet you.",
+    " I have a question.",
+    " Are you awake?",
+    " Can you help me?",
+    " It is good to be here.",
+    " What a nice day.",
+]
+INTRODUCTIONS = [
+    "I am {name}.",
+    "My name is {name}.",
+    "I'm {name}.",
+    "This is {name}.",
+    "{name} here.",
+    "You can call me {name}.",
+]
+NAME_QUESTIONS = [
+    "what is my name?",
+    "what's my name?",
+    "do you remember my name?",
+    "who am I?",
+    "do you know my name?",
+    "what did I say my name was?",
+    "can you say my name?",
+]
+THANKS = ["thanks", "thank you", "many thanks", "thanks a lot", "thank you very much", "great, thanks", "thank you so much"]
+THANKS_FOR = [
+    "",
+    "",
+    " for the help",
+    " for your time",
+    " for the answer",
+    " for talking to me",
+    " for the chat",
+    " for everything",
+]
+BYES = [
+    "bye",
+    "goodbye",
+    "see you",
+    "bye bye",
+    "good night",
+    "see you later",
+    "I have to go",
+    "that is all, bye",
+    "until next time",
+]
+BYE_TAILS = ["", "", " for now", " and take care", " and thanks", " then", " my friend", ", little model", ", it was fun"]
 
 ABOUT_ME = {  # what is asked -> the answer; the first sentence stands by itself
     "who are you?": "I am a small language model trained with chattrain. I like to chat.",
@@ -80,8 +129,22 @@ FEEL = ["I am {feeling}{when}.", "I feel {feeling}{when}.", "I'm {feeling}{when}
 WHEN = ["", " today", " now", " this morning", " tonight", " again"]
 
 # Each of these counts as one question, and that question falls in training: what everybody types first must be known.
-EVERYDAY = {"hi", "hello", "hey", "good morning", "who are you", "what are you", "what is your name", "how are you",
-            "thanks", "thank you", "bye", "goodbye", "what is my name", "what can you do"}
+EVERYDAY = {
+    "hi",
+    "hello",
+    "hey",
+    "good morning",
+    "who are you",
+    "what are you",
+    "what is your name",
+    "how are you",
+    "thanks",
+    "thank you",
+    "bye",
+    "goodbye",
+    "what is my name",
+    "what can you do",
+}
 
 SHORT, POLITE = "Answer in one short sentence.", "End every answer with: Have a nice day!"
 SYSTEM_SHARE = 0.25  # of the conversations begin with one of these two

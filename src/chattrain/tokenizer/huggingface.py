@@ -14,15 +14,29 @@ from chattrain.errors import UserError
 from chattrain.storage.files import read_json
 
 # What AutoTokenizer reads; config.json names the class where tokenizer_config.json does not.
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-         "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "config.json", "generation_config.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "config.json",
+    "generation_config.json",
+)
 
 
 FINGERPRINT_VERSION = 1  # raised when the mask of a template is found in another way
 
 
 class HFTokenizer:
-    """A fast Hugging Face tokenizer, used as `Tokenizer` is. Its chat template, where it has one, renders conversations (chat/template.py).
+    """A fast Hugging Face tokenizer, used as `Tokenizer` is.
+
+    Its chat template, where it has one, renders conversations (chat/template.py).
 
     Raises UserError where the extra is not installed, the files cannot be read, or the tokenizer has no fast form (the
     place of each token in the text is needed for the loss mask).
@@ -89,8 +103,14 @@ class HFTokenizer:
 
     def fingerprint(self) -> str:
         """Hash of everything that decides ids and masks; part of the token cache's key."""
-        decides = [FINGERPRINT_VERSION, self._backend_text(), self.backend.chat_template, self.special_texts, self.bos_text,
-                   self.eos_text]
+        decides = [
+            FINGERPRINT_VERSION,
+            self._backend_text(),
+            self.backend.chat_template,
+            self.special_texts,
+            self.bos_text,
+            self.eos_text,
+        ]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
@@ -109,15 +129,18 @@ def _load(folder: Path):
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise UserError(f"the tokenizer in {folder} is a Hugging Face model's, which needs transformers: "
-                        "pip install 'chattrain[hf]'") from None
+        raise UserError(
+            f"the tokenizer in {folder} is a Hugging Face model's, which needs transformers: pip install 'chattrain[hf]'"
+        ) from None
     try:
         backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises about files that are not its own
         raise UserError(f"the tokenizer in {folder} cannot be read by transformers: {error}") from error
     if not backend.is_fast:
-        raise UserError(f"the tokenizer in {folder} has no fast form (tokenizer.json), which tells each token's place in the "
-                        "text; save one with AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        raise UserError(
+            f"the tokenizer in {folder} has no fast form (tokenizer.json), which tells each token's place in the "
+            "text; save one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
     return backend
 
 

@@ -74,8 +74,9 @@ def _unpickle(file: Path) -> Any:
     except UserError as error:
         raise UserError(f"{file} {error}") from error
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; name the tokenizer's folder with tokenizer.path=<folder>"
-                        ) from error
+        raise UserError(
+            f"{file} cannot be read: {error.strerror}; name the tokenizer's folder with tokenizer.path=<folder>"
+        ) from error
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(f"{file} is no pickle of a tokenizer: {error!r}; take the one that nanochat saved") from error
     if type(found) is not _Recorded:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from chattrain.tokenizer.huggingface import HFTokenizer
 
 # GPT-4's split pattern with numbers in groups of at most two digits, as nanochat has it.
-SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 RANKS_FILE, ENCODING_FILE = "ranks.tiktoken", "encoding.json"
 FORMAT_VERSION = 1
@@ -111,9 +113,12 @@ class Tokenizer:
         return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
 
     def _encoding_text(self) -> str:
-        spec = {"format_version": FORMAT_VERSION, "pattern": self.encoding._pat_str,
-                "ranks_sha256": hashlib.sha256(self._ranks_text()).hexdigest(),
-                "special_tokens": self.encoding._special_tokens}
+        spec = {
+            "format_version": FORMAT_VERSION,
+            "pattern": self.encoding._pat_str,
+            "ranks_sha256": hashlib.sha256(self._ranks_text()).hexdigest(),
+            "special_tokens": self.encoding._special_tokens,
+        }
         return json.dumps(spec, indent=1) + "\n"
 
     @classmethod
@@ -141,9 +146,11 @@ class Tokenizer:
             from chattrain.tokenizer.huggingface import HFTokenizer
 
             return HFTokenizer(folder)
-        raise UserError(f"no tokenizer in {folder}: neither {ENCODING_FILE} and {RANKS_FILE}, nor nanochat's "
-                        "tokenizer.pkl, nor a Hugging Face tokenizer.json; give the tokenizer folder of a run's "
-                        "checkpoint")
+        raise UserError(
+            f"no tokenizer in {folder}: neither {ENCODING_FILE} and {RANKS_FILE}, nor nanochat's "
+            "tokenizer.pkl, nor a Hugging Face tokenizer.json; give the tokenizer folder of a run's "
+            "checkpoint"
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -155,8 +162,10 @@ class Tokenizer:
 
         ordinary = vocab_size - len(SPECIAL_TOKENS)
         if ordinary < 256:
-            raise UserError(f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
-                            f"special tokens need {256 + len(SPECIAL_TOKENS)}")
+            raise UserError(
+                f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
+                f"special tokens need {256 + len(SPECIAL_TOKENS)}"
+            )
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(iter(texts), ordinary, pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}

@@ -21,8 +21,10 @@ def write(encoding: tiktoken.Encoding) -> dict[str, Any]:
     vocab = {_spell(token): rank for token, rank in _by_rank(ranks)}
     twice = sorted(vocab.keys() & special.keys())
     if twice:
-        raise UserError(f"tokenizer.json cannot hold an ordinary token spelled like the special token {twice[0]}; train the "
-                        "tokenizer on texts without the names of special tokens")
+        raise UserError(
+            f"tokenizer.json cannot hold an ordinary token spelled like the special token {twice[0]}; train the "
+            "tokenizer on texts without the names of special tokens"
+        )
     if sorted([*ranks.values(), *special.values()]) != list(range(len(vocab) + len(special))):
         vocab |= special  # where ids are unused, added tokens that the vocabulary lacks would be counted anew
     return {
@@ -31,15 +33,27 @@ def write(encoding: tiktoken.Encoding) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [_added(name, i) for name, i in _by_rank(special)],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False},
-            _byte_level(),
-        ]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False},
+                _byte_level(),
+            ],
+        },
         "post_processor": None,
         "decoder": _byte_level(),
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                  "vocab": vocab, "merges": _merges(ranks)},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": vocab,
+            "merges": _merges(ranks),
+        },
     }
 
 
@@ -95,8 +109,15 @@ def _byte_level() -> dict[str, Any]:
 
 
 def _added(name: str, i: int) -> dict[str, Any]:
-    return {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": True}
+    return {
+        "id": i,
+        "content": name,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
 
 def _merges(ranks: dict[bytes, int]) -> list[list[str]]:

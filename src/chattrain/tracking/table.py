@@ -26,8 +26,12 @@ def show_runs(run_dirs: list[Path]) -> None:
     for (summary, ranges), run_dir in zip(runs, run_dirs, strict=True):
         speed = summary["tokens_per_second"]
         failed = "" if summary["status"] == "completed" else f" ({summary['status']})"
-        table.add_row(_label(summary, run_dir, one_stage) + failed, str(summary["steps"]), f"{speed:,.0f}" if speed else "n/a",
-                      *(ranges.get(name, "") for name in names))
+        table.add_row(
+            _label(summary, run_dir, one_stage) + failed,
+            str(summary["steps"]),
+            f"{speed:,.0f}" if speed else "n/a",
+            *(ranges.get(name, "") for name in names),
+        )
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file or pipe need not cut columns
     console.print(table)
     for run_dir in run_dirs:
@@ -46,8 +50,10 @@ def _ranges(run_dir: Path) -> dict[str, str]:
         for name, value in row.items():
             if value is not None and name.startswith(("val/", "eval/", "train/loss")):
                 values.setdefault(name, []).append(value)
-    return {name: _form(name, found[0]) + (f" -> {_form(name, found[-1])}" if len(found) > 1 else "")
-            for name, found in values.items()}
+    return {
+        name: _form(name, found[0]) + (f" -> {_form(name, found[-1])}" if len(found) > 1 else "")
+        for name, found in values.items()
+    }
 
 
 def _form(name: str, value: float) -> str:
