@@ -32,8 +32,11 @@ test: setup ## the tests, without network and GPU
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-lint: setup ## ruff
+lint: setup ## ruff, the contract of imports, types
 	$(BIN)/python -m ruff check src tests benchmarks
+	$(BIN)/python -m ruff format --check src tests benchmarks
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
 
 bench: setup ## speed, as ratios in one run
 	$(BIN)/python -m benchmarks
