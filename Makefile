@@ -2,21 +2,29 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+TORCH ?= 2.13.0
+COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint bench ui clean
+.PHONY: help setup constraints run test test-slow lint bench ui clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "chattrain needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
 	@touch $@
 
 setup: .venv/installed ## make .venv and install
+
+constraints: ## pin every dependency anew: constraints.txt, which setup installs, and constraints-lowest.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	echo 'torch==$(TORCH)' | $(COMPILE) --universal -c - -o constraints.txt
+	$(COMPILE) --resolution lowest-direct --python-platform linux -o constraints-lowest.txt
 
 run: setup ## from nothing to a chat model: base -> mid -> sft on the demo data, a few minutes on 2 cores
 	$(BIN)/python -m chattrain -m stage=base,mid,sft experiment=quickstart
