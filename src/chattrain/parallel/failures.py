@@ -128,7 +128,7 @@ class Watch:
         return error
 
     def _describe(self, raised: BaseException, where: str) -> Failure:
-        """This rank's failure, as other ranks will see it. If another rank may know the cause, waits until it may report first."""
+        """This rank's failure, as other ranks will see it. If others may know the cause, they get time to report it first."""
         kind, text = type(raised).__name__, str(raised)
         more = f"; {self.log_file.name} has the traceback" if self.log_file else ""
         if isinstance(raised, UserError | RunFailed | KeyboardInterrupt):

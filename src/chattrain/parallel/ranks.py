@@ -184,6 +184,7 @@ class Group:
         """Flat (size x n) to this rank's shard (n), summed over all ranks of the run after the wait."""
         shard = whole.new_empty(whole.numel() // self.size)
         work = torch_compat.reduce_scatter_single(shard, whole, group=self.shard_group, async_op=True)
+        assert work is not None  # it is asynchronous
         self._count_sent(shard, self.size - 1)
 
         def wait() -> None:
@@ -195,10 +196,11 @@ class Group:
 
         return shard, wait
 
-    def all_gather(self, rows: Tensor) -> Callable[[], None]:
+    def all_gather(self, rows: Tensor) -> Callable[[], object]:
         """Fill in the rows (size, n), row i from shard_rank i, by the end of the wait. This rank's row is filled in already."""
         own = rows[self.shard_rank]
         work = torch_compat.all_gather_single(rows.view(-1), own, group=self.shard_group, async_op=True)
+        assert work is not None  # it is asynchronous
         self._count_sent(own, self.size - 1)
         return work.wait
 
@@ -227,17 +229,18 @@ def join(timeout_s: int, cuda: bool) -> Ranks:
         torch.cuda.set_device(local_rank)
     timeout = timedelta(seconds=timeout_s)
     with stopped_at_once():
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # pyright: ignore[reportPrivateImportUsage]
         watch = Watch(store, rank, world_size, timeout_s)
         try:
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore("group", store),
+                store=dist.PrefixStore("group", store),  # pyright: ignore[reportPrivateImportUsage]
                 rank=rank,
                 world_size=world_size,
                 timeout=timeout + NCCL_EXTRA_TIMEOUT,
             )
-            dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
+            assert dist.group.WORLD is not None
+            dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timeout)  # of gloo
         except Exception as raised:
             raise watch.report_failure(raised) from None
     return Ranks(rank, local_rank, world_size, watch)

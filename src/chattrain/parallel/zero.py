@@ -34,7 +34,7 @@ class GradientBucket:
         self.incomplete = len(self.params)  # parameters whose gradients backward has not completed yet
         self.grad_shard: Tensor | None = None  # (layout.size,) summed gradients of this rank's shard
         self.gathered: Tensor | None = None  # (ranks, layout.size) weights, while their all-gather is pending
-        self.wait: Callable[[], None] | None = None  # for the pending collective
+        self.wait: Callable[[], object] | None = None  # for the pending collective
 
     def finish_collective(self) -> None:
         """Wait for the pending collective, if there is one, and drop it: it holds references to its tensors."""
