@@ -208,7 +208,7 @@ def test_a_chain_stops_where_a_run_goes_wrong(base, place, capsys):
         "init.from=runs/base/first",
         "optimizer.lr_scale=1e35",
     )
-    assert broken.status == 1 and "not finite" in broken.message
+    assert broken.status == 1 and "non-finite" in broken.message
     assert json.loads((place / "runs/mid/wrong/summary.json").read_text())["status"] == "failed"
     assert not (place / "runs/sft/wrong").exists()
     assert "mid" not in broken.out.split()  # no run was completed, so there is no table

@@ -88,7 +88,7 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
     """Train in this process. Whatever happens, rank 0 writes a summary.json that says so."""
     close_log = setup_logging(setup.run_dir, ranks.is_main, bool(setup.resume), log_name(ranks.rank))
     tracker, state, error = NullTracker(), loop.State(), None
-    ranks.before_the_end(
+    ranks.on_forced_exit(
         setup.run_dir / log_name(ranks.rank), lambda reason: finalize_run(cfg.stage, setup, data, ranks, tracker, state, reason)
     )
     with stop_on_signal(ranks.failed) as stop_asked:
@@ -110,8 +110,8 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
                 trainer.loader.close()
         except BaseException as raised:
             unexpected = not isinstance(raised, UserError | RunFailed | KeyboardInterrupt)
-            log.error("at step %d: %s", state.step, raised, exc_info=unexpected, extra={"file_only": True})
-            error = ranks.report_failure(raised, f"step {state.step}")
+            log.error("at step %d: %s", state.current_step, raised, exc_info=unexpected, extra={"file_only": True})
+            error = ranks.report_failure(raised, f"step {state.current_step}")
             if error is raised:
                 raise
             raise error from None

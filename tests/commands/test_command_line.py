@@ -209,9 +209,9 @@ def test_the_process_ends_with_status_2_and_one_message_on_stderr(place, typed, 
 def test_a_run_that_goes_wrong_ends_with_status_1_and_a_summary_that_says_so(place):
     failed = process(*TINY, "stage=mid", "run.name=burst", "train.max_steps=5", "optimizer.lr_scale=1e35")
     assert failed.status == 1
-    assert "not finite" in failed.message and "optimizer.lr_scale" in failed.message
+    assert "non-finite" in failed.message and "optimizer.lr_scale" in failed.message
     summary = json.loads((place / "runs/mid/burst/summary.json").read_text())
-    assert summary["status"] == "failed" and "not finite" in summary["error"]
+    assert summary["status"] == "failed" and "non-finite" in summary["error"]
     assert summary["checkpoint"] is None and summary["steps"] < 5
     assert (place / "runs/mid/burst/report.html").is_file()
 

@@ -134,7 +134,7 @@ def tasks(count: int, *arguments: str) -> list[Running]:
 def test_the_first_failing_rank_is_named_alone_and_ends_one_that_computes_on(place):
     run = Running(*OWN, *FAULTY, "distributed.nproc=2", FAULT="raise", FAULT_RANK="1", FAULT_OF_OTHERS="compute")
     assert run.status() == 1
-    message = "rank 1 failed at step 3: ValueError: the wheel came off; rank_1.log has the traceback"
+    message = "rank 1 failed at step 4: ValueError: the wheel came off; rank_1.log has the traceback"
     assert run.signed == [message] and "Traceback" not in run.said
     assert summary(place)["status"] == "failed" and summary(place)["error"] == f"RunFailed: {message}"
     logs = sorted(file.name for file in run_dir(place).glob("*.log"))
@@ -147,7 +147,7 @@ def test_a_rank_that_stands_still_is_named_with_its_step(place):
     run = Running(*OWN, *FAULTY, "distributed.nproc=2", "distributed.timeout_s=4", FAULT="freeze", FAULT_RANK="1")
     assert run.status() == 1
     (message,) = run.signed
-    assert message.startswith("rank 1 did not arrive at step 3 within 4 s (its last was step 2); see rank_1.log")
+    assert message.startswith("rank 1 did not arrive at step 4 within 4 s (its last was step 3); see rank_1.log")
     assert summary(place)["error"] == f"RunFailed: {message}"
 
 
@@ -158,7 +158,7 @@ def test_a_rank_that_hangs_leaves_its_stacks_in_its_log(place, launcher, rank):
     nproc = ["distributed.nproc=2"] if launcher is OWN else []
     run = Running(*launcher, *FAULTY, *nproc, "distributed.timeout_s=4", FAULT="sleep", FAULT_RANK=rank)
     assert run.status() == 1
-    assert [f"rank {rank} did not arrive at step 3" in line for line in run.signed] == [True]
+    assert [f"rank {rank} did not arrive at step 4" in line for line in run.signed] == [True]
     log = run_dir(place) / ("train.log" if rank == "0" else "rank_1.log")
     assert "in happen" in log.read_text() and summary(place)["status"] == "failed"
 
@@ -230,7 +230,7 @@ def test_a_signal_to_torchrun_stops_all_after_a_checkpoint(place, number):
 def test_a_failing_rank_of_one_node_ends_the_other_and_is_said_once(place):
     both = nodes(*FAULTY, FAULT="raise", FAULT_RANK="1")
     assert [node.status() for node in both] == [1, 1]
-    message = "rank 1 failed at step 3: ValueError: the wheel came off; rank_1.log has the traceback"
+    message = "rank 1 failed at step 4: ValueError: the wheel came off; rank_1.log has the traceback"
     assert [line for node in both for line in node.signed] == [message]
     assert summary(place)["error"] == f"RunFailed: {message}"
 
@@ -275,7 +275,7 @@ def test_jobs_of_a_launcher_are_a_run_each_and_one_that_fails_is_named(place):
     )
     assert run.status() == 1
     (message,) = run.signed
-    assert message.startswith("job 1 (optimizer.lr_scale=1e+39): step 1: loss nan")
+    assert message.startswith("job 1 (optimizer.lr_scale=1e+39): step 2: non-finite loss (nan)")
     found = [json.loads(file.read_text()) for file in (place / "runs/mid").glob("*/summary.json")]
     assert sorted(s["status"] for s in found) == ["completed", "failed"]
     launches = {Path(s["run_dir"]).name.rpartition("-lr_scale=")[0] for s in found}
@@ -326,7 +326,7 @@ def test_of_several_errors_the_first_is_everybodys():
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=9))
     watches = [Watch(store, rank, 2, timeout_s=9) for rank in range(2)]
     try:
-        first = watches[1].report_failure(RunFailed("step 7: not finite"))
+        first = watches[1].report_failure(RunFailed("step 7: non-finite loss"))
         second = watches[0].report_failure(ValueError("a consequence"))
     finally:
         for watch in watches:

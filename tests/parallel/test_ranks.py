@@ -80,7 +80,7 @@ def test_a_mistake_is_found_before_processes_are_started(place):
 
 
 def test_what_goes_wrong_in_all_ranks_is_said_as_in_one(place):
-    with pytest.raises(RunFailed, match="not finite"):
+    with pytest.raises(RunFailed, match="non-finite"):
         train(
             "mid",
             "diverged",
@@ -91,7 +91,7 @@ def test_what_goes_wrong_in_all_ranks_is_said_as_in_one(place):
             "init.from=scratch",
         )
     (run,) = summaries(place)
-    assert run["status"] == "failed" and "not finite" in run["error"]
+    assert run["status"] == "failed" and "non-finite" in run["error"]
 
 
 def test_one_ctrl_c_stops_two_ranks_with_a_checkpoint(place):

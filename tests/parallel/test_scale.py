@@ -91,7 +91,7 @@ def test_every_parameter_is_owned_once_and_ranks_hold_as_much(group, world_size,
 
 
 def test_each_rank_of_a_few_has_the_same_work_for_newton_schulz(group):
-    work = stepped(group(0, 8), D12, "ddp").strategy.buckets[-1].plan.costs
+    work = stepped(group(0, 8), D12, "ddp").strategy.buckets[-1].layout.costs
     assert len(work) == 8 and max(work) * 8 <= 1.1 * sum(work)
 
 
@@ -155,7 +155,7 @@ def test_gradients_leave_while_backward_runs_and_in_the_last_micro_batch_only(gr
     assert "sent" not in first
     assert second.index("sent") < second.index("block 0") and second.count("sent") == len(spread.buckets) >= 2
     assert second[-1] == "backward is over"
-    assert max(on_their_way) == zero.SUMMED_AT_ONCE  # the others' gradients have been given back
+    assert max(on_their_way) == zero.MAX_IN_FLIGHT  # the others' gradients have been given back
 
 
 def test_new_weights_are_waited_for_where_forward_needs_them(group):
@@ -189,13 +189,13 @@ def test_new_weights_are_waited_for_where_forward_needs_them(group):
 def test_fsdp_brings_no_more_than_a_few_matrices_together_on_a_rank(group, monkeypatch):
     """Rank 2 of 8 gets its eighth of the matrices, one at a time, and of the others the rows that it steps."""
     received: list[int] = []
-    exchange = Ranks.exchange
+    all_to_all = Ranks.all_to_all
 
     def counted(ranks, pieces, sizes):
         received.append(sum(sizes))
-        return exchange(ranks, pieces, sizes)
+        return all_to_all(ranks, pieces, sizes)
 
-    monkeypatch.setattr(Ranks, "exchange", counted)
+    monkeypatch.setattr(Ranks, "all_to_all", counted)
     one = stepped(group(2, 8), D12, "fsdp")
     there, back = received[::2], received[1::2]
     matrices = sum(shape.numel() for name, shape in one.strategy.shapes.items() if ".h." in name)

@@ -65,7 +65,7 @@ def together(jobs: list[list[str]], nproc: int, until: int | None = None, sharin
 def _as_rank(planned, until, sharing):
     torch.set_num_threads(1)
     if sharing:
-        layout.ranks_that_share = lambda items, world_size: sharing
+        layout.shard_group_size = lambda items, world_size: sharing
     ranks = join(120, cuda=False)
     try:
         return _work(planned, ranks, until)

@@ -126,6 +126,8 @@ class GPT(nn.Module):
         self.trunk, self.compiles, self.in_blocks = self.features, False, False  # see compile_trunk
         self.head_settings: HeadSettings | None = None  # None: those of the device
 
+    forward_methods: ClassVar[tuple[str, ...]] = ("loss", "choice_logits", "seen")  # read weights, as forward does; for FSDP
+    block_forward_methods: ClassVar[tuple[str, ...]] = ("at",)  # the same of a block
     files: ClassVar[dict[str, str]] = {}  # texts that a checkpoint carries beside the weights: none
 
     def weights(self) -> dict[str, Tensor]:

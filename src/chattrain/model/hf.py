@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,9 @@ class HFCache:
 
 class HFModel(nn.Module):
     """`model(inputs, targets)` gives the loss of every target, `model(inputs)` the logits. Weights are fp32."""
+
+    forward_methods: ClassVar[tuple[str, ...]] = ("loss", "choice_logits", "seen")  # read weights, as forward does; for FSDP
+    block_forward_methods: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, inner: nn.Module, files: dict[str, str]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What an optimizer asks of the way in which its parameters are spread over processes."""
+"""What an optimizer asks of the strategy that distributes its parameters over processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from chattrain.optim.newton_schulz import Orthogonalizer
 
 
 class Partition(Protocol):
-    """What of a model this process steps; parallel/strategy.py has the implementations."""
+    """Which parameters of a model this process steps. Implemented by parallel/strategy.py."""
 
     def partition_params(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
-        """This process's part of the parameters. Those of the groups in `whole` are not cut."""
+        """The parameters, or slices of parameters, that this process steps; groups in `whole` need whole parameters."""
+        ...
 
     def orthogonalizer(self) -> Orthogonalizer:
-        """Muon's directions for the parameters of this part."""
+        """Computes Muon's directions for these parameters."""
+        ...

@@ -1,4 +1,4 @@
-"""What ddp and fsdp have in common: state that lies in pieces on several ranks, brought together for a checkpoint."""
+"""What ZeroDDP and FSDP share: optimizer state is sharded over ranks, and whole in checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chattrain.parallel.strategy import ParallelStrategy
 
 
 class OwnedSlice(NamedTuple):
-    """Elements of a flattened parameter that a rank steps."""
+    """A range of a parameter's flattened elements, and the rank (of a shard group) that steps it."""
 
     rank: int
     start: int
@@ -21,16 +21,28 @@ class OwnedSlice(NamedTuple):
 
 
 class ShardedStrategy(ParallelStrategy):
-    """Each rank steps ranges of parameters; a checkpoint holds whole ones, so that any number of ranks goes on from it."""
+    """Each rank steps slices of parameters. A checkpoint holds whole ones, so any number of ranks can resume from it."""
 
     def __init__(self, ranks: Ranks, dtype: torch.dtype):
         super().__init__(dtype)
         self.ranks = ranks
-        self.shapes: dict[str, torch.Size] = {}  # of whole parameters
+        self.shapes: dict[str, torch.Size] = {}  # of whole parameters, by name
 
     @abstractmethod
     def owned_slices(self, name: str) -> list[OwnedSlice]:
-        """Who steps which part of a parameter, each part once."""
+        """The slices of a parameter with their owners; together they cover each element once."""
+
+    @property
+    def shard_rank(self) -> int:
+        """The rank whose slices this process steps."""
+        return self.ranks.rank
+
+    def slice_shape(self, name: str, part: OwnedSlice) -> torch.Size:
+        """Shape of the slice in the optimizer."""
+        whole = self.shapes[name]
+        if part.stop - part.start == whole.numel():
+            return whole
+        return torch.Size([part.stop - part.start])
 
     def consolidate_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         own: dict[str, dict[str, Tensor]] = {name: {} for name in self.shapes}
@@ -39,42 +51,30 @@ class ShardedStrategy(ParallelStrategy):
             own[name][entry] = value
         whole: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
-            parts = [(part, self.ranks.to_main(part.rank, own[name])) for part in self.owned_slices(name)]
+            parts = [(part, self.ranks.send_to_rank0(part.rank, own[name])) for part in self.owned_slices(name)]
+            received = [(part, tensors) for part, tensors in parts if tensors is not None]
             if self.ranks.is_main:
-                whole |= {f"{name}/{entry}": value for entry, value in _joined(parts, shape).items()}
+                whole |= {f"{name}/{entry}": value for entry, value in _join_slices(received, shape).items()}
         return whole
 
     def shard_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         names = {key.rpartition("/")[0] for key in state}
         if names != set(self.shapes):
             raise ValueError("the optimizer state is of other parameters")
-        mine = {part_of: part for part_of in self.shapes for part in self.owned_slices(part_of) if part.rank == self.shard_rank}
+        mine = {name: part for name in self.shapes for part in self.owned_slices(name) if part.rank == self.shard_rank}
         out = {}
         for key, value in state.items():
-            part = mine.get(key.rpartition("/")[0])
-            if part is not None:
-                out[key] = (
-                    value.flatten()[part.start : part.stop].view(self.slice_shape(key.rpartition("/")[0], part))
-                    if value.ndim
-                    else value
-                )
+            name = key.rpartition("/")[0]
+            if name not in mine:
+                continue
+            part = mine[name]
+            is_number = value.ndim == 0  # a step count
+            out[key] = value if is_number else value.flatten()[part.start : part.stop].view(self.slice_shape(name, part))
         return out
 
-    @property
-    def shard_rank(self) -> int:
-        """The rank whose ranges this process steps."""
-        return self.ranks.rank
 
-    def slice_shape(self, name: str, part: OwnedSlice) -> torch.Size:
-        """How the optimizer sees the range."""
-        whole = self.shapes[name]
-        if part.stop - part.start == whole.numel():
-            return whole
-        return torch.Size([part.stop - part.start])
-
-
-def _joined(parts: list[tuple[OwnedSlice, dict[str, Tensor]]], shape: torch.Size) -> dict[str, Tensor]:
-    """Each entry of a parameter's state, whole; numbers (step counts) are the same in all parts."""
+def _join_slices(parts: list[tuple[OwnedSlice, dict[str, Tensor]]], shape: torch.Size) -> dict[str, Tensor]:
+    """Each entry of a parameter's state, whole. Numbers (step counts) are the same in all slices."""
     out = {}
     for entry, first in parts[0][1].items():
         if first.ndim == 0:

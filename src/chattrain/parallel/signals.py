@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one asks for an end after a checkpoint, two for an end at once; in a rank, and in what launched it."""
+"""Ctrl-C and SIGTERM, in a rank and in its launcher: the first stops the run after a checkpoint, the second at once."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from multiprocessing import resource_tracker
 
 log = logging.getLogger("chattrain")
 
-STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # the last is what Slurm sends, as submitit asks, before the time is out
-SAME_SIGNAL_S = 2.0  # seconds within which signals are one
+# submitit makes Slurm send SIGUSR2 before a job's time limit.
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SAME_SIGNAL_S = 2.0  # seconds within which several signals count as one
 
 
 @contextmanager
 def stop_on_signal(failed: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask the loop to stop after its step and save; a second one stops at once.
+    """Yields a function that tells whether a signal has asked the loop to stop after its step and save. A second signal raises
+    KeyboardInterrupt.
 
-    With several ranks one Ctrl-C arrives twice, from the terminal and from the launcher: signals close together are one.
-    Where a rank has `failed`, the launcher's signal is no news: the run ends for that reason.
+    With several ranks one Ctrl-C arrives twice, from the terminal and from the launcher: signals within SAME_SIGNAL_S count as
+    one. After a rank has `failed`, signals are ignored: the launcher sends them because of the failure.
     """
     asked = threading.Event()
     first = 0.0
 
-    def ask(number, frame):
+    def on_signal(number, frame):
         nonlocal first
         if failed():
             return
@@ -37,12 +39,12 @@ def stop_on_signal(failed: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
             return
         first = time.monotonic()
         asked.set()
-        log.warning("stopping after this step and saving; once more stops at once")
+        log.warning("stopping after this step and saving; a second signal stops at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = {number: signal.signal(number, ask) for number in STOP}
+    before = {number: signal.signal(number, on_signal) for number in STOP}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)  # see signals_to_ranks
     try:
         yield asked.is_set
@@ -53,7 +55,7 @@ def stop_on_signal(failed: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """For waits on other ranks before there is anything to save: a signal ends this process even where Python does not run."""
+    """Signals end this process at once, also inside C++ code: for waits on other ranks before there is anything to save."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -67,18 +69,19 @@ def stopped_at_once() -> Iterator[None]:
 
 @contextmanager
 def signals_to_ranks() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM go on to the ranks of this host, which save and return; a second one ends them within STOP_S.
+    """Forward Ctrl-C and SIGTERM to the ranks of this host, which save and return. A second signal ends them within
+    launch.STOP_S seconds. Yields a function that tells whether there was a signal.
 
-    Yields whether there was one. SIGINT is blocked in this thread, and so in the ranks, until they are ready for it: a
-    terminal sends it to all at once, and a rank that is still importing would answer with a traceback. Another thread of
-    this process takes it.
+    A terminal sends SIGINT to all processes at once, and a rank that is still importing would print a traceback. So SIGINT is
+    blocked in this thread. The ranks inherit that and unblock it once they handle it. Here another thread receives it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    first, over = None, threading.Event()
+    first: float | None = None
+    done = threading.Event()
 
-    def pass_on(number, frame):
+    def forward(number, frame):
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         nonlocal first
@@ -90,9 +93,9 @@ def signals_to_ranks() -> Iterator[Callable[[], bool]]:
             for rank in ranks:
                 rank.terminate()
 
-    resource_tracker.ensure_running()  # which would unblock SIGINT when it starts
-    threading.Thread(target=over.wait, daemon=True, name="signals").start()
-    before = {number: signal.signal(number, pass_on) for number in STOP}
+    resource_tracker.ensure_running()  # before SIGINT is blocked: starting it would unblock SIGINT
+    threading.Thread(target=done.wait, daemon=True, name="signals").start()
+    before = {number: signal.signal(number, forward) for number in STOP}
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield lambda: first is not None
@@ -100,4 +103,4 @@ def signals_to_ranks() -> Iterator[Callable[[], bool]]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        over.set()
+        done.set()

@@ -1,4 +1,4 @@
-"""What Slurm's environment says of this process: which nodes train together, and where they meet."""
+"""Slurm's environment variables: which nodes train together, and the endpoint of their rendezvous."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chattrain.errors import UserError
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of a job with one task on each; torch's rendezvous is at `endpoint`."""
+    """The nodes of a job, with one task on each. `endpoint`: host:port of torch's rendezvous."""
 
     count: int
     endpoint: str
@@ -20,9 +20,9 @@ class Nodes:
 
 
 def nodes(environ: Mapping[str, str] = os.environ) -> Nodes | None:
-    """The nodes that this task of srun trains with; None where it trains alone, or without Slurm.
+    """The nodes that this task of srun trains on; None for a single task, and without Slurm.
 
-    Raises UserError where several tasks would each train a run of their own, or nodes would stay unused.
+    Raises UserError if several tasks would each train a run of their own, or if nodes would stay unused.
 
     >>> nodes({"SLURM_JOB_ID": "70", "SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NTASKS": "2",
     ...        "SLURM_JOB_NODELIST": "gpu[07-08]"})
@@ -44,16 +44,17 @@ def nodes(environ: Mapping[str, str] = os.environ) -> Nodes | None:
             "or torchrun"
         )
     job = environ["SLURM_JOB_ID"]
-    port = 20_000 + (int(job) + 1_009 * int(step)) % 10_000  # steps of a job may run side by side
+    port = 20_000 + (int(job) + 1_009 * int(step)) % 10_000  # steps of a job may run at the same time
     hosts = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])
     return Nodes(count, f"{first_host(hosts)}:{port}", f"{job}.{step}")
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of Slurm's compressed list.
+    """The first host of Slurm's compressed host list.
 
     >>> first_host("node[01-04,7],gpu9"), first_host("gpu9,node[1-2]"), first_host("rack[2-3]-n[08,9]")
     ('node01', 'gpu9', 'rack2-n08')
     """
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist).group()
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    assert first is not None, f"{nodelist!r} names no host"
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())

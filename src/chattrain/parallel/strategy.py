@@ -1,8 +1,27 @@
-"""How the work of a step is spread over processes.
+"""How the work of a step is spread over processes: one process, replicated weights (ZeroDDP) or sharded weights (FSDP).
 
-A step asks its strategy for these, in this order: set_requires_gradient_sync before each backward; reduce_gradients after the
-last one; step. Weights that come from other ranks may then still be on their way: the next forward waits for them, and
-wait_for_weights is for anything else that reads them.
+The timeline of an optimizer step, with the calls that `loop.train_step` makes:
+
+    call                         SingleProcess       ZeroDDP                               FSDP
+    ---------------------------  ------------------  ------------------------------------  ------------------------------------
+    for each micro-batch:
+      set_requires_gradient_sync nothing             note whether it is the last           nothing
+      forward                    compute             hooks wait for the weights of the     all-gather a block's weights before
+                                                     step before, a block at a time        the block, free them after it
+      backward, not the last     add to p.grad       add to p.grad                         as the last
+      backward, the last         add to p.grad       as soon as the gradients of a bucket  all-gather a block's weights again,
+                                                     are complete: start its               reduce-scatter its gradients into the
+                                                     reduce-scatter                        ranks' rows
+    reduce_gradients             zero gradients for  start the remaining reduce-scatters,  take the gradients of this rank's
+                                 unused parameters   wait for all of them                  rows
+      returns the gradient norm  of all gradients    of the shards: all-reduce             of the rows: all-reduce
+    (the loop clips gradients)
+    step                         optimizer.step      bucket by bucket, in the order of     optimizer.step on this rank's rows;
+                                                     forward: step the own shard, start    Muon's matrices come together on
+                                                     the all-gather of the new weights     their owners (muon_exchange.py)
+    the next forward             compute             hooks wait for those all-gathers      all-gather, as above
+
+wait_for_weights is for everything but forward that reads weights: evaluations and checkpoints.
 """
 
 from __future__ import annotations
@@ -15,71 +34,83 @@ from torch import Tensor, nn
 from chattrain.optim.groups import Groups
 from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.newton_schulz import MuonSettings, Orthogonalizer
+from chattrain.optim.trainable import TrainableModel
 
 
 class ParallelStrategy(ABC):
-    """`dtype`: the number format of the run's matrix products."""
+    """`dtype`: number format of the run's matrix products."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16):
         self.dtype = dtype
-        self.muon_settings: MuonSettings | None = None  # None: those of the device
+        self.muon_settings: MuonSettings | None = None  # None: the defaults of the device
 
-    # What optimizers ask for.
+    # Called by optimizers.
 
     @abstractmethod
     def partition_params(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
-        """The part of the model's parameters that this process steps, under the same names. Parameters of the groups in
-        `whole` are not cut into slices that could not be stepped alone. Called once."""
+        """The parameters, or slices of parameters, that this process steps, under the names of the parameters.
+
+        Parameters of the groups in `whole` need all their elements for a step: a strategy that slices them must bring them
+        together in its orthogonalizer. Called once.
+        """
 
     def orthogonalizer(self) -> Orthogonalizer:
-        """Muon's directions for the parameters that this process steps."""
+        """Computes Muon's directions for the parameters that this process steps."""
         return Orthogonalizer(self.dtype, self.muon_settings)
 
-    # What the loop asks for.
+    # Called by the loop.
 
     def set_requires_gradient_sync(self, last: bool) -> None:  # noqa: B027
-        """Called before the backward of each micro-batch; `last`: gradients are complete after it."""
+        """Called before forward and backward of each micro-batch. `last`: gradients are complete after it."""
 
     @abstractmethod
     def reduce_gradients(self, optimizer: NamedOptimizer) -> Tensor:
-        """Give the optimizer's parameters their gradients, summed over ranks; returns the norm of all, on the device."""
+        """Set the .grad of the optimizer's parameters to gradients summed over ranks.
+
+        Returns the norm of all gradients of the model, a scalar on the device, the same on every rank.
+        """
 
     def step(self, optimizer: NamedOptimizer) -> None:
-        """Step, and drop the gradients."""
+        """Step the optimizer and free the gradients."""
         optimizer.step()
         optimizer.zero_grad()
 
     def wait_for_weights(self) -> None:  # noqa: B027
-        """Wait until the weights of the last step have arrived from other ranks."""
+        """Wait until the weights that other ranks stepped have arrived."""
 
-    # What checkpoints ask for, on every rank.
+    # Called when checkpoints are saved and loaded, on every rank.
 
     @abstractmethod
-    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """All that a checkpoint holds of the model; only rank 0 gets it whole."""
+    def full_weights(self, model: TrainableModel) -> dict[str, Tensor]:
+        """All tensors of the model that a checkpoint holds. They are complete on rank 0 only."""
 
     @abstractmethod
     def consolidate_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An optimizer's state by `<parameter>/<entry>`, of this rank's slices, as one of whole parameters on rank 0."""
+        """Optimizer state of whole parameters on rank 0, from the state of every rank's slices.
+
+        Keys are `<parameter>/<entry>`, such as `lm_head.weight/exp_avg`.
+        """
 
     @abstractmethod
     def shard_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The reverse: this rank's slices of a checkpoint's optimizer state. Raises ValueError for other parameters."""
+        """The reverse: the state of this rank's slices, from a checkpoint's. Raises ValueError for other parameters."""
 
 
 class SingleProcess(ParallelStrategy):
-    """One process holds, and steps, all."""
+    """One process holds and steps all parameters."""
 
     def partition_params(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
         return groups
 
     def reduce_gradients(self, optimizer: NamedOptimizer) -> Tensor:
+        grads = []
         for p in optimizer.parameters():
-            if p.grad is None:  # the loss does not reach it
+            if p.grad is None:  # the loss does not depend on it
                 p.grad = torch.zeros_like(p)
-        return nn.utils.get_total_norm([p.grad for p in optimizer.parameters()])
+            grads.append(p.grad)
+        return nn.utils.get_total_norm(grads)
 
-    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_weights(self, model: TrainableModel) -> dict[str, Tensor]:
         return model.weights()
 
     def consolidate_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

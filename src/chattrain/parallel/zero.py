@@ -1,11 +1,14 @@
-"""Replicated weights; gradients, optimizer state and the step itself are spread over ranks (ZeRO-2,
+"""Replicated weights; gradients, optimizer state and the step itself are sharded over ranks (ZeRO-2,
 https://arxiv.org/abs/1910.02054).
 
-While the last micro-batch's backward still runs, buckets of gradients that are ready are summed into the shares of the ranks
-that step them. Each rank steps its share, and the new weights go to all: first those that forward needs first.
+While the last micro-batch's backward still runs, each bucket of complete gradients is summed into the shards of the ranks that
+step them (reduce-scatter). Each rank steps its shards and sends the new weights to all ranks (all-gather), the bucket that the
+next forward needs first before the others. The timeline is in strategy.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,94 +16,100 @@ from torch import Tensor, nn
 from chattrain.optim.groups import Groups
 from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.newton_schulz import cost
+from chattrain.optim.trainable import TrainableModel
 from chattrain.parallel import layout
-from chattrain.parallel.layout import Item
+from chattrain.parallel.layout import BucketLayout, Item, ParamSlice
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.sharded import OwnedSlice, ShardedStrategy
 
-SUMMED_AT_ONCE = 2  # buckets of gradients on their way: the network goes on with the second when the first has arrived
+MAX_IN_FLIGHT = 2  # buckets of gradients: the network starts on the second as soon as it is done with the first
 
 
-class Bucket:
-    """Parameters whose gradients and weights travel together."""
+class GradientBucket:
+    """Parameters whose gradients are reduce-scattered together, and whose weights are all-gathered together."""
 
-    def __init__(self, plan: layout.Bucket, params: dict[str, nn.Parameter]):
-        self.plan = plan
-        self.params = {piece.name: params[piece.name] for share in plan.shards for piece in share}
-        self.missing = len(self.params)  # gradients that backward has not given yet
-        self.grad_shard: Tensor | None = None  # of summed gradients
-        self.wait = None  # for the collective that is on its way
-        self.gathered: Tensor | None = None  # weights of all ranks, on their way
+    def __init__(self, layout: BucketLayout, params: dict[str, nn.Parameter]):
+        self.layout = layout
+        self.params = {piece.name: params[piece.name] for shard in layout.shards for piece in shard}
+        self.incomplete = len(self.params)  # parameters whose gradients backward has not completed yet
+        self.grad_shard: Tensor | None = None  # (layout.size,) summed gradients of this rank's shard
+        self.gathered: Tensor | None = None  # (ranks, layout.size) weights, while their all-gather is pending
+        self.wait: Callable[[], object] | None = None  # for the pending collective
 
-    def arrive(self) -> None:
-        """Wait for what is on its way, if it is, and forget the collective: while it is known, it holds the tensors it moved."""
+    def finish_collective(self) -> None:
+        """Wait for the pending collective, if there is one, and drop it: it holds references to its tensors."""
         if self.wait is not None:
             self.wait()
             self.wait = None
 
-    def gradients(self) -> Tensor:
-        """All ranks' shares one after another. The parameters' own gradients are dropped; one that backward has not reached
-        counts as zero."""
+    def flatten_gradients(self) -> Tensor:
+        """The gradients of all ranks' shards, concatenated: (ranks x layout.size,). Frees the parameters' own gradients.
+
+        A parameter without a gradient counts as one of gradient zero.
+        """
         parts = []
-        for share in self.plan.shards:
-            for name, start, stop in share:
+        for shard in self.layout.shards:
+            for name, start, stop in shard:
                 grad = self.params[name].grad
                 parts.append((torch.zeros_like(self.params[name]) if grad is None else grad).view(-1)[start:stop])
-            parts.append(self._room(share))
+            parts.append(self._padding(shard))
         flat = torch.cat(parts)
         for p in self.params.values():
             p.grad = None
         return flat
 
-    def weights(self, place: int) -> Tensor:
-        """Room for those of all places, with this place's in it."""
-        p = next(iter(self.params.values()))
-        room = p.new_empty(len(self.plan.shards), self.plan.size)
-        share = self.plan.shards[place]
-        torch.cat([self.params[n].detach().view(-1)[a:b] for n, a, b in share] + [self._room(share)], out=room[place])
-        return room
+    def gather_buffer(self, rank: int) -> Tensor:
+        """A buffer for the weights of all ranks' shards, (ranks, layout.size), with row `rank` filled in."""
+        buffer = next(iter(self.params.values())).new_empty(len(self.layout.shards), self.layout.size)
+        shard = self.layout.shards[rank]
+        torch.cat([*self._weights(shard), self._padding(shard)], out=buffer[rank])
+        return buffer
 
-    def take_weights(self, place: int) -> None:
-        """Those of the other places, which have come."""
-        for other, (share, new) in enumerate(zip(self.plan.shards, self.gathered, strict=True)):
-            if other != place and share:
-                sizes = [b - a for _, a, b in share]
-                old = [self.params[n].detach().view(-1)[a:b] for n, a, b in share]
-                torch._foreach_copy_(old, list(new[: sum(sizes)].split(sizes)))
+    def copy_gathered(self, gathered: Tensor, rank: int) -> None:
+        """Copy the gathered weights of all ranks but `rank`, which has stepped its own, into the parameters."""
+        for other, (shard, new) in enumerate(zip(self.layout.shards, gathered, strict=True)):
+            if other != rank and shard:
+                sizes = [stop - start for _, start, stop in shard]
+                torch._foreach_copy_(self._weights(shard), list(new[: sum(sizes)].split(sizes)))  # pyright: ignore[reportPrivateImportUsage]
 
-    def _room(self, share: tuple[layout.ParamSlice, ...]) -> Tensor:
+    def _weights(self, shard: tuple[ParamSlice, ...]) -> list[Tensor]:
+        return [self.params[name].detach().view(-1)[start:stop] for name, start, stop in shard]
+
+    def _padding(self, shard: tuple[ParamSlice, ...]) -> Tensor:
         p = next(iter(self.params.values()))
-        return p.new_zeros(self.plan.size - sum(b - a for _, a, b in share))
+        return p.new_zeros(self.layout.size - sum(stop - start for _, start, stop in shard))
 
 
 class ZeroDDP(ShardedStrategy):
-    """See the module. `model.blocks`, where it has any, are what forward runs through one after another."""
+    """Overlaps communication with the backward and forward of `model.blocks`; without blocks, with backward alone."""
 
-    def __init__(self, model: nn.Module, ranks: Ranks, dtype: torch.dtype):
+    def __init__(self, model: TrainableModel, ranks: Ranks, dtype: torch.dtype):
         super().__init__(ranks, dtype)
         self.model = model
-        self.buckets: list[Bucket] = []  # in the order of backward
-        self.last, self.launched = False, 0
+        self.buckets: list[GradientBucket] = []  # in the order in which backward completes them
+        self.is_last_micro_batch = False
+        self.num_reducing = 0  # buckets of this step whose reduce-scatter has started
 
     def partition_params(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
+        """Those in `whole` are not cut."""
         params = dict(self.model.named_parameters())
         group_of = {name: group for group, members in groups.items() for name, _ in members}
         items = [
             Item(name, p.numel(), cost(p.shape) if group_of[name] in whole else None) for name, p in reversed(params.items())
         ]
-        self.group = self.ranks.in_groups(layout.ranks_that_share(items, self.ranks.world_size))
+        self.group = self.ranks.in_groups(layout.shard_group_size(items, self.ranks.world_size))
         self.shapes = {name: p.shape for name, p in params.items()}
-        self.buckets = [Bucket(plan, params) for plan in layout.buckets(items, self.group.size)]
-        self._owned_slices = {name: [] for name in params}
+        self.buckets = [GradientBucket(planned, params) for planned in layout.plan_buckets(items, self.group.size)]
+        self._owned_slices: dict[str, list[OwnedSlice]] = {name: [] for name in params}
         for bucket in self.buckets:
-            for place, share in enumerate(bucket.plan.shards):
-                for name, start, stop in share:
-                    self._owned_slices[name].append(OwnedSlice(place, start, stop))
+            for rank, shard in enumerate(bucket.layout.shards):
+                for name, start, stop in shard:
+                    self._owned_slices[name].append(OwnedSlice(rank, start, stop))
             for p in bucket.params.values():
-                p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._one_more(bucket))
-        self._hook_forward()
-        self.pieces_of = {bucket: self._pieces(bucket) for bucket in self.buckets}  # (name, parameter) this rank steps
-        mine = [pair for pairs in self.pieces_of.values() for pair in pairs]
+                p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._on_gradient(bucket))
+        self._register_forward_hooks()
+        self.own_slices = {bucket: self._views_of_own_shard(bucket) for bucket in self.buckets}
+        mine = [pair for pairs in self.own_slices.values() for pair in pairs]
         return {group: [(n, p) for n, p in mine if group_of[n] == group] for group in groups}
 
     def owned_slices(self, name: str) -> list[OwnedSlice]:
@@ -111,81 +120,88 @@ class ZeroDDP(ShardedStrategy):
         return self.group.shard_rank
 
     def set_requires_gradient_sync(self, last: bool) -> None:
-        self.last = last
+        self.is_last_micro_batch = last
 
     def reduce_gradients(self, optimizer: NamedOptimizer) -> Tensor:
-        self.last = False
-        while self.launched < len(self.buckets):  # parameters that this model's loss does not reach
-            self._launch_next()
-        self.launched = 0
+        self.is_last_micro_batch = False
+        while self.num_reducing < len(self.buckets):  # buckets with parameters that the loss does not depend on
+            self._reduce_scatter_next()
+        self.num_reducing = 0
+        shards = []
         for bucket in self.buckets:
-            bucket.arrive()
-            bucket.missing = len(bucket.params)
-            sizes = [p.numel() for _, p in self.pieces_of[bucket]]
-            for (_, p), grad in zip(self.pieces_of[bucket], bucket.grad_shard[: sum(sizes)].split(sizes), strict=True):
+            bucket.finish_collective()
+            bucket.incomplete = len(bucket.params)
+            assert bucket.grad_shard is not None
+            shards.append(bucket.grad_shard)
+            sizes = [p.numel() for _, p in self.own_slices[bucket]]
+            for (_, p), grad in zip(self.own_slices[bucket], bucket.grad_shard[: sum(sizes)].split(sizes), strict=True):
                 p.grad = grad.view_as(p)
-        return self.group.norm(nn.utils.get_total_norm([bucket.grad_shard for bucket in self.buckets]))
+        return self.group.norm(nn.utils.get_total_norm(shards))
 
     def step(self, optimizer: NamedOptimizer) -> None:
-        """Bucket by bucket: while the weights of one are on their way to the others, the next is stepped."""
+        """Bucket by bucket: while the weights of one are sent to the other ranks, the next is stepped."""
         grads = {p: p.grad for p in optimizer.parameters()}
         optimizer.zero_grad()
-        for bucket in reversed(self.buckets):
-            for _, p in self.pieces_of[bucket]:
+        for bucket in reversed(self.buckets):  # the order of forward
+            for _, p in self.own_slices[bucket]:
                 p.grad = grads.pop(p)
-            optimizer.step()
+            optimizer.step()  # skips parameters without a gradient
             optimizer.zero_grad()
             bucket.grad_shard = None
-            bucket.gathered = bucket.weights(self.shard_rank)
+            bucket.gathered = bucket.gather_buffer(self.shard_rank)
             bucket.wait = self.group.all_gather(bucket.gathered)
-        if not self.model.blocks:  # nothing tells when which weights are needed
+        if not self.model.blocks:  # no hooks wait in forward
             self.wait_for_weights()
 
     def wait_for_weights(self) -> None:
         for bucket in self.buckets:
-            self._take_weights(bucket)
+            self._receive_weights(bucket)
 
-    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_weights(self, model: TrainableModel) -> dict[str, Tensor]:
         self.wait_for_weights()
         return model.weights()
 
-    def _pieces(self, bucket: Bucket) -> list[tuple[str, nn.Parameter]]:
-        """Views of the weights that this rank steps."""
+    def _views_of_own_shard(self, bucket: GradientBucket) -> list[tuple[str, nn.Parameter]]:
+        """(name, view) of each slice that this rank steps."""
         out = []
-        for name, start, stop in bucket.plan.shards[self.shard_rank]:
+        for name, start, stop in bucket.layout.shards[self.shard_rank]:
             view = bucket.params[name].detach().view(-1)[start:stop]
             out.append((name, nn.Parameter(view.view(self.slice_shape(name, OwnedSlice(self.shard_rank, start, stop))))))
         return out
 
-    def _one_more(self, bucket: Bucket) -> None:
-        """A gradient is complete; what can go, goes, in the same order on all ranks."""
-        if not self.last:
+    def _on_gradient(self, bucket: GradientBucket) -> None:
+        """Backward has completed a gradient. Buckets are sent in their own order, which is the same on all ranks."""
+        if not self.is_last_micro_batch:
             return
-        bucket.missing -= 1
-        while self.launched < len(self.buckets) and not self.buckets[self.launched].missing:
-            self._launch_next()
+        bucket.incomplete -= 1
+        while self.num_reducing < len(self.buckets) and not self.buckets[self.num_reducing].incomplete:
+            self._reduce_scatter_next()
 
-    def _launch_next(self) -> None:
-        """Sum a bucket's gradients into their shares, once fewer than SUMMED_AT_ONCE others are on their way: all of them at
-        once would be another model in memory."""
-        for bucket in self.buckets[: max(0, self.launched + 1 - SUMMED_AT_ONCE)]:
-            bucket.arrive()
-        bucket = self.buckets[self.launched]
-        bucket.grad_shard, bucket.wait = self.group.reduce_scatter(bucket.gradients())
-        self.launched += 1
+    def _reduce_scatter_next(self) -> None:
+        """Start the next bucket's reduce-scatter, when fewer than MAX_IN_FLIGHT are pending.
+
+        Were all of them pending at once, their buffers would take as much memory as the model's gradients.
+        """
+        for bucket in self.buckets[: max(0, self.num_reducing + 1 - MAX_IN_FLIGHT)]:
+            bucket.finish_collective()
+        bucket = self.buckets[self.num_reducing]
+        bucket.grad_shard, bucket.wait = self.group.reduce_scatter(bucket.flatten_gradients())
+        self.num_reducing += 1
 
     @torch.no_grad()
-    def _take_weights(self, bucket: Bucket) -> None:
+    def _receive_weights(self, bucket: GradientBucket) -> None:
+        """Wait for the bucket's all-gather, if it is pending, and copy the weights into the parameters."""
         if bucket.gathered is not None:
-            bucket.arrive()
-            bucket.take_weights(self.shard_rank)
+            bucket.finish_collective()
+            bucket.copy_gathered(bucket.gathered, self.shard_rank)
             bucket.gathered = None
 
-    def _hook_forward(self) -> None:
-        """Each block waits for its own weights, what comes before the blocks for what is in none, what comes after for all."""
+    def _register_forward_hooks(self) -> None:
+        """Embeddings wait for the weights outside blocks (except the head), each block for its own; the head waits for all."""
         model = self.model
-        in_blocks = {id(p) for block in model.blocks for p in block.parameters()}
-        outside = {id(p) for p in model.parameters()} - in_blocks - {id(model.lm_head.weight)}
+        block_param_ids = {id(p) for block in model.blocks for p in block.parameters()}
+        head = model.lm_head.get_parameter("weight")
+        outside = {id(p) for p in model.parameters()} - block_param_ids - {id(head)}
         for module in (m for m in model.modules() if isinstance(m, nn.Embedding)):
             self._wait_before(module, outside | {id(module.weight)})
         for block in model.blocks:
@@ -193,11 +209,12 @@ class ZeroDDP(ShardedStrategy):
         if model.blocks:
             model.blocks[-1].register_forward_hook(lambda *_: self.wait_for_weights())
 
-    def _wait_before(self, module: nn.Module, needed: set[int]) -> None:
-        buckets = [bucket for bucket in self.buckets if needed & {id(p) for p in bucket.params.values()}]
+    def _wait_before(self, module: nn.Module, param_ids: set[int]) -> None:
+        """Before the module's forward, wait for the buckets that hold these parameters."""
+        buckets = [bucket for bucket in self.buckets if param_ids & {id(p) for p in bucket.params.values()}]
 
         def wait(*_) -> None:
             for bucket in buckets:
-                self._take_weights(bucket)
+                self._receive_weights(bucket)
 
         module.register_forward_pre_hook(wait)

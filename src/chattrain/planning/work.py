@@ -12,7 +12,7 @@ from chattrain.config.optimizer import MuonAdamWConfig
 from chattrain.config.words import ActivationCheckpointing, Strategy
 from chattrain.optim import newton_schulz
 from chattrain.optim.groups import parameter_groups
-from chattrain.parallel.layout import Item, ranks_that_share
+from chattrain.parallel.layout import Item, shard_group_size
 from chattrain.planning.cost import BF16, FP32, SCALES, Workload
 from chattrain.planning.data import Counts
 from chattrain.planning.model import fake_model
@@ -54,4 +54,4 @@ def _sharers(cfg: Config, groups: dict[str, list[nn.Parameter]], muon: bool, wor
         for name, members in groups.items()
         for i, p in enumerate(members)
     ]
-    return ranks_that_share(items, world_size)
+    return shard_group_size(items, world_size)
