@@ -61,9 +61,9 @@ def traffic(work: Workload, world_size: int, micro_batches: int) -> dict[str, fl
     """Bytes that a rank sends in a step, by content.
 
     ddp, all in fp32: gradients are reduce-scattered within a group of ranks that shards the update and all-reduced over such
-    groups; weights are all-gathered. fsdp, in each micro-batch: weights are all-gathered in the compute dtype in forward and again
-    in backward (embedding and head once only, which is ignored here), gradients are reduce-scattered in fp32; and in each step
-    Muon's matrices go to their owner and back in the compute dtype.
+    groups; weights are all-gathered. fsdp, in each micro-batch: weights are all-gathered in the compute dtype, in forward and
+    again in backward (embedding and head only once, which is ignored here); gradients are reduce-scattered in fp32. In each step
+    Muon's matrices go to their owner and back, in the compute dtype.
     """
     shards = work.sharing[world_size]
     sent, groups = (shards - 1) / shards, world_size // shards  # sent: of the bytes of a reduce-scatter or an all-gather
@@ -81,8 +81,8 @@ def traffic(work: Workload, world_size: int, micro_batches: int) -> dict[str, fl
 def overlapped(work: Workload, seconds: dict[str, float], compute_s: float, micro_batches: int) -> float:
     """Seconds of communication that overlap with compute. `seconds`: of each entry of `traffic`.
 
-    ddp's gradients overlap with the backward of the last micro-batch, fsdp's with every backward, and fsdp gathers one block while
-    another is computed. ddp's gather of new weights and the traffic of Muon's matrices do not overlap with anything.
+    ddp's gradients overlap with the backward of the last micro-batch, fsdp's with every backward. fsdp also gathers one block
+    while it computes another. ddp's gather of new weights and the traffic of Muon's matrices do not overlap with anything.
     """
     if work.strategy == "ddp":
         return min(seconds["gradients"], compute_s / micro_batches * BACKWARD)

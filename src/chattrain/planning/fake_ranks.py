@@ -33,7 +33,7 @@ class FakeRanks(Ranks):
 
 @dataclass(frozen=True)
 class FakeGroup(Group):
-    """Its reduce-scatters keep their input alive until waited for, as asynchronous ones do; with copies, gloo's copy of it too."""
+    """Its reduce-scatters keep their input alive until waited for, as asynchronous ones do, and with copies gloo's copy of it."""
 
     copies: bool
 

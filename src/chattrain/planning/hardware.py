@@ -65,8 +65,9 @@ REQUIRED = ("memory_gib", "bandwidth_gb_s", "peak_tflops")  # of a custom device
 
 
 def hardware_of(plan: PlanConfig) -> Hardware:
-    """The device of plan.device, with plan.memory_gib and similar keys in place of the table's values. A custom device has the link
-    and network of a 4090 unless the keys say otherwise.
+    """The device of plan.device, with plan.memory_gib and similar keys in place of the table's values.
+
+    A custom device has the link and network of a 4090 unless the keys say otherwise.
 
     Raises UserError if a custom device lacks memory, bandwidth or peak.
     """

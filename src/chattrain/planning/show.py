@@ -53,8 +53,8 @@ def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
         "tokens": f"{facts['tokens']:,}",
         "supervised tokens": f"{facts['supervised_tokens']:,} ({how})",
         "bytes sent a step and rank": f"{facts['bytes_sent_per_step'] / 1e9:.3g} GB",
-        "time a step": f"{facts['seconds_per_step']:.3g} s: forward and backward {step.compute_s:.3g}, update {step.update_s:.3g}, "
-        f"communication {step.communication_s:.3g}, of which {step.exposed_s:.3g} not overlapped",
+        "time a step": f"{facts['seconds_per_step']:.3g} s: forward and backward {step.compute_s:.3g}, "
+        f"update {step.update_s:.3g}, communication {step.communication_s:.3g}, of which {step.exposed_s:.3g} not overlapped",
         "time": f"{_duration(facts['hours'])} without evaluation and checkpoints, at an assumed plan.mfu={cfg.plan.mfu}",
     }
     if facts["cost"] is not None:
@@ -64,7 +64,7 @@ def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
     pairs["device_batch_size"] = (
         "not even one row fits"
         if not most
-        else f"{most} at most{note}; {suggested} with {passes} micro-batch{'es' * (passes > 1)} a step for the configured total batch"
+        else f"{most} at most{note}; {suggested} with {passes} micro-batch{'es' * (passes > 1)} a step for the configured batch"
     )
     return pairs
 
@@ -88,7 +88,7 @@ def _memory(facts: dict[str, Any]) -> dict[str, str]:
     pairs |= {f"peak in {phase}": _gib(size) for phase, size in memory["phases"].items()}
     fits = "fits" if facts["fits"] else "DOES NOT FIT"
     return pairs | {
-        "peak": f"{_gib(memory['peak'])}: {fits} in {_gib(usable)} (the device's memory less {FRAGMENTED:.0%} and {_gib(CONTEXT)})"
+        "peak": f"{_gib(memory['peak'])}: {fits} in {_gib(usable)} (the device's, less {FRAGMENTED:.0%} and {_gib(CONTEXT)})"
     }
 
 
