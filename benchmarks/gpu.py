@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu --model d20 train.device_batch_size=16 train.activation_checkpointing=block
 
-The loop itself, on random weights and a packed batch of random tokens, so that no data is needed; any key of the
-configuration can follow, `--device cpu --model tiny` tries it without a GPU. MFU is of the device's dense bf16 peak, n/a
-where that is unknown.
+The real loop, on random weights and packed rows of random tokens, so that no data are needed. Any key of the configuration can
+follow. `--device cpu --model tiny` tries it without a GPU. MFU is relative to the device's dense bf16 peak, n/a if that is
+unknown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from chattrain.errors import UserError
 from chattrain.parallel.ranks import Ranks
 from chattrain.setup.build import build_model, in_context
 
-WARM_UP = 3  # steps: the first compiles, the second has the optimizer's state for the first time
+WARM_UP = 3  # steps: the first compiles, the second is the first with optimizer state
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as train.fp8=true")
     asked = parser.parse_intermixed_args(arguments)
     if asked.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.gpu: torch finds no CUDA device here; `--device cpu --model tiny` tries the path", file=sys.stderr)
+        print("benchmarks.gpu: torch finds no CUDA device; `--device cpu --model tiny` runs without one", file=sys.stderr)
         sys.exit(2)
     try:
         found = measure(asked.model, asked.device, asked.steps, asked.overrides)
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(model: str, where: str, steps: int, overrides: list[str]) -> dict:
-    """What `steps` steps after the warm-up gave, and what they were made of. Raises UserError for a wrong override."""
+    """Results and settings of `steps` steps after the warm-up. Raises UserError for a wrong override."""
     cfg = compose(
         [
             f"model={model}",
@@ -88,7 +88,7 @@ def measure(model: str, where: str, steps: int, overrides: list[str]) -> dict:
 
 
 def build_parts(cfg: Config, track, ranks: Ranks) -> loop.TrainerComponents:
-    """As the runner does, without a run: nothing is read, evaluated or saved."""
+    """The components of a run that reads no data, evaluates nothing and saves nothing."""
     where = device.pick_device(cfg.train.device)
     bf16 = device.use_bf16(cfg.train.dtype, where)
     model, strategy = build_model(cfg, cfg.tokenizer.vocab_size, None, where, ranks, bf16)
@@ -115,14 +115,14 @@ def build_parts(cfg: Config, track, ranks: Ranks) -> loop.TrainerComponents:
 
 
 class RandomRows:
-    """In the loader's place: the same rows of random tokens, full and every token a target, in each micro-batch."""
+    """Takes the place of the loader: every micro-batch has the same full rows of random tokens, all of them targets."""
 
     def __init__(self, cfg: Config, where: torch.device, world_size: int):
         B, T = cfg.train.device_batch_size, cfg.train.seq_len
         ids = torch.randint(0, cfg.tokenizer.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(where)
         batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), num_tokens=B * T, num_supervised=B * T)
         count = cfg.train.rows_a_step(world_size) // (B * world_size)
-        self.batches = [batch._replace() for _ in range(count)]  # objects of their own: a strategy asks which is the last
+        self.batches = [batch._replace() for _ in range(count)]  # distinct objects, as those of a real loader
         self.tokens = len(self.batches) * B * T  # an optimizer step
         self.waited_s = 0.0  # nothing is waited for
 
