@@ -112,9 +112,9 @@ def _as_rank(cfg: Config) -> int:
 
 
 def steps(cfg: Config, ranks: Ranks) -> None:
-    parts = gpu.build_parts(cfg, lambda step, values: None, ranks)
+    components = gpu.build_components(cfg, lambda step, values: None, ranks)
     for step in range(STEPS):
-        loop.train_step(parts, parts.loader.step(step), step)
+        loop.train_step(components, components.loader.step(step), step)
 
 
 class MallocInfo(ctypes.Structure):

@@ -38,28 +38,28 @@ VOCAB_SIZE = 65_536
 
 
 def measure(vocab_size: int = VOCAB_SIZE) -> list[dict]:
-    """Each in its turn for the same time, after the steps that warm up and compile."""
+    """Runs all in alternation, each for the same time, after warm-up steps that compile."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {collator: Ours(collator, folder, vocab_size) for collator in ("masked", "best_fit")}
         reference = Reference(runs["masked"].cfg, runs["masked"].data)
-        everyone = {**runs, "reference": reference}
-        rates = {name: [] for name in everyone}
-        for run in everyone.values():
+        cases = {**runs, "reference": reference}
+        rates = {name: [] for name in cases}
+        for run in cases.values():
             run.warm_up()
         for _ in range(3):
-            for name, run in everyone.items():
+            for name, run in cases.items():
                 rates[name].append(_rate(run.step, SECONDS / 3))
         for run in runs.values():
-            run.parts.loader.close()
-    middle = {name: float(np.median(found)) for name, found in rates.items()}
+            run.components.loader.close()
+    medians = {name: float(np.median(values)) for name, values in rates.items()}
     tokens = runs["masked"].data.tokenizer.vocab_size
     return [
         {
             "case": f"sft, d6, vocabulary {tokens:,}, {name}",
             "unit": "supervised/s",
-            "ours": middle[name],
-            "reference": middle["reference"],
-            "ratio": middle[name] / middle["reference"],
+            "ours": medians[name],
+            "reference": medians["reference"],
+            "ratio": medians[name] / medians["reference"],
         }
         for name in runs
     ]
