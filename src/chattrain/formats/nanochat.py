@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MODEL_FILE = re.compile(r"model_(\d+)\.pt")
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # keys of model_config
 STAGES = {"base_checkpoints": "base", "mid_checkpoints": "mid", "chatsft_checkpoints": "sft"}
-# Tensors of later versions, whose architecture differs: part of a name -> what it is.
+# Tensors of later versions, whose architecture differs: part of the tensor name -> description.
 NEWER = {
     "value_embeds.": "value embeddings",
     "ve_gate": "gates of value embeddings",

@@ -34,10 +34,10 @@ def choose_attention(
 
     | device | pass | dtype | isolated documents | kernel |
     |---|---|---|---|---|
-    | CPU | of the compiled model: training, choices | bf16 | yes or no | `block_attention` |
-    | CPU | of the compiled model: training, choices | fp32 | yes | `block_attention` |
+    | CPU | training and multiple choice of a compiled model | bf16 | yes or no | `block_attention` |
+    | CPU | training and multiple choice of a compiled model | fp32 | yes | `block_attention` |
     | CUDA with `has_varlen` | training, compiled or not | bf16 | yes | `varlen_attention` |
-    | any | all others: validation, generation, uncompiled training | bf16 or fp32 | yes | `attention` with `document_mask` |
+    | any | all others, such as validation and generation | bf16 or fp32 | yes | `attention` with `document_mask` |
     | any | all others | bf16 or fp32 | no | `attention`, causal |
 
     Without documents and in fp32, torch's SDPA is as fast as block attention.
@@ -45,7 +45,7 @@ def choose_attention(
     The arguments are these facts as the model knows them:
     - positions (B, T) int64, given if and only if documents are isolated: they begin at 0 in each document
     - cu_seqlens (documents + 1,) int32: the same documents for FlashAttention; None where the pass or the device has none
-    - use_block_attention: the pass is one of the compiled model on a CPU
+    - use_block_attention: training or multiple choice of a model that is compiled and on a CPU
     The dtype is autocast's. A model of transformers has its own attention and always takes `document_mask`.
     """
     if use_block_attention and (positions is not None or torch.is_autocast_enabled("cpu")):

@@ -35,7 +35,7 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, by their names there."""
+        """The tensors of a checkpoint, by name."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> Tensor:

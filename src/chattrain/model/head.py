@@ -46,7 +46,7 @@ def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, s
 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """fp64 for sums over thousands of tokens, so that they do not depend on how tokens are split over passes and ranks. MPS has
-    no fp64: fp32 there."""
+    no fp64, so it uses fp32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

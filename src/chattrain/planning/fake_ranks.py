@@ -14,7 +14,7 @@ from chattrain.parallel.ranks import Group, Ranks
 
 
 class FakeRanks(Ranks):
-    """Rank 0; the other ranks are taken to hold the same values. copies: do collectives work on a copy, as gloo's do?"""
+    """Rank 0; every other rank is assumed to hold the same values. copies: do collectives work on a copy, as gloo's do?"""
 
     def __init__(self, world_size: int, copies: bool):
         super().__init__(0, 0, world_size)

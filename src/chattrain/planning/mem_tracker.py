@@ -44,8 +44,10 @@ class StepMemTracker(MemTracker):
         return sizes | {"total": snapshot.get("Total", 0)}
 
     def kept_by_forward(self, blocks: Iterable[nn.Module]) -> dict[str, int]:
-        """Right after forward, in bytes: what the blocks keep for backward; what everything else keeps; and by how much forward's
-        peak exceeded what is alive now, which is the head's logits and what is made of them."""
+        """Bytes kept for backward by the blocks and by everything else, and bytes of logits; to be called right after forward.
+
+        Logits, with their exponentials and gradients, are the peak of forward minus what is alive now.
+        """
         kept = sum(self._activations(block, _ModState.POST_FW) - self._activations(block, _ModState.PRE_FW) for block in blocks)
         current = self.current()
         kept = min(kept, current["activations"])  # fsdp's gathered weights count as activations of a block, and are freed soon
