@@ -2,11 +2,11 @@
 
     python -m benchmarks.memory distributed.strategy=fsdp --models d6 d12 --ranks 2
 
-Runs in processes of their own make their model and do a few steps of two micro-batches of random tokens. Of one process torch's
-profiler reports each allocation and each release, and their running sum is the bytes alive. It does not see what gloo's threads
-take and give back, so of several ranks it is what malloc itself says is in use, asked every half millisecond: about 10 MiB more,
-for all that is no tensor. Both come from the allocator that served real operations, workspaces of kernels included, and owe
-nothing to the prediction. Resident memory would add libraries, code and stacks, and leave out pages that a tensor has but never
+Separate processes build the model and train a few steps of two micro-batches of random tokens. For one process, torch's profiler
+reports each allocation and each release, and their running sum is the bytes alive. The profiler does not see the allocations of
+gloo's threads, so for several ranks we ask malloc for the bytes in use, every half millisecond: about 10 MiB more, for everything
+that is no tensor. Both figures come from the allocator of the real operations, workspaces of kernels included, and are
+independent of the prediction. Resident memory would include libraries, code and stacks, and miss pages of tensors that were never
 touched.
 """
 
@@ -32,7 +32,7 @@ from chattrain.parallel import launch
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.planning.memory import MicroBatchSpec, step_memory
 
-STEPS = 4  # the first makes the optimizer's state; several after it, as what ranks hold at once varies
+STEPS = 4  # the first creates the optimizer's state; several after it, because the timing of ranks varies
 KINDS = ["none", "block"]
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["d6", "d12"], help="choices of conf/model (default d6 d12)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # the process of its own
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # used in the separate process
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration")
     asked = parser.parse_intermixed_args(arguments)
     if asked.measure:
@@ -77,7 +77,7 @@ def settings(model: str, ranks: int, *overrides: str) -> Config:
 
 
 def predict(model: str, ranks: int, *overrides: str) -> int:
-    """Bytes of the first rank at the peak, as command=plan has them."""
+    """Peak bytes of the first rank, as command=plan predicts them."""
     cfg = settings(model, ranks, *overrides)
     repeats = cfg.train.rows_a_step(ranks) > cfg.train.device_batch_size * ranks
     shape = MicroBatchSpec(cfg.train.device_batch_size, cfg.train.seq_len, partial=False, isolated=False, repeats=repeats)
@@ -85,8 +85,8 @@ def predict(model: str, ranks: int, *overrides: str) -> int:
 
 
 def measure(model: str, ranks: int, *overrides: str) -> int:
-    """The same of a real run, in processes of its own."""
-    # One arena, as malloc tells of its first only.
+    """Peak bytes of the first rank in a real run, in separate processes."""
+    # One arena, because mallinfo2 reports the first one only.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *overrides, "--measure", "--ranks", str(ranks), "--models", model],
@@ -99,7 +99,7 @@ def measure(model: str, ranks: int, *overrides: str) -> int:
 
 
 def run(cfg: Config, ranks: int) -> int:
-    """Bytes at the first rank's peak, of all that is alive from before the model is made to after the last step."""
+    """Peak bytes of the first rank, from before the model is built until after the last step."""
     return seen_by_profiler(lambda: steps(cfg, Ranks())) if ranks == 1 else launch.start(ranks, None, _as_rank, cfg)
 
 
@@ -112,13 +112,13 @@ def _as_rank(cfg: Config) -> int:
 
 
 def steps(cfg: Config, ranks: Ranks) -> None:
-    parts = gpu.build_parts(cfg, lambda step, values: None, ranks)
+    components = gpu.build_components(cfg, lambda step, values: None, ranks)
     for step in range(STEPS):
-        loop.train_step(parts, parts.loader.step(step), step)
+        loop.train_step(components, components.loader.step(step), step)
 
 
 class MallocInfo(ctypes.Structure):
-    """What glibc's mallinfo2 gives."""
+    """The result of glibc's mallinfo2."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -127,7 +127,7 @@ class MallocInfo(ctypes.Structure):
 
 
 def seen_by_malloc(work: Callable[[], None]) -> int:
-    """The most bytes in use above those before, by malloc's own count; in one arena, or by the system's mappings."""
+    """Peak bytes in use during work, minus those before it, as malloc counts them in its arena and its memory maps."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = MallocInfo
     done = threading.Event()
@@ -154,7 +154,7 @@ def seen_by_malloc(work: Callable[[], None]) -> int:
 
 
 def seen_by_profiler(work: Callable[[], None]) -> int:
-    """The most bytes that were alive at once, by this thread's allocations."""
+    """Peak bytes alive during work, by the allocations of this thread."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     alive: dict[int, int] = {}  # address -> bytes
@@ -168,7 +168,7 @@ def seen_by_profiler(work: Callable[[], None]) -> int:
 
 
 def _allocations(events: list) -> Iterator[tuple[int, int, int]]:
-    """(time, address, bytes: negative where they are given back) of all allocations in the profiler's tree."""
+    """(time, address, bytes; negative if released) of all allocations in the profiler's tree."""
     waiting = list(events)
     while waiting:
         event = waiting.pop()

@@ -1,8 +1,9 @@
-"""A whole mid step (forward, backward, optimizer, data) against the same written plainly with stock parts.
+"""A whole mid step (forward, backward, optimizer, data) against the same step written plainly with stock parts.
 
-Same model and batch: 8,192 tokens a step, rows of 512, in bf16 and in fp32, compiled on both sides. The reference tokenises as
-it goes into a deque, computes all logits and the mean loss of each micro-batch, and steps torch.optim.Muon and
-torch.optim.AdamW. It has a process of its own, which waits while ours steps: a run of ours sets how its process allocates memory.
+Same model and batch: 8,192 tokens a step, rows of 512, in bf16 and in fp32, compiled on both sides. The reference tokenises into
+a deque during training, computes all logits and the mean loss of each micro-batch, and steps torch.optim.Muon and
+torch.optim.AdamW. It has its own process, which waits during our steps, because chattrain changes how its process allocates
+memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import roofline
-from benchmarks.timing import apart, for_each_batch, row, show
+from benchmarks.timing import in_own_process, row, show, time_both
 from chattrain import loop
 from chattrain.config.compose import compose
 from chattrain.device import autocast, keep_freed_memory, pick_device, use_bf16
@@ -50,20 +51,22 @@ def _measure(dtype: str) -> dict:
                 "tokenizer.vocab_size=8192",
             ]
         )
-        plan, data = setup_run(cfg, world_size=1)
-        where = pick_device(cfg.train.device)
-        keep_freed_memory(where)  # as the runner does
-        parts, _ = build_components(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
+        setup, data = setup_run(cfg, world_size=1)
+        device = pick_device(cfg.train.device)
+        keep_freed_memory(device)  # as the runner does
+        components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), lambda: False, None)
         step = iter(range(10**9))
 
         def ours() -> None:
             number = next(step)
-            loop.train_step(parts, parts.loader.step(number), number)
+            loop.train_step(components, components.loader.step(number), number)
 
-        with apart(Reference, cfg, data.tokenizer) as reference:
-            seconds = for_each_batch(ours, reference, rounds=3)
-        parts.loader.close()
-        products = roofline.step_seconds(parts.model, ROWS, SEQ_LEN, TOKENS // (ROWS * SEQ_LEN), use_bf16(cfg.train.dtype, where))
+        with in_own_process(Reference, cfg, data.tokenizer) as reference:
+            seconds = time_both(ours, reference, rounds=3)
+        components.loader.close()
+        products = roofline.step_seconds(
+            components.model, ROWS, SEQ_LEN, TOKENS // (ROWS * SEQ_LEN), use_bf16(cfg.train.dtype, device)
+        )
     return row(f"mid step, d6, 8,192 tokens, {dtype}", TOKENS, "tokens", *seconds, products)
 
 

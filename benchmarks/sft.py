@@ -1,13 +1,13 @@
-"""Supervised tokens a second of sft on conversations, masked and best_fit, against padded batches as they come.
+"""Supervised tokens a second of sft on conversations, masked and best_fit, against batches padded in random order.
 
-d6, rows of up to 512 tokens. The reference takes 8 conversations at random, pads them to the longest, computes all logits and
-the mean loss of each micro-batch, uncompiled because its widths are many (as nanochat's chat_sft), and steps torch.optim.Muon
-and torch.optim.AdamW after 32 conversations. Real conversations where BENCHMARK_DATA names a folder with sgd/ and
-gsm8k/main/ (Parquet, the hub's columns), else generated ones, which are short.
+d6, rows of up to 512 tokens. The reference pads 8 random conversations to the longest, computes all logits and the mean loss of
+each micro-batch, uncompiled because its widths vary (as in nanochat's chat_sft), and steps torch.optim.Muon and torch.optim.AdamW
+after 32 conversations. If BENCHMARK_DATA names a folder with sgd/ and gsm8k/main/ (Parquet, the hub's columns), the conversations
+are real, otherwise generated and short.
 
     python -m benchmarks.sft [vocabulary]
 
-The tokens that are asked for are 65,536, nanochat's, of which the data give fewer (those two 23,970).
+The vocabulary defaults to nanochat's 65,536 tokens; data may yield fewer (those two sets yield 23,970).
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ VOCAB_SIZE = 65_536
 
 
 def measure(vocab_size: int = VOCAB_SIZE) -> list[dict]:
-    """Each in its turn for the same time, after the steps that warm up and compile."""
+    """Runs all in alternation, each for the same time, after warm-up steps that compile."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {collator: Ours(collator, folder, vocab_size) for collator in ("masked", "best_fit")}
         reference = Reference(runs["masked"].cfg, runs["masked"].data)
-        everyone = {**runs, "reference": reference}
-        rates = {name: [] for name in everyone}
-        for run in everyone.values():
+        cases = {**runs, "reference": reference}
+        rates = {name: [] for name in cases}
+        for run in cases.values():
             run.warm_up()
         for _ in range(3):
-            for name, run in everyone.items():
+            for name, run in cases.items():
                 rates[name].append(_rate(run.step, SECONDS / 3))
         for run in runs.values():
-            run.parts.loader.close()
-    middle = {name: float(np.median(found)) for name, found in rates.items()}
+            run.components.loader.close()
+    medians = {name: float(np.median(values)) for name, values in rates.items()}
     tokens = runs["masked"].data.tokenizer.vocab_size
     return [
         {
             "case": f"sft, d6, vocabulary {tokens:,}, {name}",
             "unit": "supervised/s",
-            "ours": middle[name],
-            "reference": middle["reference"],
-            "ratio": middle[name] / middle["reference"],
+            "ours": medians[name],
+            "reference": medians["reference"],
+            "ratio": medians[name] / medians["reference"],
         }
         for name in runs
     ]
 
 
 def _rate(step, seconds: float) -> float:
-    """Supervised tokens a second of steps that take about so long."""
+    """Supervised tokens a second, from steps over about this many seconds."""
     begun, tokens = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
         tokens += step()
@@ -105,17 +105,17 @@ class Ours:
                 *_data(vocab_size),
             ]
         )
-        plan, self.data = setup_run(self.cfg, world_size=1)
-        self.parts, _ = build_components(self.cfg, plan, Ranks(), self.data, NullTracker(), lambda: False, None)
+        setup, self.data = setup_run(self.cfg, world_size=1)
+        self.components, _ = build_components(self.cfg, setup, Ranks(), self.data, NullTracker(), lambda: False, None)
         self.number = 0
 
     def step(self) -> int:
-        result = loop.train_step(self.parts, self.parts.loader.step(self.number), self.number)
+        result = loop.train_step(self.components, self.components.loader.step(self.number), self.number)
         self.number += 1
         return result.num_supervised
 
     def warm_up(self) -> None:
-        """Until three steps in a row have compiled nothing."""
+        """Step until three steps in a row compile nothing."""
         read, quiet = meters(pick_device(self.cfg.train.device)), 0
         while quiet < 3:
             self.step()

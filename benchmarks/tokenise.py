@@ -1,10 +1,10 @@
-"""Conversations to a token cache on all cores, against tiktoken alone on the same texts, on all cores too.
+"""Conversations to a token cache, against tiktoken's encoding of the same texts, both on all cores.
 
-Ours is what `prepare` runs: rows are read, laid out, encoded and masked by one process a core, and written. The reference is
-`encode_ordinary_batch` with one thread a core on texts that lie in memory already. The steady rate is that of a process a core
-over the second half of the rows, behind the start of the processes, which does not grow with the data; the whole is `prepare`
-as it is, which starts processes for enough rows only. Real
-conversations where BENCHMARK_DATA names a folder (as for benchmarks/sft.py), else generated ones, which are short.
+Ours is `load_or_tokenize`: one process a core reads, renders, encodes and masks the records and writes them. The reference is
+`encode_ordinary_batch` with one thread a core, on texts that are in memory already. The steady rate is that of one process a core
+over the second half of the records, without the start of the processes, whose time does not depend on the data. The whole is
+`load_or_tokenize` itself, which starts processes only if there are enough records. If BENCHMARK_DATA names a folder (as for
+benchmarks/sft.py), the conversations are real, otherwise generated and short.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ def _measure(name: str, source: SourceConfig, folder: Path) -> list[dict]:
         start, steady = _steady(name, source, rows, tokenizer, folder)
         times["start"].append(start)
         times["steady"].append(steady)
-        times["whole"].append(_seconds(lambda: cache.prepare(name, source, tokenizer, folder)))
+        times["whole"].append(_seconds(lambda: cache.load_or_tokenize(name, source, tokenizer, folder)))
         shutil.rmtree(folder / "tokens")
         times["reference"].append(_seconds(lambda: tokenizer.encoding.encode_ordinary_batch(texts, num_threads=cores)))
-    middle = {what: statistics.median(found) for what, found in times.items()}
+    median = {part: statistics.median(seconds) for part, seconds in times.items()}
     characters = sum(map(len, texts))
     return [
-        row(f"render {name}, {cores} processes, steady", characters, "characters", middle["steady"], middle["reference"]),
+        row(f"render {name}, {cores} processes, steady", characters, "characters", median["steady"], median["reference"]),
         row(
-            f"prepare {name} (its processes start in {middle['start']:.1f} s)",
+            f"load_or_tokenize {name} (its processes start in {median['start']:.1f} s)",
             characters,
             "characters",
-            middle["whole"],
-            middle["reference"],
+            median["whole"],
+            median["reference"],
         ),
     ]
 

@@ -83,7 +83,7 @@ def work(**changes) -> cost.Workload:
         block_share=0.9,
         recomputed=False,
         compute_bytes=2,
-        places=64 * 100 * 512,
+        num_tokens=64 * 100 * 512,
         rows=6400,
         rows_a_step=64,
         device_batch_size=8,
@@ -117,10 +117,10 @@ def test_the_traffic_of_ddp_is_what_its_collectives_count(workplace):
 def test_with_more_devices_communication_grows_until_it_dominates():
     steps = cost.scaling(work(), H100, mfu=0.4)
     assert [step.world_size for step in steps] == [2**n for n in range(11)]
-    assert [step.talks for step in steps] == sorted(step.talks for step in steps)
+    assert [step.communication_s for step in steps] == sorted(step.communication_s for step in steps)
     first = cost.dominated_from(steps)
-    assert all((step.talks > step.computes) == (step.world_size >= first) for step in steps)
-    assert all(0 <= step.waits <= step.talks for step in steps)
+    assert all((step.communication_s > step.compute_s) == (step.world_size >= first) for step in steps)
+    assert all(0 <= step.exposed_s <= step.communication_s for step in steps)
     assert all(
         step.rows == max(64, step.world_size) == step.device_batch_size * step.grad_accum_steps * step.world_size
         for step in steps
@@ -131,7 +131,7 @@ def test_half_the_price_is_half_the_cost_and_time_follows_the_peak(workplace):
     write_talk(workplace)
     dear, cheap = (plan("mid", f"plan.price_per_gpu_hour={price}") for price in (4, 2))
     assert dear["cost"] == pytest.approx(2 * cheap["cost"]) and dear["cost"] == pytest.approx(4 * 2 * dear["hours"])
-    slow, fast = (cost.step_on(work(), hardware_of(PlanConfig(peak_tflops=peak)), 0.4, 1).computes for peak in (100, 200))
+    slow, fast = (cost.step_on(work(), hardware_of(PlanConfig(peak_tflops=peak)), 0.4, 1).compute_s for peak in (100, 200))
     assert slow == pytest.approx(2 * fast)
 
 

@@ -1,4 +1,4 @@
-"""Loss by tokens and bits per byte of the validation rows."""
+"""Loss a token and bits per byte on the validation rows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from chattrain.parallel.ranks import Ranks
 
 
 class Validation:
-    """val/loss: nats a supervised token. val/bpb: bits a byte of the tokens predicted.
+    """val/loss: nats a supervised token. val/bpb: bits a byte of the target tokens.
 
-    Both are sums over sums, so they do not depend on batch size (but for rounding) or number of ranks (to the bit). Bytes are
-    those of each target token; special tokens stand for no bytes, and their loss is left out of bpb too, so bpb compares
-    across tokenizers.
+    Both divide a sum over all rows by another, so they do not depend on the batch size (to rounding) or the number of ranks (to
+    the bit). A special token has no bytes, and bpb leaves out its loss too, so that bpb can be compared across tokenizers.
     """
 
     def __init__(
@@ -37,8 +36,8 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, losses_of: Callable[..., torch.Tensor]) -> dict[str, float]:
-        """`losses_of` gives the loss in nats of each target, fp32 (B, T), from a batch's arguments."""
-        passes = []  # of each: nats, nats of tokens that stand for bytes, targets, bytes
+        """The two metrics by name. losses_of(*batch.arguments) returns the loss of each target in nats, fp32 (B, T)."""
+        passes = []  # of each batch: nats, nats of tokens that have bytes, targets, bytes
         for batch in evaluation_batches(
             self.collator, self.num_rows, self.device_batch_size, self.ranks.rank, self.ranks.world_size
         ):
@@ -54,7 +53,7 @@ class Validation:
                     int(sizes.sum()),
                 ]
             )
-        nats, counted_nats, targets, bytes_ = (
+        nats, nats_with_bytes, targets, num_bytes = (
             math.fsum(column) for column in zip(*self.ranks.all_gather_interleaved(passes), strict=True)
         )
-        return {"val/loss": nats / max(1, targets), "val/bpb": counted_nats / math.log(2) / max(1, bytes_)}
+        return {"val/loss": nats / max(1, targets), "val/bpb": nats_with_bytes / math.log(2) / max(1, num_bytes)}

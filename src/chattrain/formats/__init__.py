@@ -1,1 +1,1 @@
-"""Models in the files of others: recognised, read into chattrain's own form, and written out of it."""
+"""Model files of other programs: recognised, read as models of chattrain, and written."""

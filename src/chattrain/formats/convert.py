@@ -1,4 +1,4 @@
-"""Models of other programs, converted into checkpoints of ours."""
+"""Models of other programs, converted into checkpoints of chattrain."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from chattrain.storage.files import make_folder
 
 log = logging.getLogger("chattrain")
 
-FORMAT_VERSION = 1  # part of the cache's key; raised when a conversion changes
+FORMAT_VERSION = 1  # part of the cache key; to be increased when a conversion changes
 
 
-def read(found: ModelFolder, tokenizer_path: str | None) -> ImportedModel:
-    """A model of the GPT's architecture. Raises UserError for any other, and for files that are broken."""
-    if found.format == FolderFormat.nanochat:
-        return nanochat.read(found, Path(tokenizer_path).expanduser() if tokenizer_path else None)
-    kind = huggingface.model_type(found.path)
+def read(source: ModelFolder, tokenizer_path: str | None) -> ImportedModel:
+    """Read a model of the GPT's architecture. Raises UserError for any other architecture and for broken files."""
+    if source.format == FolderFormat.nanochat:
+        return nanochat.read(source, Path(tokenizer_path).expanduser() if tokenizer_path else None)
+    kind = huggingface.model_type(source.path)
     if kind != "nanochat":
         raise UserError(
-            f"{found.path} holds a Hugging Face model of type {kind}, which is trained as it is, without an import: "
-            f"model=hf init.from={found.path}"
+            f"{source.path} holds a Hugging Face model of type {kind}, which is trained as it is, without an import: "
+            f"model=hf init.from={source.path}"
         )
-    return huggingface.read(found.path)
+    return huggingface.read(source.path)
 
 
 def write(folder: Path, model: ImportedModel, stage: str, config_yaml: str) -> None:
-    """The model as a checkpoint of ours in `folder`, with no optimizer state."""
+    """Write the model as a checkpoint of chattrain into `folder`, without optimizer state."""
     state = checkpoint.CheckpointState(
         step=model.step,
         tokens_seen=0,
@@ -46,22 +46,25 @@ def write(folder: Path, model: ImportedModel, stage: str, config_yaml: str) -> N
     checkpoint.write(folder, state, model.weights, {}, model.tokenizer, config_yaml, {})
 
 
-def as_checkpoint(found: ModelFolder, tokenizer_path: str | None, cache: Path) -> Path:
-    """The model of another program's folder as a checkpoint, converted once and kept in the cache. Raises UserError where it
-    cannot be read."""
-    kept = cache / "imported" / _key(found, tokenizer_path)
-    if kept.is_dir() and (damage := checkpoint.find_damage(_only(kept))):
-        log.warning("%s is damaged (%s) and made anew", kept, damage)
+def as_checkpoint(source: ModelFolder, tokenizer_path: str | None, cache: Path) -> Path:
+    """The folder of a checkpoint converted from another program's model, which is kept in the cache and converted once.
+
+    Raises UserError if the model cannot be read.
+    """
+    kept = cache / "imported" / _key(source, tokenizer_path)
+    if kept.is_dir() and (damage := checkpoint.find_damage(_checkpoint_in(kept))):
+        log.warning("%s is damaged (%s) and converted again", kept, damage)
         shutil.rmtree(kept)
     if not kept.is_dir():
-        model = read(found, tokenizer_path)
-        stage = found.stage or "imported"
+        model = read(source, tokenizer_path)
+        stage = source.stage or "imported"
         make_folder(kept, lambda scratch: write(scratch / f"step_{model.step:06d}", model, stage, _config_yaml(model)))
-        log.info("%s was converted into a checkpoint, kept in %s", found.path, kept)
-    return _only(kept)
+        log.info("%s was converted into a checkpoint, cached in %s", source.path, kept)
+    return _checkpoint_in(kept)
 
 
-def _only(kept: Path) -> Path:
+def _checkpoint_in(kept: Path) -> Path:
+    """The checkpoint folder in an entry of the cache."""
     return next(iter(kept.glob("step_*")), kept)
 
 
@@ -70,10 +73,10 @@ def _config_yaml(model: ImportedModel) -> str:
     return json.dumps({"model": sizes, "train": {"seq_len": model.seq_len}}, indent=1) + "\n"  # JSON is YAML
 
 
-def _key(found: ModelFolder, tokenizer_path: str | None) -> str:
-    """Of what the files are: names, sizes, times. The hash of the bytes would read a large model twice."""
-    given = Path(tokenizer_path).expanduser() if tokenizer_path else None
-    places = [found.path, found.path / "tokenizer", found.tokenizer, given]
-    files = {f.resolve() for place in places if place and place.is_dir() for f in place.iterdir() if f.is_file()}
+def _key(source: ModelFolder, tokenizer_path: str | None) -> str:
+    """A hash of the files' paths, sizes and times. Hashing their contents would read a large model twice."""
+    tokenizer_dir = Path(tokenizer_path).expanduser() if tokenizer_path else None
+    folders = [source.path, source.path / "tokenizer", source.tokenizer, tokenizer_dir]
+    files = {f.resolve() for folder in folders if folder and folder.is_dir() for f in folder.iterdir() if f.is_file()}
     facts = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
     return hashlib.sha256(json.dumps([FORMAT_VERSION, facts]).encode()).hexdigest()[:24]

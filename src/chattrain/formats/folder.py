@@ -1,4 +1,4 @@
-"""Which folder a name means, and what lies in it: asked once, handed on as a description."""
+"""Find the folder of a name and recognise whose model it holds, once: other code gets a `ModelFolder`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "model_*.
 
 
 def locate(name: str) -> ModelFolder:
-    """What `init.from=<name>` names, recognised. Raises UserError where there is no such folder or repository."""
+    """The model folder of `init.from=<name>`. Raises UserError if there is no such folder or repository."""
     return recognise(_find(name).resolve())
 
 
 def _find(name: str) -> Path:
-    """The folder that a name means: itself, or a snapshot of the hub's repository. Raises UserError where there is neither."""
+    """The folder of that path, or a snapshot of the hub's repository of that name. Raises UserError if there is neither."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -33,7 +33,7 @@ def _find(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # of the network, of the hub, of the disk: many kinds, one meaning here
+    except Exception as error:  # errors of the network, the hub and the disk have many types
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"there is no folder {name} (looked up from {Path.cwd()}), and the hub gives no repository of that name: {reason[0]}"
@@ -41,14 +41,13 @@ def _find(name: str) -> Path:
 
 
 def hint(folder: Path) -> str:
-    """`; did you mean ...?` where a model of nanochat lies one or two folders further down."""
+    """`; did you mean ...?` if one or two levels below there is a model of nanochat, else an empty string."""
     below = sorted(f for pattern in ("*/model_*.pt", "*/*/model_*.pt") for f in folder.glob(pattern))
     return f"; did you mean {below[0].parent}?" if below else ""
 
 
 def recognise(folder: Path) -> ModelFolder:
-    """Whose model a folder holds. A run or checkpoint of ours is one, whatever lies beside it; nanochat's files go before
-    Hugging Face's."""
+    """Whose model a folder holds: a run or checkpoint of chattrain if it looks like one, else nanochat's, else Hugging Face's."""
     if (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir():
         return ModelFolder(folder, FolderFormat.chattrain)
     return nanochat.find(folder) or huggingface.find(folder) or ModelFolder(folder, FolderFormat.unknown)

@@ -1,8 +1,8 @@
-"""nanochat's model folders (December 2025): weights, sizes and tokenizer, without unpickling anything freely.
+"""nanochat's model folders (December 2025): weights, sizes and tokenizer, without arbitrary unpickling.
 
     model_021400.pt  meta_021400.json  tokenizer.pkl  token_bytes.pt
 
-The tokenizer lies in the folder itself (as on the hub), in its tokenizer/, or in nanochat's base directory beside
+The tokenizer is in the folder itself (as on the hub), in its tokenizer/ folder, or in nanochat's base directory next to
 base_checkpoints/.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,13 @@ from chattrain.storage.tensors import is_plain_tensor, read_torch_file
 from chattrain.tokenizer import Tokenizer
 from chattrain.tokenizer.nanochat import read_encoding
 
+if TYPE_CHECKING:
+    from chattrain.tokenizer.huggingface import HFTokenizer
+
 MODEL_FILE = re.compile(r"model_(\d+)\.pt")
-SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # what model_config holds
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # keys of model_config
 STAGES = {"base_checkpoints": "base", "mid_checkpoints": "mid", "chatsft_checkpoints": "sft"}
-# Tensors of later versions, which compute something else.
+# Tensors of later versions, whose architecture differs: part of the tensor name -> description.
 NEWER = {
     "value_embeds.": "value embeddings",
     "ve_gate": "gates of value embeddings",
@@ -34,26 +37,26 @@ NEWER = {
     "smear": "smeared embeddings",
     "backout": "a backed-out residual",
 }
-EXACT = (torch.float32, torch.bfloat16, torch.float16)  # formats of weights that fp32 holds exactly
+EXACT_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def find(folder: Path) -> ModelFolder | None:
-    """The model of a folder with a `model_NNNNNN.pt`; None where there is none."""
+    """The folder as a ModelFolder if it has a `model_NNNNNN.pt`, else None."""
     files = _model_files(folder)
     if not files:
         return None
-    tokenizer = next((place for place in _tokenizer_folders(folder) if (place / "tokenizer.pkl").is_file()), None)
+    tokenizer = next((path for path in _tokenizer_folders(folder) if (path / "tokenizer.pkl").is_file()), None)
     stage = next((STAGES[part] for part in reversed(folder.resolve().parts) if part in STAGES), None)
     return ModelFolder(folder, FolderFormat.nanochat, tuple(files), tokenizer, stage)
 
 
-def read(found: ModelFolder, tokenizer_dir: Path | None = None) -> ImportedModel:
-    """The newest step of the folder. Raises UserError for files that are missing, broken, or of another architecture.
+def read(source: ModelFolder, tokenizer_dir: Path | None = None) -> ImportedModel:
+    """Read the newest step of the folder. Raises UserError for files that are missing, broken or of another architecture.
 
-    The weights are fp32: bf16 and fp16 exactly, fp32 as it lies in the file, which is mapped and not copied.
+    The weights are fp32, converted exactly from bf16 and fp16; weights in fp32 are memory-mapped and not copied.
     """
-    folder, file = found.path, found.model_files[-1]
-    number = MODEL_FILE.fullmatch(file.name)[1]
+    folder, file = source.path, source.model_files[-1]
+    number = file.stem.removeprefix("model_")
     meta = file.with_name(f"meta_{number}.json")
     config, weights = _read_config(meta), _read_weights(file)
     _refuse_newer(file, config, weights)
@@ -61,19 +64,19 @@ def read(found: ModelFolder, tokenizer_dir: Path | None = None) -> ImportedModel
     if sizes["n_layer"] > len(weights) or sizes["n_embd"] > sum(t.numel() for t in weights.values()):
         raise UserError(
             f"{file} does not fit the model: n_layer={sizes['n_layer']}, n_embd={sizes['n_embd']} of {meta.name} "
-            f"are too large for its {len(weights)} tensors; take the two files from one place"
+            f"are too large for its {len(weights)} tensors; take both files from the same checkpoint"
         )
     seq_len = sizes.pop("sequence_len")
-    place = tokenizer_dir or found.tokenizer
-    if place is None:
+    tokenizer_dir = tokenizer_dir or source.tokenizer
+    if tokenizer_dir is None:
         raise UserError(
             f"{folder} has no tokenizer: no tokenizer.pkl in {', '.join(map(str, _tokenizer_folders(folder)))}; name its "
             "folder with tokenizer.path=<folder>"
         )
-    tokenizer = Tokenizer(read_encoding(place)) if (place / "tokenizer.pkl").is_file() else Tokenizer.load(place)
+    tokenizer = _read_tokenizer(tokenizer_dir)
     if tokenizer.vocab_size != sizes["vocab_size"]:
         raise UserError(
-            f"the tokenizer in {place} has {tokenizer.vocab_size} tokens, the model in {file} "
+            f"the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} tokens, the model in {file} "
             f"{sizes['vocab_size']}; name the right one with tokenizer.path=<folder>"
         )
     model = ImportedModel(sizes, weights, tokenizer, int(number), seq_len)
@@ -82,21 +85,27 @@ def read(found: ModelFolder, tokenizer_dir: Path | None = None) -> ImportedModel
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """By step, oldest first."""
-    found = [f for f in folder.glob("model_*.pt") if MODEL_FILE.fullmatch(f.name)]
-    return sorted(found, key=lambda f: int(MODEL_FILE.fullmatch(f.name)[1]))
+    """The weight files, sorted by step, oldest first."""
+    matches = (MODEL_FILE.fullmatch(f.name) for f in folder.glob("model_*.pt"))
+    return [folder / match[0] for match in sorted(filter(None, matches), key=lambda match: int(match[1]))]
 
 
 def _tokenizer_folders(folder: Path) -> list[Path]:
-    """Where the tokenizer of a model folder may lie."""
+    """The folders in which the tokenizer of a model may be."""
     return [folder, folder / "tokenizer", folder.resolve().parent.parent / "tokenizer"]
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | HFTokenizer:
+    if (folder / "tokenizer.pkl").is_file():
+        return Tokenizer(read_encoding(folder))
+    return Tokenizer.load(folder)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))["model_config"]
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; it belongs to the weights of the same number") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}; it belongs to the weights of the same step") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} holds no model_config: {error!r}; take the one that nanochat wrote with the weights") from error
     if not isinstance(config, dict):
@@ -107,9 +116,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _refuse_newer(file: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Raises UserError that names all that the architecture of December 2025 does not have, settings and tensors."""
-    found = {kind: name for name in reversed(sorted(weights)) for mark, kind in NEWER.items() if mark in name}
-    news = [f"{kind} ({name})" for kind, name in found.items()]
+    """Raises UserError that names all settings and tensors that the architecture of December 2025 does not have."""
+    first_names = {kind: name for name in reversed(sorted(weights)) for mark, kind in NEWER.items() if mark in name}
+    news = [f"{kind} ({name})" for kind, name in first_names.items()]
     if unknown := sorted(config.keys() - set(SIZES)):
         news.append(f"its model_config has {', '.join(unknown)}")
     if news:
@@ -130,10 +139,10 @@ def _sizes(file: Path, config: dict[str, Any]) -> dict[str, int]:
 def _read_weights(file: Path) -> dict[str, Tensor]:
     state = read_torch_file(file)
     if not isinstance(state, dict) or not all(is_plain_tensor(tensor) for tensor in state.values()):
-        raise UserError(f"{file} holds no weights: a dictionary of dense tensors by name is wanted, as nanochat saves it")
+        raise UserError(f"{file} holds no weights: it must be a dictionary of dense tensors by name, as nanochat saves it")
     weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
     if len(weights) < len(state):
         raise UserError(f"{file} holds a tensor twice, with and without _orig_mod. before its name; save one of them")
-    if wrong := [f"{name} is {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in EXACT]:
-        raise UserError(f"{file}: {wrong[0]}, not a floating-point format that fp32 holds exactly; save it as fp32, bf16 or fp16")
+    if wrong := [f"{name} is {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in EXACT_IN_FP32]:
+        raise UserError(f"{file}: {wrong[0]}, which fp32 does not represent exactly; save it as fp32, bf16 or fp16")
     return {name: tensor.float() for name, tensor in weights.items()}

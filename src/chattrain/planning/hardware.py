@@ -1,4 +1,4 @@
-"""The devices that a run can be planned for: what they hold, how fast they compute, and how fast they talk."""
+"""The devices that a run can be planned for: their memory, and how fast they compute and communicate."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from chattrain.device import GIB, PEAK_FLOPS
 from chattrain.errors import UserError
 
 GPUS_PER_HOST = 8  # as in the vendors' own servers
-# Of the memory, what tensors cannot have: the CUDA context with cuBLAS's and NCCL's buffers, and what lies unused between the
-# blocks of the caching allocator. Both are judgements, not measurements.
+# Memory that tensors cannot use: the CUDA context with the buffers of cuBLAS and NCCL, in bytes, and the share that fragments of
+# the caching allocator take. Both are judgements, not measurements.
 CONTEXT = 1 * GIB
 FRAGMENTED = 0.05
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device. Speeds are the vendor's, a second; of links, in one direction and for each device."""
+    """One device. Speeds are the vendor's figures, a second; of links in one direction, for each device."""
 
     name: str
-    memory: float  # bytes, all of it
-    bandwidth: float  # bytes of its own memory
-    link: float  # bytes to devices of the same host
-    network: float  # bytes to devices of other hosts
-    bf16: float  # FLOP, dense matrix products with fp32 sums
-    fp32: float  # FLOP, without TF32
+    memory: float  # bytes in all
+    bandwidth: float  # bytes a second, of its own memory
+    link: float  # bytes a second to devices of the same host
+    network: float  # bytes a second to devices of other hosts
+    bf16: float  # FLOPs a second, dense matrix products with fp32 sums
+    fp32: float  # FLOPs a second, without TF32
 
     @property
     def usable(self) -> float:
-        """Bytes that tensors can take."""
+        """Bytes that tensors can use."""
         return max(0.0, self.memory * (1 - FRAGMENTED) - CONTEXT)
 
     def between(self, world_size: int) -> float:
-        """Bytes a second that each of world_size devices sends while all of them do: as fast as the slowest link on the way."""
+        """Bytes a second that each of world_size devices can send while all of them send: the speed of the slowest link."""
         return self.link if world_size <= GPUS_PER_HOST else min(self.link, self.network)
 
 
@@ -54,7 +54,7 @@ DEVICES = {
         # user guide: eight ConnectX-6 of 200 Gb/s.
         _device("a100", 79.2, 2.039e12, 300e9, 25e9, "NVIDIA A100-SXM4-80GB", 19.5e12),
         # NVIDIA Ada GPU architecture white paper, appendix A: 1,008 GB/s, 82.6 TFLOPS fp32; no NVLink, PCI Express 4.0 x16
-        # (32 GB/s in one direction). Network: nobody's standard; one card of 100 Gb/s for the eight GPUs of a host is assumed.
+        # (32 GB/s in one direction). Network: there is no standard; we assume one card of 100 Gb/s for the eight GPUs of a host.
         _device("4090", 23.6, 1.008e12, 32e9, 12.5e9 / GPUS_PER_HOST, "NVIDIA GeForce RTX 4090", 82.6e12),
         # NVIDIA Ampere GA102 white paper, appendix A: 936 GB/s, 35.6 TFLOPS fp32; PCI Express 4.0 x16 (NVLink joins pairs only).
         # Network as above.
@@ -65,9 +65,11 @@ REQUIRED = ("memory_gib", "bandwidth_gb_s", "peak_tflops")  # of a custom device
 
 
 def hardware_of(plan: PlanConfig) -> Hardware:
-    """The device asked for; plan.memory_gib and its like replace what the table says. A custom one links and talks as a 4090.
+    """The device of plan.device, with plan.memory_gib and similar keys in place of the table's values.
 
-    Raises UserError where a custom device lacks memory, bandwidth or peak.
+    A custom device has the link and network of a 4090 unless the keys say otherwise.
+
+    Raises UserError if a custom device lacks memory, bandwidth or peak.
     """
     name = plan.device.name
     if name == "custom":
