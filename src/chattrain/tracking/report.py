@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 
+import yaml
+
 from chattrain.storage.files import replace_text
 from chattrain.tracking.metrics import read_metrics
 
@@ -88,10 +90,8 @@ def _summary(text: str) -> dict:
 
 def _stage_and_name(config: str, run_dir: Path) -> tuple[str, str]:
     """As the config has them; with no config to read, no stage, and the folder's name, the run's own by default."""
-    from omegaconf import OmegaConf
-
     try:
-        values = OmegaConf.create(config)
+        values = yaml.safe_load(config)  # plain values alone: an interpolation stays the text it is
         return str(values["stage"]), str(values["run"]["name"])
     except Exception:  # torn in any way that YAML can be torn; the page shows the text as it is
         return "", run_dir.resolve().name
