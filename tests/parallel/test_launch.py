@@ -134,7 +134,7 @@ def tasks(count: int, *arguments: str) -> list[Running]:
 def test_the_first_failing_rank_is_named_alone_and_ends_one_that_computes_on(place):
     run = Running(*OWN, *FAULTY, "distributed.nproc=2", FAULT="raise", FAULT_RANK="1", FAULT_OF_OTHERS="compute")
     assert run.status() == 1
-    message = "rank 1 failed at step 3: ValueError: the wheel came off; rank_1.log has the traceback"
+    message = "rank 1 failed at step 4: ValueError: the wheel came off; rank_1.log has the traceback"
     assert run.signed == [message] and "Traceback" not in run.said
     assert summary(place)["status"] == "failed" and summary(place)["error"] == f"RunFailed: {message}"
     logs = sorted(file.name for file in run_dir(place).glob("*.log"))
@@ -230,7 +230,7 @@ def test_a_signal_to_torchrun_stops_all_after_a_checkpoint(place, number):
 def test_a_failing_rank_of_one_node_ends_the_other_and_is_said_once(place):
     both = nodes(*FAULTY, FAULT="raise", FAULT_RANK="1")
     assert [node.status() for node in both] == [1, 1]
-    message = "rank 1 failed at step 3: ValueError: the wheel came off; rank_1.log has the traceback"
+    message = "rank 1 failed at step 4: ValueError: the wheel came off; rank_1.log has the traceback"
     assert [line for node in both for line in node.signed] == [message]
     assert summary(place)["error"] == f"RunFailed: {message}"
 

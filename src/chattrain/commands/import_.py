@@ -1,10 +1,11 @@
-"""command=import: another program's model (init.from) becomes a finished run, from which other stages go on."""
+"""command=import: make a finished run of another program's model (init.from), from which later stages start."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from chattrain.config import Config
@@ -24,7 +25,7 @@ def main(cfg: Config) -> dict:
     """Write <run.root>/<stage>/<name> with the model as its checkpoint; returns its summary.
 
     Raises UserError for a folder that holds no model of the GPT's architecture, one of another stage, and a run folder
-    that is in use.
+    that is not empty.
     """
     close_log = setup_logging(None, console=True, resume=False)
     try:
@@ -41,7 +42,7 @@ def main(cfg: Config) -> dict:
             )
         if found.stage not in (None, cfg.stage):
             raise UserError(
-                f"{folder} holds a {found.stage} model, stage={cfg.stage} would file it as another; write stage={found.stage}"
+                f"{folder} holds a {found.stage} model, but stage={cfg.stage} asks for another; write stage={found.stage}"
             )
         name = cfg.run.name or Path(cfg.init.source).name
         run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / name).expanduser().resolve()
@@ -53,9 +54,10 @@ def main(cfg: Config) -> dict:
 
 
 def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
+    """Convert the model, write the run folder, whole or not at all, and return the summary."""
     model = convert.read(found, cfg.tokenizer.path)
     sizes = {name: size for name, size in model.sizes.items() if name != "vocab_size"}
-    cfg.model, cfg.train.seq_len = GPTConfig(**sizes), model.seq_len or cfg.train.seq_len
+    cfg.model, cfg.train.seq_len = replace(GPTConfig(), **sizes), model.seq_len or cfg.train.seq_len
     saved = run_dir / "checkpoints" / f"step_{model.step:06d}"
     summary = {
         "status": "completed",
