@@ -33,29 +33,29 @@ def main(cfg: Config) -> dict:
             raise UserError(
                 "command=import needs a model to import: init.from=<nanochat's folder, a Hugging Face folder, or a hub name>"
             )
-        found = locate(cfg.init.source)
-        folder = found.path
-        if not found.is_foreign:
+        source = locate(cfg.init.source)
+        folder = source.path
+        if not source.is_foreign:
             raise UserError(
                 f"init.from={cfg.init.source} is no model of nanochat (model_NNNNNN.pt) or Hugging Face "
                 f"(config.json, model.safetensors){hint(folder)}"
             )
-        if found.stage not in (None, cfg.stage):
+        if source.stage not in (None, cfg.stage):
             raise UserError(
-                f"{folder} holds a {found.stage} model, but stage={cfg.stage} asks for another; write stage={found.stage}"
+                f"{folder} holds a {source.stage} model, but stage={cfg.stage} asks for another; write stage={source.stage}"
             )
         name = cfg.run.name or Path(cfg.init.source).name
         run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / name).expanduser().resolve()
         if run_dir.exists() and any(run_dir.iterdir()):
             raise UserError(f"{run_dir} is in use; choose another run.name, or remove the folder")
-        return _write_run(cfg, found, run_dir)
+        return _write_run(cfg, source, run_dir)
     finally:
         close_log()
 
 
-def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
+def _write_run(cfg: Config, source: ModelFolder, run_dir: Path) -> dict:
     """Convert the model, write the run folder, whole or not at all, and return the summary."""
-    model = convert.read(found, cfg.tokenizer.path)
+    model = convert.read(source, cfg.tokenizer.path)
     sizes = {name: size for name, size in model.sizes.items() if name != "vocab_size"}
     cfg.model, cfg.train.seq_len = replace(GPTConfig(), **sizes), model.seq_len or cfg.train.seq_len
     saved = run_dir / "checkpoints" / f"step_{model.step:06d}"
@@ -70,7 +70,7 @@ def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
         "tokens_per_second": None,
         "metrics": {},
         "checkpoint": str(saved),
-        "init": f"imported from {found.path}",
+        "init": f"imported from {source.path}",
         "mlflow_run_id": None,
         "finished_at": time.time(),
         "data": {},
@@ -83,5 +83,5 @@ def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
 
     replace_folder(run_dir, fill)
     shape = " ".join(f"model.{name}={size}" for name, size in sizes.items())
-    log.info("%s is now the %s run %s (%s)", found.path, cfg.stage, run_dir, shape)
+    log.info("%s is now the %s run %s (%s)", source.path, cfg.stage, run_dir, shape)
     return summary

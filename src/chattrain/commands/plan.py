@@ -99,9 +99,9 @@ def _memory(cfg: Config, data: RunData, start: Start, limit: float) -> tuple[Mem
             measured[rows] = step_memory(cfg, data.tokenizer.vocab_size, start.checkpoint, shape, cfg.plan.world_size)
         return measured[rows].peak
 
-    asked = cfg.train.device_batch_size
-    measure(asked)
-    return measured[asked], largest(measure, limit, asked, max(asked, min(rank_rows, MAX_ROWS)))
+    batch_size = cfg.train.device_batch_size
+    measure(batch_size)
+    return measured[batch_size], largest(measure, limit, batch_size, max(batch_size, min(rank_rows, MAX_ROWS)))
 
 
 def _batch(cfg: Config, data: RunData, fits: int) -> dict[str, Any]:

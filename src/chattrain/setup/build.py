@@ -104,7 +104,7 @@ def build_model(
     `start`: the checkpoint or folder of its weights; None: random weights.
     """
     model = instantiate_config(cfg.model, vocab_size=vocab_size, start=start, seed=cfg.run.seed)
-    if not is_sharded(cfg.distributed.strategy, ranks):  # FSDP moves each rank's shards only: the whole may not fit
+    if not shards_weights(cfg.distributed.strategy, ranks):  # FSDP moves each rank's shards only: the whole may not fit
         model.to(device)
     return model, prepare_for_training(cfg, model, device, ranks, bf16)
 
@@ -123,18 +123,18 @@ def prepare_for_training(cfg: Config, model: GPT | HFModel, device: torch.device
 
 
 def build_strategy(
-    asked: Strategy, model: GPT | HFModel, device: torch.device, ranks: Ranks, dtype: torch.dtype
+    strategy: Strategy, model: GPT | HFModel, device: torch.device, ranks: Ranks, dtype: torch.dtype
 ) -> ParallelStrategy:
-    """The strategy asked for; on one process SingleProcess, with a warning where fsdp was asked for."""
+    """How the model is spread over ranks. One process gets SingleProcess, with a warning if distributed.strategy=fsdp."""
     if ranks.world_size == 1:
-        if asked == Strategy.fsdp:
+        if strategy == Strategy.fsdp:
             log.warning("distributed.strategy=fsdp, but there is one process: nothing is sharded, it holds everything")
         return SingleProcess(dtype)
-    return FSDP(model, ranks, dtype, device) if is_sharded(asked, ranks) else ZeroDDP(model, ranks, dtype)
+    return FSDP(model, ranks, dtype, device) if shards_weights(strategy, ranks) else ZeroDDP(model, ranks, dtype)
 
 
-def is_sharded(asked: Strategy, ranks: Ranks) -> bool:
-    return asked == Strategy.fsdp and ranks.world_size > 1
+def shards_weights(strategy: Strategy, ranks: Ranks) -> bool:
+    return strategy == Strategy.fsdp and ranks.world_size > 1
 
 
 def build_meters(device: torch.device, strategy: ParallelStrategy) -> Callable[[], dict[str, float]]:

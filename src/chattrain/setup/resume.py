@@ -55,14 +55,7 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData) -> di
         )
     before, now = (yaml.safe_load(text) for text in ((resume / "config.yaml").read_text(), to_yaml(cfg)))
     _refuse_other_optimizer(run_dir, before["optimizer"]["_target_"], now["optimizer"]["_target_"])
-    changed = [
-        f"{group}.{key} {before[group].get(key)} -> {value}"
-        for group in ("init", "optimizer", "schedule", "train")
-        for key, value in now[group].items()
-        if before[group].get(key) != value and (group != "init" or key == "from")
-    ]
-    if changed:
-        log.warning("the run resumes with other settings than it began with: %s", ", ".join(changed))
+    _warn_of_changes(before, now)
     if state.num_steps != data.num_steps:
         log.warning(
             "the run was planned for %d steps, now for %d: the schedule changes from here on",
@@ -84,6 +77,18 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData) -> di
         )
     log.info("resuming from %s (step %d of %d)", resume, state.step, data.num_steps)
     return None
+
+
+def _warn_of_changes(before: dict, now: dict) -> None:
+    """Log the settings that differ between the configuration the run began with and today's."""
+    changed = [
+        f"{group}.{key} {before[group].get(key)} -> {value}"
+        for group in ("init", "optimizer", "schedule", "train")
+        for key, value in now[group].items()
+        if before[group].get(key) != value and (group != "init" or key == "from")
+    ]
+    if changed:
+        log.warning("the run resumes with other settings than it began with: %s", ", ".join(changed))
 
 
 def _refuse_other_optimizer(run_dir: Path, before: str, now: str) -> None:

@@ -51,12 +51,12 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
             )
         return start
     try:
-        found = locate(init.source)
-        if isinstance(model, HFModelConfig) and found.format == FolderFormat.huggingface:
-            return Start(found.path, str(found.path))
-        if found.is_foreign:
-            folder = as_checkpoint(found, tokenizer_path, cache)
-        elif nearby := hint(found.path):
+        located = locate(init.source)
+        if isinstance(model, HFModelConfig) and located.format == FolderFormat.huggingface:
+            return Start(located.path, str(located.path))
+        if located.is_foreign:
+            folder = as_checkpoint(located, tokenizer_path, cache)
+        elif nearby := hint(located.path):
             raise UserError(f"it holds no model{nearby}")
         else:
             folder = checkpoint.resolve(Path(init.source).expanduser())
@@ -67,7 +67,7 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
         raise UserError(
             f"init.from={init.source} holds another model: {misfit}; choose the model it holds (model=...) or another checkpoint"
         )
-    return Start(folder.resolve(), str(found.path if found.is_foreign else folder.resolve()))
+    return Start(folder.resolve(), str(located.path if located.is_foreign else folder.resolve()))
 
 
 def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
@@ -103,22 +103,22 @@ def _auto(init: InitConfig, root: Path, model: ModelConfig | None) -> Start:
     if not init.after:
         return Start(None, "random weights")
     first, *others = init.after
-    found = newest_finished(root, first, model)
-    if found:
-        return Start(found, str(found))
+    newest = newest_finished(root, first, model)
+    if newest:
+        return Start(newest, str(newest))
     missing = f"no finished {first} run of this model in {root.resolve()}"
     if init.strict:
         raise UserError(
             f"init.strict=true and {missing}; train stage={first} first, or name a folder with init.from=<run or checkpoint>"
         )
     for stage in others:
-        found = newest_finished(root, stage, model)
-        if found:
+        newest = newest_finished(root, stage, model)
+        if newest:
             return Start(
-                found,
-                str(found),
+                newest,
+                str(newest),
                 f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
-                f"RUN {found}: the model skips what stage={first} teaches. init.strict=true refuses this",
+                f"RUN {newest}: the model skips what stage={first} teaches. init.strict=true refuses this",
             )
     return Start(
         None,
