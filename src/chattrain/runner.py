@@ -1,15 +1,18 @@
-"""The training: plans a run, starts its processes, hands the parts to the loop. Read this, then loop.py.
+"""The training: sets up a run, starts its processes, hands the components to the loop. Read this, then loop.py.
 
-There are four ways in. They differ in who plans, who opens the data, who writes summary.json and who prints an error:
+There are four ways in. They differ in who sets the run up, who opens its data, who writes summary.json and who prints an error:
 
-    started as                   plans          opens the data   writes summary.json                  prints an error
-    one process                  it             it               it                                   it
-    distributed.nproc > 1        the launcher   every rank       rank 0; the launcher corrects it     the launcher
-    torchrun                     rank 0         every rank       rank 0                               the rank that failed first
-    srun, one task a node        rank 0         every rank       rank 0                               each node's launcher
+    started as              sets up        opens the data          writes summary.json                prints an error
+    one process             itself         itself                  itself                             itself
+    distributed.nproc > 1   the launcher   launcher, every rank    rank 0; the launcher corrects it   the launcher
+    torchrun                rank 0         every rank              rank 0                             the first rank that failed
+    srun, one task a node   rank 0         every rank              rank 0                             that rank's launcher
 
-"Plans" is setup/plan.py: whatever is wrong in what the user asked for is found there, before a run folder exists. A rank that
-hangs is ended by a thread (parallel/failures.py); on rank 0 that thread writes the summary first.
+"Sets up" is `setup_run` (setup/plan.py): it finds the user's mistakes before a run folder exists, and makes the token caches.
+With distributed.nproc > 1 the launcher is the process that the user started, which is no rank; on Slurm each node's task is one.
+
+Rank 0 may be ended before it can write summary.json: after another rank has failed, a thread in each rank ends the process
+(parallel/failures.py). On rank 0 that thread writes the summary first.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from chattrain.parallel import ranks as processes
 from chattrain.parallel.failures import log_name
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.signals import stop_on_signal
-from chattrain.setup.build import build_components, build_tracker
+from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData, open_data, report_counts
 from chattrain.setup.plan import RunSetup, setup_run
 from chattrain.setup.summary import correct_summary, summarize, write_summary
+from chattrain.setup.tracker import build_tracker
 from chattrain.storage import checkpoint
 from chattrain.tracking.console import setup_logging
 from chattrain.tracking.tracker import NullTracker, Tracker
@@ -42,7 +46,7 @@ def train(cfg: Config) -> dict:
     """Run a training from start to summary, on one process or many; returns the summary."""
     world_size = launch.world_size(cfg.distributed.nproc, cfg.train.device)
     if launch.started_by_launcher():
-        return _train_as_rank(cfg, setup=None)
+        return _train_as_rank(cfg, launcher_setup=None)
     nproc, nodes = launch.processes_here(cfg.distributed.nproc, cfg.train.device), slurm.nodes()
     if nodes:
         return _train_on_nodes(nodes, nproc, cfg)
@@ -61,19 +65,19 @@ def train(cfg: Config) -> dict:
 
 
 def _train_on_nodes(nodes: slurm.Nodes, nproc: int, cfg: Config) -> dict:
-    """Each node runs this call. Rank 0 plans for all nodes, as under torchrun, and writes the summary."""
+    """The task of each node makes this call. Rank 0 sets the run up for all nodes and writes the summary, as under torchrun."""
     try:
         return launch.start(nproc, nodes, _train_as_rank, cfg, None)
     except launch.Stopped:
         raise KeyboardInterrupt from None
 
 
-def _train_as_rank(cfg: Config, setup: RunSetup | None) -> dict:
-    """What each process of a launch runs. `setup` None: there is no launcher of ours that has planned, so rank 0 plans."""
+def _train_as_rank(cfg: Config, launcher_setup: RunSetup | None) -> dict:
+    """What each process of a launch runs. `launcher_setup` is None under torchrun and srun: rank 0 then sets the run up."""
     ranks = processes.join(cfg.distributed.timeout_s, device.pick_device(cfg.train.device).type == "cuda")
     close_log = setup_logging(None, console=ranks.is_main, resume=False)
     try:
-        setup = setup or ranks.run_on_rank0(lambda: setup_run(cfg, ranks.world_size)[0])
+        setup: RunSetup = launcher_setup or ranks.run_on_rank0(lambda: setup_run(cfg, ranks.world_size)[0])
         if setup.finished:
             return setup.finished
         return train_on_rank(cfg, setup, ranks, open_data(cfg, setup.tokenizer_dir, ranks.world_size))
@@ -85,7 +89,7 @@ def _train_as_rank(cfg: Config, setup: RunSetup | None) -> dict:
 
 
 def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> dict:
-    """Train in this process. Whatever happens, rank 0 writes a summary.json that says so."""
+    """Train in this process; returns the summary. However the training ends, rank 0 writes summary.json."""
     close_log = setup_logging(setup.run_dir, ranks.is_main, bool(setup.resume), log_name(ranks.rank))
     tracker, state, error = NullTracker(), loop.State(), None
     ranks.on_forced_exit(
@@ -94,13 +98,13 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
     with stop_on_signal(ranks.failed) as stop_asked:
         try:
             device.keep_freed_memory(device.pick_device(cfg.train.device, ranks.local_rank))
-            gc.collect()  # the model of an earlier job of a sweep
+            gc.collect()  # frees the model of the job before, in a sweep
             log.info("run folder %s, starting from %s", setup.run_dir, setup.start.description)
             if setup.start.warning:
                 log.warning(setup.start.warning)
             report_counts(data.train, data.num_steps)
             saved = checkpoint.load_state(setup.resume) if setup.resume else None
-            tracker = build_tracker(cfg, setup, ranks, data, saved)
+            tracker = build_tracker(cfg, setup.run_dir, data.num_steps, saved, ranks)
             trainer, state = build_components(cfg, setup, ranks, data, tracker, stop_asked, saved)
             cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, data.num_steps)
             try:
@@ -130,14 +134,14 @@ def finalize_run(
     state: loop.State,
     error: BaseException | None,
 ) -> dict:
-    """Returns the summary. Rank 0 writes it and the report, and ends the tracker's run."""
+    """End the tracker's run and return the summary. Rank 0 writes summary.json and the report first."""
     summary = summarize(stage, setup, data, tracker, state, error)
     try:
         if ranks.is_main:
             write_summary(setup.run_dir, summary)
-            log.info("%s at step %d of %d: %s", summary["status"], state.step, data.num_steps, setup.run_dir / "report.html")
+            log.info("%s after step %d of %d: %s", summary["status"], state.step, data.num_steps, setup.run_dir / "report.html")
             if summary["status"] == "interrupted":
-                log.info("the same command with run.dir=%s goes on from its checkpoint", setup.run_dir)
+                log.info("to resume from its checkpoint, give the same command with run.dir=%s", setup.run_dir)
     finally:
         tracker.finish(summary)
     return summary

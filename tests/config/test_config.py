@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,21 @@ def test_every_option_composes(option):
     cfg = compose([option, *NEEDED.get(option, [])])
     assert isinstance(cfg, Config)
     assert "???" not in to_yaml(cfg) and "${" not in to_yaml(cfg)
+
+
+def test_the_configuration_imports_no_torch():
+    subprocess.run([sys.executable, "-c", "import chattrain.config, sys; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_a_mistake_on_the_command_line_is_answered_without_torch():
+    code = (
+        "import sys; from chattrain.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, "stage=sft", "traain.x=1"], capture_output=True, text=True)
+    assert answer.returncode == 0 and "did you mean train?" in answer.stderr
 
 
 def test_the_groups_are_those_of_the_design():

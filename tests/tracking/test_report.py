@@ -102,6 +102,12 @@ def test_what_users_write_is_escaped_everywhere(tmp_path):
     assert "script" not in page.elements and "svg" in page.elements
 
 
+def test_a_report_does_not_resolve_interpolations(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    html = report(run_folder(tmp_path, ROWS, 'stage: sft\nrun:\n  name: "${oc.env:SECRET}"\n'))
+    assert "hunter2" not in html and "<h1>sft ${oc.env:SECRET} <span" in html
+
+
 def test_an_interrupted_run_has_a_report(tmp_path):
     html = report(run_folder(tmp_path, ROWS, CONFIG, torn='{"step": 30, "train/lo'))
     assert Page(html).elements.count("svg") == 5 and "unfinished" in html and "sft tuesday" in html

@@ -11,20 +11,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from chattrain.config.compose import explain
 from chattrain.errors import LINGER_S, OtherRankFailed, RunFailed, UserError
-from chattrain.setup.names import is_first
+from chattrain.setup.names import is_main_process
 
-SPEAK_FIRST_S = 2.0  # seconds that other ranks leave the first to say what is wrong: a launcher ends it when they end
+SPEAK_FIRST_S = 2.0  # seconds that a silent rank waits before it ends: torchrun ends all ranks with it, and one must print first
 
 
 def report_error(error: BaseException) -> int:
-    """Put the error on stderr: one message for what a user can mend, a traceback for what only we can. The exit status."""
+    """Print the error on stderr, one message or, for a bug, a traceback; returns the exit status. One rank prints for all."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         error = explain(error)
     if isinstance(error, OtherRankFailed):
         time.sleep(SPEAK_FIRST_S + LINGER_S)
         return error.exit_status
     if isinstance(error, UserError | RunFailed):
-        if is_first() or error.speaks:
+        if is_main_process() or error.speaks:
             print(f"chattrain: {error}", file=sys.stderr)
         else:
             time.sleep(SPEAK_FIRST_S)

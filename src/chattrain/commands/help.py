@@ -1,7 +1,7 @@
-"""`--help`: what can be typed, the groups with their choices, and every key with the value that this command line composes.
+"""`--help`: examples, the groups with their choices, and every key with the value that this command line composes.
 
-Hydra's own help copies all schemas for every group that it lists, twice over, which takes longer than all the rest. So Hydra
-composes the keys (its `--cfg job`), and what stands around them comes from here.
+Hydra's own help is slow, as it copies all schemas twice for every group that it lists. So Hydra only composes the keys (its
+`--cfg job`), and the text around them comes from here.
 """
 
 from __future__ import annotations
@@ -27,21 +27,19 @@ TEXT = """chattrain: turn a language model into a chat model.
 Groups (group=choice):
 {groups}
 
-Keys (key=value), with what this command line composes:
+Keys (key=value), with the values of this command line:
 {keys}
-Hydra's own options: --hydra-help. A key's meaning and unit: the files config.py of src/chattrain."""
+Hydra's own options: --hydra-help. The meaning and unit of each key: src/chattrain/config/."""
 
 
-def is_asked(arguments: list[str]) -> bool:
+def is_requested(arguments: list[str]) -> bool:
     return any(flag in arguments for flag in FLAGS)
 
 
-def for_keys(arguments: list[str]) -> list[str]:
-    """What Hydra is called with instead, so that it prints the composed keys.
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    """Arguments that make Hydra print the composed keys instead; a swept key has its first value.
 
-    Of the values of a sweep, the first.
-
-    >>> for_keys(["-m", "stage=base,mid", "--help"])
+    >>> hydra_arguments(["-m", "stage=base,mid", "--help"])
     ['stage=base', '--cfg', 'job']
     """
     kept = [a for a in arguments if a not in (*FLAGS, *SWEEPS)]
@@ -51,7 +49,7 @@ def for_keys(arguments: list[str]) -> list[str]:
 
 
 def show(print_keys: Callable[[], None], arguments: list[str]) -> None:
-    """Print the help on stdout, or nothing where the keys cannot be composed: what `print_keys` raises passes through."""
+    """Print the help on stdout. `print_keys` makes Hydra print the keys; where it raises, nothing is printed."""
     with redirect_stdout(io.StringIO()) as keys:
         print_keys()
     choices: dict[str, set[str]] = {}
@@ -67,10 +65,10 @@ def show(print_keys: Callable[[], None], arguments: list[str]) -> None:
 
 
 def _config_dir(arguments: list[str]) -> list[Path]:
-    """The folder of the user's own choices, where one is given to Hydra.
+    """The folder of the user's own choices that `--config-dir` names; [] without.
 
     >>> _config_dir(["stage=sft", "--config-dir", "my_conf"])
     [PosixPath('my_conf')]
     """
-    spelled = [word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)]
-    return [Path(folder) for flag, folder in pairwise(spelled) if flag in ("--config-dir", "-cd")]
+    words = [word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)]
+    return [Path(folder) for flag, folder in pairwise(words) if flag in ("--config-dir", "-cd")]

@@ -1,10 +1,11 @@
-"""command=import: another program's model (init.from) becomes a finished run, from which other stages go on."""
+"""command=import: make a finished run of another program's model (init.from), from which later stages start."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from chattrain.config import Config
@@ -24,7 +25,7 @@ def main(cfg: Config) -> dict:
     """Write <run.root>/<stage>/<name> with the model as its checkpoint; returns its summary.
 
     Raises UserError for a folder that holds no model of the GPT's architecture, one of another stage, and a run folder
-    that is in use.
+    that is not empty.
     """
     close_log = setup_logging(None, console=True, resume=False)
     try:
@@ -32,30 +33,31 @@ def main(cfg: Config) -> dict:
             raise UserError(
                 "command=import needs a model to import: init.from=<nanochat's folder, a Hugging Face folder, or a hub name>"
             )
-        found = locate(cfg.init.source)
-        folder = found.path
-        if not found.is_foreign:
+        source = locate(cfg.init.source)
+        folder = source.path
+        if not source.is_foreign:
             raise UserError(
                 f"init.from={cfg.init.source} is no model of nanochat (model_NNNNNN.pt) or Hugging Face "
                 f"(config.json, model.safetensors){hint(folder)}"
             )
-        if found.stage not in (None, cfg.stage):
+        if source.stage not in (None, cfg.stage):
             raise UserError(
-                f"{folder} holds a {found.stage} model, stage={cfg.stage} would file it as another; write stage={found.stage}"
+                f"{folder} holds a {source.stage} model, but stage={cfg.stage} asks for another; write stage={source.stage}"
             )
         name = cfg.run.name or Path(cfg.init.source).name
         run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / name).expanduser().resolve()
         if run_dir.exists() and any(run_dir.iterdir()):
             raise UserError(f"{run_dir} is in use; choose another run.name, or remove the folder")
-        return _write_run(cfg, found, run_dir)
+        return _write_run(cfg, source, run_dir)
     finally:
         close_log()
 
 
-def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
-    model = convert.read(found, cfg.tokenizer.path)
+def _write_run(cfg: Config, source: ModelFolder, run_dir: Path) -> dict:
+    """Convert the model, write the run folder, whole or not at all, and return the summary."""
+    model = convert.read(source, cfg.tokenizer.path)
     sizes = {name: size for name, size in model.sizes.items() if name != "vocab_size"}
-    cfg.model, cfg.train.seq_len = GPTConfig(**sizes), model.seq_len or cfg.train.seq_len
+    cfg.model, cfg.train.seq_len = replace(GPTConfig(), **sizes), model.seq_len or cfg.train.seq_len
     saved = run_dir / "checkpoints" / f"step_{model.step:06d}"
     summary = {
         "status": "completed",
@@ -68,7 +70,7 @@ def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
         "tokens_per_second": None,
         "metrics": {},
         "checkpoint": str(saved),
-        "init": f"imported from {found.path}",
+        "init": f"imported from {source.path}",
         "mlflow_run_id": None,
         "finished_at": time.time(),
         "data": {},
@@ -81,5 +83,5 @@ def _write_run(cfg: Config, found: ModelFolder, run_dir: Path) -> dict:
 
     replace_folder(run_dir, fill)
     shape = " ".join(f"model.{name}={size}" for name, size in sizes.items())
-    log.info("%s is now the %s run %s (%s)", found.path, cfg.stage, run_dir, shape)
+    log.info("%s is now the %s run %s (%s)", source.path, cfg.stage, run_dir, shape)
     return summary

@@ -1,1 +1,1 @@
-"""A run before it trains: planned once, then built in each process; and what it says of itself at its end."""
+"""A run before and after the loop: set up once, its components built in each process, its summary written at the end."""

@@ -1,6 +1,6 @@
-"""Everything that is decided and made once, before any process trains: run folder, start, tokenizer, token caches, steps.
+"""What is decided and made once, before any process trains: run folder, start, tokenizer, token caches, number of steps.
 
-Whatever can be wrong in what the user asked for is found here, before the run folder exists.
+The user's mistakes are found here, before the run folder exists.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from chattrain.storage.files import replace_text
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Decided once, then handed to every process."""
+    """What was decided; every process gets it."""
 
     run_dir: Path
     start: Start
-    resume: Path | None  # checkpoint to go on from
+    resume: Path | None  # checkpoint to resume from; None: the run starts anew
     tokenizer_dir: Path
     finished: dict | None = None  # summary of a run that has nothing left to do
 
 
 def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
-    """Raises UserError before anything is written for this run, except caches."""
+    """Set the run up, and open its data. Raises UserError before anything is written for this run, except caches."""
     cfg.train.rows_a_step(world_size)
     device = pick_device(cfg.train.device)
     launch.check_devices(device, world_size)
@@ -53,12 +53,12 @@ def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
     if finished is None:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_text(run_dir / "config.yaml", to_yaml(cfg))
-        (run_dir / "summary.json").unlink(missing_ok=True)  # of an earlier part of the run: it is true no longer
+        (run_dir / "summary.json").unlink(missing_ok=True)  # of the part of the run before this one
     return RunSetup(run_dir, start, resume, tokenizer_dir, finished), data
 
 
 def choose_run_dir(run: RunConfig, stage: str) -> Path:
-    """run.dir, or <root>/<stage>/<name>; a name that is not given is the time of the launch."""
+    """run.dir, or <root>/<stage>/<name>; without run.name the name is that of the launch, which is its time."""
     if run.dir:
         return Path(run.dir).expanduser().resolve()
     return (Path(run.root) / stage / (run.name or launch_name())).resolve()

@@ -1,4 +1,4 @@
-"""Whether a run goes on, and from which checkpoint."""
+"""Whether a run resumes, from which checkpoint, and whether it still is the same run."""
 
 from __future__ import annotations
 
@@ -21,50 +21,44 @@ log = logging.getLogger("chattrain")
 
 
 def find_resume(resume: Resume, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from; None for a run that starts anew.
+    """The newest valid checkpoint of the run folder, to resume from; None for a run that starts anew.
 
-    Raises UserError where the run has checkpoints and none is whole, and where resume is `must` and there is none.
+    Raises UserError where the run has checkpoints but no valid one, and where resume is `must` and there is none.
     """
-    found = checkpoint.newest_valid(run_dir) if resume != Resume.never else None
-    damaged = checkpoint.all_checkpoints(run_dir)
-    if found is None and damaged and resume != Resume.never:
+    if resume == Resume.never:
+        return None
+    newest = checkpoint.newest_valid(run_dir)
+    if newest is None and (damaged := checkpoint.all_checkpoints(run_dir)):
         raise UserError(
-            f"none of the {len(damaged)} checkpoints of {run_dir} is whole; restore one, or begin anew with "
+            f"none of the {len(damaged)} checkpoints of {run_dir} is valid; restore one, or start anew with "
             "run.resume=never, which moves the folder aside"
         )
-    if resume == Resume.must and found is None:
+    if newest is None and resume == Resume.must:
         raise UserError(
             f"run.resume=must, but {run_dir} has no valid checkpoint; name the run with run.name or "
             "run.dir, or use run.resume=auto"
         )
-    return found
+    return newest
 
 
 def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData) -> dict | None:
-    """Check that the run goes on as it began. Returns the summary of a run that has nothing left to do, else None.
+    """Check that the run resumes as it began. Returns the summary of a run that has nothing left to do, else None.
 
-    Raises UserError for another model, data or optimizer than it began with, and for fewer steps than it has made.
+    Raises UserError for another model, data or optimizer than it began with, and for fewer steps than it has completed.
     """
     state = checkpoint.load_state(resume)
     misfit = shape_misfit(resume, cfg.model)
     if misfit or state.data_fingerprint != data.fingerprint:
         raise UserError(
-            f"{run_dir} was begun with {misfit or 'other data, seed, seq_len or batch size'}, so it "
-            "cannot go on as the same run; use another run.name, or run.resume=never to start anew"
+            f"{run_dir} began with {misfit or 'other data, seed, seq_len or batch size'}, so it "
+            "cannot resume as the same run; use another run.name, or run.resume=never to start anew"
         )
     before, now = (yaml.safe_load(text) for text in ((resume / "config.yaml").read_text(), to_yaml(cfg)))
     _refuse_other_optimizer(run_dir, before["optimizer"]["_target_"], now["optimizer"]["_target_"])
-    changed = [
-        f"{group}.{key} {before[group].get(key)} -> {value}"
-        for group in ("init", "optimizer", "schedule", "train")
-        for key, value in now[group].items()
-        if before[group].get(key) != value and (group != "init" or key == "from")
-    ]
-    if changed:
-        log.warning("the run goes on with other settings than it began with: %s", ", ".join(changed))
+    _warn_of_changes(before, now)
     if state.num_steps != data.num_steps:
         log.warning(
-            "the run was planned for %d steps, now for %d: the schedule is another one from here on",
+            "the run was planned for %d steps, now for %d: the schedule changes from here on",
             state.num_steps,
             data.num_steps,
         )
@@ -81,24 +75,36 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData) -> di
             f"{run_dir} is at step {state.step}, beyond the {data.num_steps} steps asked for; ask for more "
             "(train.max_steps, train.num_epochs), or use another run.name"
         )
-    log.info("going on from %s (step %d of %d)", resume, state.step, data.num_steps)
+    log.info("resuming from %s (step %d of %d)", resume, state.step, data.num_steps)
     return None
+
+
+def _warn_of_changes(before: dict, now: dict) -> None:
+    """Log the settings that differ between the configuration the run began with and today's."""
+    changed = [
+        f"{group}.{key} {before[group].get(key)} -> {value}"
+        for group in ("init", "optimizer", "schedule", "train")
+        for key, value in now[group].items()
+        if before[group].get(key) != value and (group != "init" or key == "from")
+    ]
+    if changed:
+        log.warning("the run resumes with other settings than it began with: %s", ", ".join(changed))
 
 
 def _refuse_other_optimizer(run_dir: Path, before: str, now: str) -> None:
     if recorded_target(before) != recorded_target(now):
         raise UserError(
-            f"{run_dir} was begun with the optimizer {before}, so it cannot go on "
+            f"{run_dir} began with the optimizer {before}, so it cannot resume "
             f"with {now}; use another run.name, or run.resume=never to start anew"
         )
 
 
 def move_aside(run_dir: Path) -> None:
-    """Keep what a folder holds under another name, `<run_dir>.old1`, so that a new run can have its place."""
+    """Rename a run folder that is not empty to `<run_dir>.old1` (or .old2, ...), so that a new run can take its name."""
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return
     number = 1
     while (old := run_dir.with_name(f"{run_dir.name}.old{number}")).exists():
         number += 1
     run_dir.rename(old)
-    log.warning("run.resume=never: what %s held is now in %s", run_dir, old)
+    log.warning("run.resume=never: the earlier contents of %s are now in %s", run_dir, old)

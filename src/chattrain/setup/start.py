@@ -1,4 +1,4 @@
-"""What a run starts from: `init.from`, resolved to a checkpoint or to random weights, never silently."""
+"""What a run starts from: `init.from`, resolved to a checkpoint or to random weights. A fallback is never silent."""
 
 from __future__ import annotations
 
@@ -25,37 +25,38 @@ log = logging.getLogger("chattrain")
 class Start:
     """Where the weights come from; `checkpoint` None means random weights."""
 
-    checkpoint: Path | None
+    checkpoint: Path | None  # a checkpoint of ours; with model=hf it may be a Hugging Face folder
     description: str  # goes into the log and summary.json
-    warning: str | None = None  # what auto fell back to, said when all else is known to be right
+    warning: str | None = None  # what auto fell back to; logged only once nothing else can be refused
 
 
 def find_start(cfg: Config, any_model: bool = False) -> Start:
-    """What init.from means. Raises UserError where it is nothing, or (without any_model) another model than cfg.model."""
+    """Resolve init.from. Raises UserError where it names no model, or (without any_model) one of another shape than cfg.model."""
     return resolve(cfg.init, Path(cfg.run.root), None if any_model else cfg.model, cfg.tokenizer.path, cache_dir(cfg.data))
 
 
 def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_path: str | None, cache: Path) -> Start:
-    """`model` None: any will do. A folder of another program is converted into a checkpoint, kept in `cache`; one of
-    Hugging Face under model=hf is taken as it is.
+    """Resolve init.from against the runs in `root`. `model` None: a model of any shape is accepted.
 
-    Raises UserError for a folder that is no model or of another shape, and where strict forbids a fallback.
+    A folder of another program is converted into a checkpoint, which is kept in `cache`; with model=hf a Hugging Face folder is
+    used as it is. Raises UserError for a folder that holds no model or one of another shape, and where init.strict forbids a
+    fallback.
     """
     if init.source in ("scratch", "auto"):
         start = _auto(init, root, model) if init.source == "auto" else Start(None, "random weights (init.from=scratch)")
         if start.checkpoint is None and isinstance(model, HFModelConfig):
             raise UserError(
-                f"init.from={init.source} finds no weights, and model=hf has none of its own; name a Hugging Face "
+                f"init.from={init.source} finds no weights, and model=hf cannot start from random ones; name a Hugging Face "
                 "folder or hub name with init.from"
             )
         return start
     try:
-        found = locate(init.source)
-        if isinstance(model, HFModelConfig) and found.format == FolderFormat.huggingface:
-            return Start(found.path, str(found.path))
-        if found.is_foreign:
-            folder = as_checkpoint(found, tokenizer_path, cache)
-        elif nearby := hint(found.path):
+        located = locate(init.source)
+        if isinstance(model, HFModelConfig) and located.format == FolderFormat.huggingface:
+            return Start(located.path, str(located.path))
+        if located.is_foreign:
+            folder = as_checkpoint(located, tokenizer_path, cache)
+        elif nearby := hint(located.path):
             raise UserError(f"it holds no model{nearby}")
         else:
             folder = checkpoint.resolve(Path(init.source).expanduser())
@@ -66,55 +67,58 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
         raise UserError(
             f"init.from={init.source} holds another model: {misfit}; choose the model it holds (model=...) or another checkpoint"
         )
-    return Start(folder.resolve(), str(found.path if found.is_foreign else folder.resolve()))
+    return Start(folder.resolve(), str(located.path if located.is_foreign else folder.resolve()))
 
 
 def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
-    """What init.from names; auto: of the newest finished run of this stage and model (any_model: else of any).
+    """The trained checkpoint that a command reads: init.from, or with `auto` that of the newest finished run of this stage.
 
-    Raises UserError where there is none, or (without any_model) where it holds another model than the configuration.
+    The model must be that of the configuration. With any_model it may be any: `auto` then falls back to the newest finished run
+    of any model. Raises UserError where there is no such checkpoint.
     """
     if cfg.init.source == "scratch":
         raise UserError(f"command={cfg.command.name} needs a trained model; name a run or checkpoint with init.from")
     if cfg.init.source != "auto":
-        return find_start(cfg, any_model).checkpoint
-    found = newest_finished(Path(cfg.run.root), cfg.stage, cfg.model)
-    if found is None and any_model:
-        found = newest_finished(Path(cfg.run.root), cfg.stage, None)
-    if found is None:
+        folder = find_start(cfg, any_model).checkpoint
+    else:
+        folder = newest_finished(Path(cfg.run.root), cfg.stage, cfg.model)
+        if folder is None and any_model:
+            folder = newest_finished(Path(cfg.run.root), cfg.stage, None)
+    if folder is None:
         raise UserError(
             f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
             "a run or checkpoint with init.from"
         )
-    return found
+    return folder
 
 
 def check_start(model: ModelConfig, start: Path | None, seq_len: int) -> None:
     """Raises UserError where a run with rows of seq_len tokens cannot start from the folder."""
-    if isinstance(model, HFModelConfig):
+    if isinstance(model, HFModelConfig) and start is not None:
         hf.check_start(start, seq_len)
 
 
-def _auto(init: InitConfig, root: Path, model: ModelConfig) -> Start:
+def _auto(init: InitConfig, root: Path, model: ModelConfig | None) -> Start:
+    """The newest finished run of the first of init.after, else, with a warning, of a later one, else random weights."""
     if not init.after:
         return Start(None, "random weights")
     first, *others = init.after
-    found = newest_finished(root, first, model)
-    if found:
-        return Start(found, str(found))
+    newest = newest_finished(root, first, model)
+    if newest:
+        return Start(newest, str(newest))
     missing = f"no finished {first} run of this model in {root.resolve()}"
     if init.strict:
         raise UserError(
             f"init.strict=true and {missing}; train stage={first} first, or name a folder with init.from=<run or checkpoint>"
         )
     for stage in others:
-        found = newest_finished(root, stage, model)
-        if found:
+        newest = newest_finished(root, stage, model)
+        if newest:
             return Start(
-                found,
-                str(found),
+                newest,
+                str(newest),
                 f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
-                f"RUN {found}: what {first} would have taught is missing. init.strict=true refuses this",
+                f"RUN {newest}: the model skips what stage={first} teaches. init.strict=true refuses this",
             )
     return Start(
         None,
@@ -125,7 +129,7 @@ def _auto(init: InitConfig, root: Path, model: ModelConfig) -> Start:
 
 
 def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path | None:
-    """Newest valid checkpoint of the newest finished run of a stage whose model has this shape (None: any)."""
+    """The newest valid checkpoint of the newest finished run of a stage whose model has this shape (None: any shape)."""
     runs = []
     for file in (root.resolve() / stage).glob("*/summary.json"):
         try:
@@ -141,10 +145,10 @@ def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path |
         misfit = shape_misfit(folder, model) if model is not None else None
         if misfit is None:
             return folder
-        log.info("init.from=auto: passing over %s: %s", run_dir, misfit)
+        log.info("init.from=auto: skipping %s: %s", run_dir, misfit)
     return None
 
 
 def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
-    """How the model asked for differs from the one saved, or None."""
+    """How the model of the configuration differs from that of a checkpoint; None where they agree."""
     return model.misfit(checkpoint.load_state(folder).model)

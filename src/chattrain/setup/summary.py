@@ -1,4 +1,4 @@
-"""summary.json: how a run ended. Rank 0 writes it; the launcher corrects it, or writes it where rank 0 was ended first."""
+"""summary.json: how a run ended. Rank 0 writes it; our launcher corrects it, or writes it if rank 0 died first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chattrain.tracking.tracker import NullTracker, Tracker
 def summarize(
     stage: str, setup: RunSetup, data: RunData, tracker: Tracker | NullTracker, state: loop.State, error: BaseException | None
 ) -> dict:
-    """The content of summary.json. `error`: what ended the run before its last step."""
+    """The content of summary.json. `error`: what ended the run before its last step; None: it completed or was interrupted."""
     interrupted = state.interrupted or isinstance(error, KeyboardInterrupt)
     newest = checkpoint.all_checkpoints(setup.run_dir)
     return {
@@ -45,17 +45,19 @@ def summarize(
 
 
 def write_summary(run_dir: Path, summary: dict) -> None:
-    """summary.json and, from it, report.html."""
+    """Write summary.json and, from it, report.html."""
     replace_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_report(run_dir)
 
 
 def correct_summary(stage: str, setup: RunSetup, data: RunData, error: Exception) -> dict:
-    """Set the launcher's status in rank 0's summary.json; create the file if rank 0 was ended first."""
+    """Set the launcher's status in rank 0's summary.json; create the file if rank 0 died first. Returns the summary."""
     file = setup.run_dir / "summary.json"
-    summary = (
-        json.loads(file.read_text()) if file.is_file() else summarize(stage, setup, data, *_what_is_left(setup.run_dir), error)
-    )
+    if file.is_file():
+        summary = json.loads(file.read_text())
+    else:
+        tracker, state = _recover_progress(setup.run_dir)
+        summary = summarize(stage, setup, data, tracker, state, error)
     if isinstance(error, launch.Stopped):
         summary["status"] = "interrupted"
         summary.pop("error", None)
@@ -65,14 +67,14 @@ def correct_summary(stage: str, setup: RunSetup, data: RunData, error: Exception
     return summary
 
 
-def _what_is_left(run_dir: Path) -> tuple[NullTracker, loop.State]:
-    """What a run has logged and saved, where its rank 0 was ended before it could say so."""
+def _recover_progress(run_dir: Path) -> tuple[NullTracker, loop.State]:
+    """How far a run came whose rank 0 died, read from its metrics.jsonl and its newest checkpoint."""
     tracker, state = NullTracker(), loop.State()
     for row in read_metrics(run_dir / "metrics.jsonl"):
         state.step = row["step"]
         tracker.last |= {name: value for name, value in row.items() if name not in ("step", "time")}
-    state.tokens_seen = tracker.last.get("train/tokens_seen", 0)
-    state.supervised_tokens = tracker.last.get("train/supervised_tokens", 0)
+    state.tokens_seen = int(tracker.last.get("train/tokens_seen") or 0)
+    state.supervised_tokens = int(tracker.last.get("train/supervised_tokens") or 0)
     saved = checkpoint.newest_valid(run_dir)
     tracker.mlflow_run_id = checkpoint.load_state(saved).mlflow_run_id if saved else None
     return tracker, state

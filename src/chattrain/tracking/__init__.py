@@ -1,1 +1,1 @@
-"""Where numbers and messages go: metrics.jsonl first, then the console, MLflow, the report."""
+"""Metrics and messages of a run: metrics.jsonl first, then the console, MLflow and the report."""

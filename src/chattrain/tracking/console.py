@@ -11,7 +11,7 @@ logger = logging.getLogger("chattrain")
 
 
 class _StderrHandler(logging.Handler):
-    """Plain messages to what sys.stderr is at that moment: a rich bar swaps it to print above itself."""
+    """Prints to sys.stderr as it is at that moment: a rich progress bar replaces it, to print above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False):
@@ -25,24 +25,24 @@ class _StderrHandler(logging.Handler):
 
 
 def setup_logging(run_dir: Path | None, console: bool, resume: bool, name: str = "train.log") -> Callable[[], None]:
-    """Sends the logger "chattrain" to run_dir/<name> (appended to on `resume`) and stderr; returns what undoes it.
+    """Send the logger "chattrain" to run_dir/<name> (None: no file) and, with `console`, to stderr; returns what undoes this.
 
-    A second call takes the place of the first, so a sweep in one process prints each line once. `propagate` stays
-    on, which lets pytest's caplog listen; give the root logger no handler of its own, or each line is printed twice.
+    `resume`: append to the file instead of replacing it. A second call replaces the first, so that a sweep in one process prints
+    each line once. `propagate` stays on for pytest's caplog; a handler of the root logger would print each line twice.
     """
-    handlers: list[logging.Handler] = [logging.NullHandler()]  # alone, it keeps logging's own fallback off stderr
+    handlers: list[logging.Handler] = [logging.NullHandler()]  # without a handler, logging prints warnings to stderr
     if run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         if not resume:
             (Path(run_dir) / name).unlink(missing_ok=True)
-        file = logging.FileHandler(Path(run_dir) / name, encoding="utf-8")  # appends: see failures.Watch, which does too
+        file = logging.FileHandler(Path(run_dir) / name, encoding="utf-8")  # appends, as parallel.failures.Watch writes to it too
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     if console:
         handlers.append(_StderrHandler())
     _detach([handler for handler in logger.handlers if handler.name == logger.name])
     for handler in handlers:
-        handler.set_name(logger.name)  # the mark by which the next call finds them
+        handler.set_name(logger.name)  # by this name the next call finds them
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     return lambda: _detach(handlers)

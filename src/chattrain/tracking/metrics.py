@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of a metrics.jsonl, in order; [] where there is no file. A line torn by a crash is left out."""
+    """The complete lines of a metrics.jsonl, in order; [] where there is no file. A line cut off by a crash is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -22,7 +22,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def write_metrics(path: Path, rows: Iterable[dict]) -> None:
-    """Replaces the file at once: a crash here leaves the old file or the new one, never half of one."""
+    """Replace the file atomically: a crash leaves the old file or the new one, never half of one."""
     partial = path.with_name(path.name + ".tmp")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)

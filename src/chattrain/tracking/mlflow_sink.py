@@ -1,4 +1,4 @@
-"""One MLflow run as a view of metrics.jsonl: MLflow's client on one thread, so that training never waits for it."""
+"""One MLflow run as a view of metrics.jsonl. MLflow's client runs on a thread of its own, so that training never waits for it."""
 
 import fcntl
 import json
@@ -15,15 +15,16 @@ from pathlib import Path
 
 logger = logging.getLogger("chattrain")
 
+Param = str | int | float | bool | None  # a value of the flat configuration
 DRAIN_SECONDS = 60  # longest wait for a slow store at the end of a run
 
 
 class MLflowSink:
-    """One MLflow run. Nothing here raises or makes the training wait: it is a view of metrics.jsonl, not the record.
+    """One MLflow run. Nothing here raises or makes the training wait: metrics.jsonl is the record, and this only a view of it.
 
-    The store is opened (and made) at once, in seconds and before step 0; every later call goes through one thread.
-    The first failure is one warning; later calls are still tried, in silence, as a locked store may open again.
-    A continued run keeps the points that MLflow got after the checkpoint: its client cannot take them back.
+    The constructor opens the store, or makes it, which takes seconds before step 0. Every later call goes through one thread.
+    The first failure is one warning; later calls are still tried, without a warning, as a locked store may open again.
+    A resumed run keeps the points that MLflow got after the checkpoint: MLflow's client cannot delete them.
     """
 
     def __init__(
@@ -31,15 +32,17 @@ class MLflowSink:
         uri: str,  # sqlite:////abs/path/mlflow.db; artifacts go to mlartifacts/ beside it
         experiment: str,
         run_name: str,
-        params: dict[str, str | int | float | bool | None],
+        params: dict[str, Param],
         tags: dict,
-        run_id: str | None = None,  # go on with this run
+        run_id: str | None = None,  # resume this run
     ):
-        self._warned, self._thread, self.run_id = False, None, None
+        self._warned = False
+        self._thread: threading.Thread | None = None
+        self.run_id: str | None = None
         try:
             self._client, experiment_id = _open_store(uri, experiment)
             self.run_id = self._start(experiment_id, run_name, run_id)
-            self._describe(params, tags)
+            self._describe(self.run_id, params, tags)
         except Exception as error:
             self._warn(f"use {uri}", error)
         if self.run_id:
@@ -49,17 +52,21 @@ class MLflowSink:
             self._thread.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Send the metrics of a step; returns at once."""
         if self._thread:
             now = int(time.time() * 1000)  # MLflow's milliseconds
             self._points.extend((name, float(value), now, step) for name, value in metrics.items())
             self._later("log metrics", self._send_points)
 
     def artifact(self, path: Path) -> None:
-        self._later(f"store {path.name}", lambda: self._client.log_artifact(self.run_id, str(path)))
+        """Store a file of the run folder with the run."""
+        if run_id := self.run_id:
+            self._later(f"store {path.name}", lambda: self._client.log_artifact(run_id, str(path)))
 
     def close(self, status: str = "FINISHED") -> None:
-        """Ends the run (FINISHED, FAILED, KILLED) when all that was handed over is stored, or after DRAIN_SECONDS."""
-        self._later("end the run", lambda: self._client.set_terminated(self.run_id, status))
+        """End the run (FINISHED, FAILED, KILLED) once everything sent is stored; waits at most DRAIN_SECONDS for that."""
+        if run_id := self.run_id:
+            self._later("end the run", lambda: self._client.set_terminated(run_id, status))
         if self._thread:
             self._queue.put(None)
             self._thread.join(DRAIN_SECONDS)
@@ -67,32 +74,33 @@ class MLflowSink:
                 self._warn("end the run", TimeoutError(f"no answer from the store in {DRAIN_SECONDS} seconds"))
             self._thread = None
 
-    def _later(self, what: str, call: Callable[[], object]) -> None:
+    def _later(self, action: str, call: Callable[[], object]) -> None:
+        """Make the call on the thread. `action` completes "MLflow could not ..."."""
         if self._thread:
-            self._queue.put((what, call))
+            self._queue.put((action, call))
 
     def _work(self) -> None:
-        for what, call in iter(self._queue.get, None):
+        for action, call in iter(self._queue.get, None):
             try:
                 call()
             except Exception as error:
-                self._warn(what, error)
+                self._warn(action, error)
 
-    def _warn(self, what: str, error: Exception) -> None:
+    def _warn(self, action: str, error: Exception) -> None:
         if not self._warned:
             self._warned = True
             reason = (str(error).splitlines() or [""])[0]
             logger.warning(
-                "MLflow could not %s (%s: %s). Training goes on and metrics.jsonl stays whole; "
+                "MLflow could not %s (%s: %s). Training continues and metrics.jsonl stays whole; "
                 "turn MLflow off with tracking=none",
-                *(what, type(error).__name__, reason),
+                *(action, type(error).__name__, reason),
             )
 
     def _send_points(self) -> None:
-        """All that waits, as many a call as MLflow takes: a call costs 20 ms, so a store that lags catches up."""
+        """Send all waiting points, as many in a call as MLflow takes: a call costs 20 ms, so that a slow store catches up."""
         from mlflow.entities import Metric
 
-        while self._points:
+        while self._points and self.run_id:
             batch = [Metric(*self._points.popleft()) for _ in range(min(1000, len(self._points)))]
             self._client.log_batch(self.run_id, metrics=batch)
 
@@ -106,31 +114,34 @@ class MLflowSink:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            logger.warning("MLflow's store has no run %s to go on with (was it moved?); a new run is used", run_id)
+            logger.warning("MLflow's store has no run %s to resume (was it moved?); this run gets a new one", run_id)
         return self._client.create_run(experiment_id, run_name=run_name).info.run_id
 
-    def _describe(self, params: dict, tags: dict) -> None:
-        """MLflow lets no param change, so a continued run keeps its first values; its config.yaml has the new ones."""
-        from mlflow.entities import Param, RunTag
+    def _describe(self, run_id: str, params: dict[str, Param], tags: dict) -> None:
+        """Set params and tags. MLflow lets no param change: a resumed run keeps its first values, its config.yaml has the new."""
+        from mlflow.entities import Param as MLflowParam
+        from mlflow.entities import RunTag
 
-        there = self._client.get_run(self.run_id).data.params
+        stored = self._client.get_run(run_id).data.params
         # 6000 characters is the most MLflow takes of a value, and 100 the most params of one call
-        words = {key: (value if isinstance(value, str) else json.dumps(value))[:6000] for key, value in params.items()}
-        if changed := [key for key, word in words.items() if there.get(key, word) != word]:
+        texts = {key: (value if isinstance(value, str) else json.dumps(value))[:6000] for key, value in params.items()}
+        if changed := [key for key, text in texts.items() if stored.get(key, text) != text]:
             logger.info("MLflow keeps the first values of changed params: %s", ", ".join(changed))
-        new = [Param(key, word) for key, word in words.items() if key not in there]
+        new = [MLflowParam(key, text) for key, text in texts.items() if key not in stored]
         for start in range(0, len(new), 100):
-            self._client.log_batch(self.run_id, params=new[start : start + 100])
-        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+            self._client.log_batch(run_id, params=new[start : start + 100])
+        self._client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
 
 def _open_store(uri: str, experiment: str):
-    """An MlflowClient for this store alone, without global state, telemetry or chatter, and the experiment's id.
+    """An MlflowClient for this store, without global state, telemetry or log output, and the experiment's id.
 
-    One process at a time: two that make one store's tables at once break each other ("duplicate column name").
+    A lock lets one process in at a time: two that make the tables of a store at once fail ("duplicate column name").
     """
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read at import
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # below: table making, and a traceback for each refusal
+    os.environ.setdefault(
+        "MLFLOW_LOGGING_LEVEL", "CRITICAL"
+    )  # less severe: lines about making tables, a traceback for each refused call
     from mlflow import MlflowClient
 
     if not uri.startswith("sqlite:///"):
@@ -146,7 +157,7 @@ def _open_store(uri: str, experiment: str):
 
 
 def _experiment_id(client, name: str, artifacts: str | None) -> str:
-    """Finds the experiment or makes it. Another process may make it in between, so a refusal means: look again."""
+    """Find the experiment or make it. If making it fails, another process may have made it in between: look again."""
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(name):

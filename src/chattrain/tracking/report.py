@@ -1,7 +1,7 @@
-"""A run as one HTML file: what it was, how it went, its curves and its config.
+"""A run as one HTML file: its summary, curves, metrics and config.
 
-The file needs nothing but a browser: the charts are SVG written here; no script, font or picture comes from outside.
-It is made of what the run folder has, so an interrupted or failed run gets its report too.
+The file needs only a browser: the charts are SVG, and no script, font or picture is loaded. It shows whatever the run folder
+holds, so that an interrupted or failed run has a report too.
 """
 
 import json
@@ -10,20 +10,22 @@ from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 
+import yaml
+
 from chattrain.storage.files import replace_text
 from chattrain.tracking.metrics import read_metrics
 
 Points = list[tuple[float, float]]  # (step, value)
 
 FACTS = ("steps", "tokens_seen", "supervised_tokens", "tokens_per_second", "init", "checkpoint", "error")
-COLORS = ("#3b82c4", "#d9822b", "#2f9e6e", "#b5539c", "#8a7a2f", "#7a6ad8")  # told apart on white and on black
+COLORS = ("#3b82c4", "#d9822b", "#2f9e6e", "#b5539c", "#8a7a2f", "#7a6ad8")  # distinct on white and on black
 CHART_CSS = """
 .chart text { font: 11px system-ui, sans-serif; fill: #57606a; }
 .chart .title { font-size: 13px; font-weight: 600; fill: #1f2328; }
 .chart .grid { stroke: #8b949e; stroke-opacity: .3; }
 .chart polyline { fill: none; stroke-width: 1.5; stroke-linejoin: round; }
 @media screen and (prefers-color-scheme: dark) { .chart text { fill: #9aa4ae; } .chart .title { fill: #e6edf3; } }
-"""  # in each picture, so that one taken out of the page keeps its look
+"""  # in each chart, so that it looks the same outside of the page
 PAGE_CSS = """
 @media screen { :root { color-scheme: light dark; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1300px; margin: 2rem auto; padding: 0 1rem; }
@@ -41,7 +43,7 @@ pre { overflow-x: auto; font-size: 13px; } summary { cursor: pointer; }
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes run_dir/report.html from its config.yaml, metrics.jsonl and summary.json; any may be absent or torn."""
+    """Write run_dir/report.html from its config.yaml, metrics.jsonl and summary.json, any of which may be missing or cut off."""
     run_dir = Path(run_dir)
     config, summary = _text(run_dir / "config.yaml"), _summary(_text(run_dir / "summary.json"))
     curves, last = _curves(read_metrics(run_dir / "metrics.jsonl"))
@@ -78,7 +80,7 @@ def _text(path: Path) -> str:
 
 
 def _summary(text: str) -> dict:
-    """{} where the text is no JSON object: a report is most wanted of a run that ended badly."""
+    """{} where the text is no JSON object: a run that ended badly needs its report most."""
     try:
         summary = json.loads(text)
     except ValueError:
@@ -87,18 +89,16 @@ def _summary(text: str) -> dict:
 
 
 def _stage_and_name(config: str, run_dir: Path) -> tuple[str, str]:
-    """As the config has them; with no config to read, no stage, and the folder's name, the run's own by default."""
-    from omegaconf import OmegaConf
-
+    """Stage and run.name of the config; where it cannot be read, no stage and the name of the folder."""
     try:
-        values = OmegaConf.create(config)
+        values = yaml.safe_load(config)  # plain values only: interpolations stay text
         return str(values["stage"]), str(values["run"]["name"])
-    except Exception:  # torn in any way that YAML can be torn; the page shows the text as it is
+    except Exception:  # cut off or malformed in any way; the page shows the text itself
         return "", run_dir.resolve().name
 
 
 def _curves(rows: list[dict]) -> tuple[dict[str, Points], dict[str, float | None]]:
-    """The points of each metric, those that are numbers, and the last value of each, None where it was not finite."""
+    """The points of each metric (numbers only), and its last value, None where that was not finite."""
     curves: dict[str, Points] = {}
     last: dict[str, float | None] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def _curves(rows: list[dict]) -> tuple[dict[str, Points], dict[str, float | None
 
 
 def _charts(curves: dict[str, Points]) -> Iterator[str]:
-    """One chart a metric, as their scales differ; accuracies share theirs and stand together."""
+    """One chart a metric, as scales differ; accuracies have the same scale and share one chart."""
     for name in ("train/loss", "val/bpb", "val/loss", "lr_factor"):
         if name in curves:
             yield curve_svg({name: curves[name]}, name)
@@ -127,7 +127,8 @@ def _table(cells: dict) -> str:
 
 
 def _words(value: object) -> str:
-    """
+    """A value as a cell of a table.
+
     >>> [_words(value) for value in (1048576, 2.312345, None, "step_000200")]
     ['1,048,576', '2.3123', 'not finite', 'step_000200']
     """
@@ -139,9 +140,9 @@ def _words(value: object) -> str:
 
 
 def curve_svg(series: dict[str, Points], title: str, width: int = 640, height: int = 240) -> str:
-    """One chart as a standalone `<svg>`: a line a series, axes with round ticks, a legend where there are several.
+    """One chart as a standalone `<svg>`: a line a series, axes with round ticks, a legend for several series.
 
-    Points that are not finite are left out. The picture has no ground of its own and reads on light and on dark.
+    Points that are not finite are left out. The background is transparent, and the chart is legible on light and on dark.
     """
     series = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
     legend, legend_height = _legend(list(series), width) if len(series) > 1 else ("", 0)
@@ -166,14 +167,14 @@ def curve_svg(series: dict[str, Points], title: str, width: int = 640, height: i
 
 
 def _ticks(low: float, high: float, most: int = 6, least: float = 0) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten within [low, high], at most `most` steps of at least `least`.
+    """Multiples of 1, 2 or 5 times a power of ten within [low, high], at most `most` intervals of at least `least`.
 
     >>> _ticks(0, 200), _ticks(0.13, 0.87), _ticks(1, 3, least=1)
     ([0, 50, 100, 150, 200], [0.2, 0.4, 0.6, 0.8], [1, 2, 3])
     """
-    wanted = max((high - low) / most, least)
-    power = 10.0 ** math.floor(math.log10(wanted))
-    step = next(power * times for times in (1, 2, 5, 10) if power * times >= wanted * (1 - 1e-9))
+    smallest = max((high - low) / most, least)
+    power = 10.0 ** math.floor(math.log10(smallest))
+    step = next(power * times for times in (1, 2, 5, 10) if power * times >= smallest * (1 - 1e-9))
     ticks = [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return [int(tick) if tick == int(tick) else tick for tick in ticks]
 
@@ -199,7 +200,7 @@ def _y_tick(label: str, y: float, left: float, right: float) -> str:
 
 
 def _line(points: Points, color: str, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    """The line, and dots while they are few: a lone evaluation has no line to be seen by."""
+    """The line, and dots where there are few points: a single point makes no line."""
     pixels = [(f"{x(step):.1f}", f"{y(value):.1f}") for step, value in points]
     dots = [f'<circle cx="{a}" cy="{b}" r="2.5" fill="{color}"/>' for a, b in pixels] if len(points) <= 20 else []
     path = " ".join(f"{a},{b}" for a, b in pixels)
@@ -207,10 +208,10 @@ def _line(points: Points, color: str, x: Callable[[float], float], y: Callable[[
 
 
 def _legend(names: list[str], width: int) -> tuple[str, int]:
-    """A row or more of colour and name below the title, and its height in pixels."""
+    """Rows of colour and name below the title, and their height in pixels."""
     parts, x, y = [], 8.0, 36
     for i, name in enumerate(names):
-        need = 24 + 6.5 * len(name)  # pixels, by the mean width of a letter
+        need = 24 + 6.5 * len(name)  # pixels, from the mean width of a letter
         if x > 8 and x + need > width:
             x, y = 8.0, y + 16
         parts.append(f'<rect x="{x:g}" y="{y - 8}" width="10" height="8" rx="2" fill="{COLORS[i % len(COLORS)]}"/>')

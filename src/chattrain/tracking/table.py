@@ -1,4 +1,4 @@
-"""The runs of a sweep side by side, and where to look next."""
+"""The runs of a sweep as a table, and the paths of their reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chattrain.tracking.metrics import read_metrics
 
 
 def show_runs(run_dirs: list[Path]) -> None:
-    """One row a run: each evaluation metric (train/loss where nothing was evaluated) from its first value to its last."""
+    """Print one row a run: each evaluation metric (train/loss where nothing was evaluated), its first and last value."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -32,29 +32,30 @@ def show_runs(run_dirs: list[Path]) -> None:
             f"{speed:,.0f}" if speed else "n/a",
             *(ranges.get(name, "") for name in names),
         )
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a file or pipe need not cut columns
+    console = Console(width=None if sys.stdout.isatty() else 160)  # wide enough that a file or pipe has whole columns
     console.print(table)
     for run_dir in run_dirs:
         console.print(f"{run_dir / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _label(summary: dict, run_dir: Path, one_stage: bool) -> str:
-    """The stage, where it tells runs apart, and what was swept, where the name of the run has it behind a `-<key>=`."""
+    """The stage, if runs differ in it, and the swept keys, which stand in the run's name as `-<key>=<value>`."""
     swept = [part for part in run_dir.name.split("-") if "=" in part]
     return " ".join(swept if swept and one_stage else [summary["stage"], *swept])
 
 
 def _ranges(run_dir: Path) -> dict[str, str]:
+    """`first value -> last value` of each evaluation metric and of train/loss."""
     values: dict[str, list[float]] = {}
     for row in read_metrics(run_dir / "metrics.jsonl"):
         for name, value in row.items():
             if value is not None and name.startswith(("val/", "eval/", "train/loss")):
                 values.setdefault(name, []).append(value)
     return {
-        name: _form(name, found[0]) + (f" -> {_form(name, found[-1])}" if len(found) > 1 else "")
-        for name, found in values.items()
+        name: _format(name, series[0]) + (f" -> {_format(name, series[-1])}" if len(series) > 1 else "")
+        for name, series in values.items()
     }
 
 
-def _form(name: str, value: float) -> str:
+def _format(name: str, value: float) -> str:
     return f"{value:.1%}" if name.endswith("_acc") else f"{value:.3f}"
