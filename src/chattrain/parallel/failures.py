@@ -24,7 +24,7 @@ from pathlib import Path
 from torch.distributed import DistStoreError, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from chattrain.errors import LINGER_S, OtherRankFailed, RunFailed, UserError
+from chattrain.errors import REPORT_DELAY_S, OtherRankFailed, RunFailed, UserError
 
 log = logging.getLogger("chattrain")
 
@@ -116,8 +116,8 @@ class Watch:
             self._ended = first.error(self._node, silent=not self._spawned)
             return self._ended
         self._ended = error = first.error(self._node, silent=False)
-        error.speaks = True
-        time.sleep(LINGER_S)
+        error.reported_here = True
+        time.sleep(REPORT_DELAY_S)
         return error
 
     def _describe(self, raised: BaseException, where: str) -> Failure:
