@@ -1,8 +1,8 @@
 """From "imports are done" to the first batch on a cache that is there, and the memory that stays resident.
 
-Each case is a process of its own: prepare -> Mixture -> collator -> Loader.step(0), rows of 2,048. The cache is synthetic,
-200 MB of tokens and masks in documents of 500 tokens on average; WARM_START_MB names another size. The references are goals and
-no measurements: 0.5 s at 1 GB, and for the memory the size of the cache, which is what reading all of it would take.
+Each case is a process of its own: load_or_tokenize -> Mixture -> collator -> Loader.step(0), rows of 2,048. The cache is
+synthetic, 200 MB of tokens and masks in documents of 500 tokens on average; WARM_START_MB names another size. The references are
+goals and no measurements: 0.5 s at 1 GB, and for the memory the size of the cache, which is what reading all of it would take.
 Each is measured the second time: best_fit packs an epoch before its first row, and keeps that for later runs.
 """
 
@@ -66,7 +66,7 @@ def measure() -> list[dict]:
 
 
 def _make(folder: Path, megabytes: int) -> None:
-    """A token cache of that size as `prepare` writes it, and the tokenizer and source that it belongs to."""
+    """A token cache of that size as `load_or_tokenize` writes it, and the tokenizer and source that it belongs to."""
     Tokenizer.train(["a few words"], 300).save(folder / "tokenizer")
     (folder / "rows.jsonl").write_text(json.dumps({"messages": []}) + "\n")
     documents = megabytes * 1_000_000 // (BYTES_A_TOKEN * MEAN_TOKENS)
@@ -75,7 +75,7 @@ def _make(folder: Path, megabytes: int) -> None:
 
 
 def _chunks(documents: int) -> Iterator[cache.Chunk]:
-    """TokenizedSource of 20 tokens and more (exponential lengths), every second stretch of 50 tokens supervised."""
+    """Documents of 20 tokens and more (exponential lengths), every second stretch of 50 tokens supervised."""
     rng = np.random.default_rng(0)
     for first in range(0, documents, CHUNK):
         lengths = 20 + rng.exponential(MEAN_TOKENS - 20, min(CHUNK, documents - first)).astype(np.int64)
@@ -89,7 +89,7 @@ def _chunks(documents: int) -> Iterator[cache.Chunk]:
 
 def _open(folder: Path) -> cache.TokenizedSource:
     source = SourceConfig(str(folder / "rows.jsonl"))
-    return cache.prepare("synthetic", source, Tokenizer.load(folder / "tokenizer"), folder / "cache")
+    return cache.load_or_tokenize("synthetic", source, Tokenizer.load(folder / "tokenizer"), folder / "cache")
 
 
 def _first_batch(folder: str, name: str) -> tuple[float, float]:

@@ -83,7 +83,7 @@ def can_compile(device: torch.device) -> bool:
     return any(shutil.which(name) for name in compilers.get(device.type, ()))
 
 
-def compiles(asked: bool, device: torch.device) -> bool:
+def should_compile(asked: bool, device: torch.device) -> bool:
     """Is the model to be compiled? With a warning where that was asked for in vain; readies torch.compile otherwise."""
     if asked and not can_compile(device):
         reason = "it is not used on mps" if device.type == "mps" else "no C and C++ compiler is installed"

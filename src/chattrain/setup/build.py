@@ -106,7 +106,7 @@ def prepare_for_training(cfg: Config, model: nn.Module, device: torch.device, ra
     if asked != ActivationCheckpointing.none:
         model.checkpoint_activations(selective=asked == ActivationCheckpointing.selective)
     strategy = _build_strategy(cfg, model, device, ranks, torch.bfloat16 if bf16 else torch.float32)
-    if devices.compiles(cfg.train.compile, device):
+    if devices.should_compile(cfg.train.compile, device):
         model.compile_trunk(dynamic=cfg.collator.varies, by_block=ranks.world_size > 1)
     return strategy
 

@@ -20,7 +20,7 @@ _DOCUMENTS = {
 }
 
 
-def document(record: dict, schema: str, chat_format: ChatFormat | None = None) -> list[Segment]:
+def record_to_segments(record: dict, schema: str, chat_format: ChatFormat | None = None) -> list[Segment]:
     """The segments of one record in a chat format (None: our own, for which no tokenizer is needed).
 
     Raises Malformed (with the reason) where the record does not fit the schema.

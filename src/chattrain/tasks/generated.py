@@ -33,13 +33,13 @@ _WITH_WORDS = {"spell_word": spell_word, "count_letters": count_letters}
 _WITHOUT_WORDS = {"arithmetic": arithmetic, "small_talk": small_talk, "demo_choice": demo_choice}
 
 
-def rows(name: str, split: str, size: int | None = None, words_file: str | None = None) -> list[dict]:
+def records(name: str, split: str, size: int | None = None, words_file: str | None = None) -> list[dict]:
     """The first `size` rows of a generated data set, in the schema that NAMES gives.
 
     `words_file` (one word a line) replaces the words that spell_word and count_letters ask about. Raises ValueError for
     an unknown name or split, a size that cannot be had, and a words_file that would have no effect.
 
-    >>> rows("arithmetic", "train", size=1)
+    >>> records("arithmetic", "train", size=1)
     [{'messages': [{'role': 'user', 'content': 'Multiply 3 by 5.'}, {'role': 'assistant', 'content': '3 * 5 = 15'}]}]
     """
     _check(name, split, size, words_file)
