@@ -22,7 +22,7 @@ from chattrain.device import autocast, keep_freed_memory, pick_device, use_bf16
 from chattrain.parallel.ranks import Ranks
 from chattrain.setup.build import build_components
 from chattrain.setup.plan import setup_run
-from chattrain.tasks import document, generated
+from chattrain.tasks import generated, record_to_segments
 from chattrain.tracking.tracker import NullTracker
 
 ROWS, SEQ_LEN, TOKENS = 8, 512, 8192
@@ -94,13 +94,13 @@ class Reference:
         self.compiled = torch.compile(self.model, dynamic=False)
         self.optimizers = stock_optimizers(self.model)
         self.tokenizer, self.tokens = tokenizer, deque()
-        self.rows = iter(generated.rows("count_letters", "train", 4000) * 100)
+        self.rows = iter(generated.records("count_letters", "train", 4000) * 100)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         from chattrain.chat import chat_format
 
         while len(self.tokens) < ROWS * SEQ_LEN + 1:
-            self.tokens.extend(chat_format(self.tokenizer).encode([document(next(self.rows), "messages")])[0].ids)
+            self.tokens.extend(chat_format(self.tokenizer).encode([record_to_segments(next(self.rows), "messages")])[0].ids)
         taken = torch.tensor([self.tokens.popleft() for _ in range(ROWS * SEQ_LEN + 1)], device=self.device)
         return taken[:-1].view(ROWS, SEQ_LEN), taken[1:].view(ROWS, SEQ_LEN)
 

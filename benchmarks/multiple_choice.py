@@ -103,7 +103,7 @@ def _asked() -> tuple[list[Question], int]:
 def _sets(cache: Path) -> list[Records]:
     folder = os.environ.get("BENCHMARK_DATA")
     if folder is None:
-        return [Records(generated.rows("demo_choice", "val", QUESTIONS))]
+        return [Records(generated.records("demo_choice", "val", QUESTIONS))]
     return [
         open_records(
             name, SourceConfig(str(Path(folder).resolve() / name), Schema.multiple_choice, subset=subset, split="test"), cache

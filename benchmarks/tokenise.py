@@ -22,7 +22,7 @@ from chattrain.config.data import SourceConfig
 from chattrain.config.words import Schema
 from chattrain.data import cache
 from chattrain.data.sources import open_records
-from chattrain.tasks import document
+from chattrain.tasks import record_to_segments
 from chattrain.tokenizer import Tokenizer
 
 ROUNDS, TRAINED_ON = 3, 20_000  # texts
@@ -47,7 +47,10 @@ def measure() -> list[dict]:
 def _measure(name: str, source: SourceConfig, folder: Path) -> list[dict]:
     rows = open_records(name, source, folder)
     texts = [
-        piece.text for _, found in rows.read(0, len(rows)) for piece in document(found, source.schema.name) if not piece.special
+        piece.text
+        for _, found in rows.read(0, len(rows))
+        for piece in record_to_segments(found, source.schema.name)
+        if not piece.special
     ]
     tokenizer, cores = Tokenizer.train(texts[:TRAINED_ON], 8192), os.cpu_count() or 1
     times: dict[str, list[float]] = {"steady": [], "whole": [], "start": [], "reference": []}
@@ -76,10 +79,10 @@ def _steady(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, folder:
     """Seconds until the first chunk, and those that all rows would take at the rate of the second half of the chunks."""
     begun = time.perf_counter()
     ends, documents = [], []
-    with patch.object(cache, "PARALLEL_ROWS", 0):
+    with patch.object(cache, "PARALLEL_RECORDS", 0):
         for chunk in cache.render_all(name, source, rows, tokenizer, folder, skip_malformed=False, workers=None):
             ends.append(time.perf_counter())
-            documents.append(len(chunk.rows))
+            documents.append(len(chunk.record_indices))
     half = len(ends) // 2
     rate = sum(documents[half:]) / (ends[-1] - ends[half - 1])
     return ends[0] - begun, len(rows) / rate

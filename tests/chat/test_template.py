@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from chattrain.chat import Malformed, chat_format, render, render_choices, render_prompt
 from chattrain.errors import UserError
-from chattrain.tasks import document
+from chattrain.tasks import record_to_segments
 from chattrain.tokenizer import Tokenizer
 from tests import tiny_hf
 
@@ -96,7 +96,7 @@ def test_any_conversation_keeps_its_answers_and_its_end_of_turn_tokens(tokenizer
 
 def test_a_python_call_is_written_as_gsm8k_writes_it_and_its_result_is_given(tokenizers):
     row = {"question": "Half of 4?", "answer": "It is <<4/2=2>>2.\n#### 2"}
-    pieces = document(row, "gsm8k", chat_format(tokenizers["chatml"]))
+    pieces = record_to_segments(row, "gsm8k", chat_format(tokenizers["chatml"]))
     assert "It is <<4/2=2>>2.\n#### 2<|im_end|>" in "".join(piece.text for piece in pieces)
     assert "".join(piece.text for piece in pieces if piece.supervised) == "It is <<4/2=>>2.\n#### 2<|im_end|>"
 

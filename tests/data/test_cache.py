@@ -1,4 +1,4 @@
-"""TokenizedSource are rendered once: the cache holds what rendering gives, is found again, and is whole or absent."""
+"""Documents are rendered once: the cache holds what rendering gives, is found again, and is whole or absent."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bytes_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def same(one: TokenizedSource, two: TokenizedSource) -> bool:
-    pairs = [(getattr(one, a), getattr(two, a)) for a in ("tokens", "loss_mask", "offsets", "supervised", "rows")]
+    pairs = [(getattr(one, a), getattr(two, a)) for a in ("tokens", "loss_mask", "offsets", "num_supervised", "record_indices")]
     return (one.content_hash, one.skipped) == (two.content_hash, two.skipped) and all(
         np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs
     )
@@ -70,12 +70,12 @@ def test_the_documents_are_what_rendering_gives(tmp_path, tokenizer):
     rows = [talk(i) for i in range(600)]  # more than one unit of work
     documents = load_or_tokenize("mine", put(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", workers=1)
     assert len(documents) == 600 and documents.skipped == 0 and documents.name == "mine"
-    assert documents.rows.tolist() == list(range(600))
+    assert documents.record_indices.tolist() == list(range(600))
     for i, row in enumerate(rows):
         ids, mask = chat.render(row, tokenizer, None)
         tokens, loss_mask = documents[i]
         assert (tokens.tolist(), loss_mask.tolist()) == (ids, mask)
-        assert documents.supervised[i] == sum(mask)
+        assert documents.num_supervised[i] == sum(mask)
     assert documents.offsets[-1] == len(documents.tokens) == len(documents.loss_mask)
 
 
@@ -85,7 +85,7 @@ def test_documents_of_plain_text_are_supervised_but_for_bos(tmp_path, tokenizer)
     documents = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
     assert [tokenizer.decode(documents[i][0]) for i in range(2)] == ["<|bos|>one <|bos|>", "<|bos|>two"]
     assert [documents[i][1].tolist()[0] for i in range(2)] == [0, 0]
-    assert documents.supervised.tolist() == [len(documents[i][0]) - 1 for i in range(2)]
+    assert documents.num_supervised.tolist() == [len(documents[i][0]) - 1 for i in range(2)]
 
 
 def test_the_second_call_takes_the_cache_and_reads_and_renders_nothing(tmp_path, tokenizer, no_work):
@@ -122,7 +122,7 @@ def test_a_changed_file_is_rendered_anew(tmp_path, tokenizer):
 
 
 def test_two_processes_give_the_same_bytes_as_one(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("chattrain.data.cache.PARALLEL_ROWS", 4096)
+    monkeypatch.setattr("chattrain.data.cache.PARALLEL_RECORDS", 4096)
     rows = [talk(i) if i % 700 else BAD for i in range(4300)]
     source = put(tmp_path / "a.jsonl", rows)
     one, two = (
@@ -145,7 +145,7 @@ def test_a_malformed_row_is_refused_with_source_row_reason_and_way_out(tmp_path,
 def test_malformed_rows_are_left_out_and_counted_when_asked(tmp_path, tokenizer):
     source = put(tmp_path / "a.jsonl", [talk(0), BAD, talk(2), {"text": "x"}, talk(4)])
     documents = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
-    assert documents.skipped == 2 and documents.rows.tolist() == [0, 2, 4]
+    assert documents.skipped == 2 and documents.record_indices.tolist() == [0, 2, 4]
     assert documents[1][0].tolist() == chat.render(talk(2), tokenizer).ids
     with pytest.raises(UserError, match="row 1"):  # what was made with skip is not taken for refuse
         load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")

@@ -331,8 +331,8 @@ def test_of_several_errors_the_first_is_everybodys():
     finally:
         for watch in watches:
             watch.close()
-    assert type(first) is RunFailed and first.speaks
-    assert type(second) is OtherRankFailed and str(second) == str(first) and not second.speaks
+    assert type(first) is RunFailed and first.reported_here
+    assert type(second) is OtherRankFailed and str(second) == str(first) and not second.reported_here
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from chattrain.chat import Malformed, chat_format, render
 from chattrain.config.compose import compose
 from chattrain.setup.tokenizer import choose_tokenizer
-from chattrain.tasks import document, gsm8k, messages, multiple_choice
+from chattrain.tasks import gsm8k, messages, multiple_choice, record_to_segments
 from chattrain.tokenizer import Tokenizer
 from tests.conftest import SHARED_DATA
 
@@ -39,7 +39,7 @@ def without(row: dict, column: str) -> dict:
 
 
 def text_of(row: dict, schema: str, tokenizer, supervised_only: bool = False) -> str:
-    (rendered,) = chat_format(tokenizer).encode([document(row, schema)])
+    (rendered,) = chat_format(tokenizer).encode([record_to_segments(row, schema)])
     return tokenizer.decode([i for i, m in zip(*rendered, strict=True) if m or not supervised_only])
 
 
@@ -60,7 +60,7 @@ def test_an_mmlu_row_becomes_a_lettered_question_and_the_letter_of_the_answer(to
 
 
 def test_the_wrapped_rows_of_auxiliary_train_are_the_same_question():
-    assert document({"train": MMLU}, "multiple_choice") == document(MMLU, "multiple_choice")
+    assert record_to_segments({"train": MMLU}, "multiple_choice") == record_to_segments(MMLU, "multiple_choice")
 
 
 @pytest.mark.parametrize("labels", ["AB", "ABC", "ABCD", "ABCDE", "123", "1234", "12345"])
@@ -91,7 +91,7 @@ def test_the_answer_letter_is_the_very_token_that_stands_behind_its_choice(workp
         )
     )
     for row in (MMLU, ARC):
-        ids, mask = chat_format(tokenizer).encode([document(row, "multiple_choice")])[0]
+        ids, mask = chat_format(tokenizer).encode([record_to_segments(row, "multiple_choice")])[0]
         answer = ids[mask.index(1)]
         assert answer in ids[: mask.index(1)]
 
@@ -116,7 +116,7 @@ def test_the_answer_letter_is_the_very_token_that_stands_behind_its_choice(workp
 )
 def test_a_question_that_does_not_fit_is_refused_with_what_is_wrong(row, reason):
     with pytest.raises(Malformed) as refusal:
-        document(row, "multiple_choice")
+        record_to_segments(row, "multiple_choice")
     assert reason in str(refusal.value)
 
 
@@ -127,7 +127,7 @@ def test_a_question_that_does_not_fit_is_refused_with_what_is_wrong(row, reason)
 )
 def test_a_question_with_an_empty_cell_never_teaches_the_word_none(row):
     with pytest.raises(Malformed):
-        document(row, "multiple_choice")
+        record_to_segments(row, "multiple_choice")
 
 
 def test_gsm8k_calls_become_the_tool_and_its_output_and_the_rest_stays_text(tokenizer):
@@ -173,14 +173,14 @@ def test_gsm8k_answers_of_other_shapes(answer, parts):
 )
 def test_a_gsm8k_row_that_does_not_fit_is_refused(row, reason):
     with pytest.raises(Malformed) as refusal:
-        document(row, "gsm8k")
+        record_to_segments(row, "gsm8k")
     assert reason in str(refusal.value)
 
 
 def test_a_messages_row_is_the_conversation_without_other_columns(tokenizer):
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], "source": "web"}
     assert messages.conversation(row) == {"messages": row["messages"]}
-    assert chat_format(tokenizer).encode([document(row, "messages")])[0] == render(row, tokenizer, None)
+    assert chat_format(tokenizer).encode([record_to_segments(row, "messages")])[0] == render(row, tokenizer, None)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,13 @@ def test_a_messages_row_is_the_conversation_without_other_columns(tokenizer):
 )
 def test_a_messages_row_that_does_not_fit_is_refused(row, reason):
     with pytest.raises(Malformed) as refusal:
-        document(row, "messages")
+        record_to_segments(row, "messages")
     assert reason in str(refusal.value)
 
 
 def test_a_text_row_is_a_document_with_every_token_but_bos_supervised(tokenizer):
     assert text_of({"text": "Once <|bos|> more", "id": 3}, "text", tokenizer) == "<|bos|>Once <|bos|> more"
-    ((ids, mask),) = chat_format(tokenizer).encode([document({"text": "Once <|bos|> more"}, "text")])
+    ((ids, mask),) = chat_format(tokenizer).encode([record_to_segments({"text": "Once <|bos|> more"}, "text")])
     assert ids == [tokenizer.special("<|bos|>"), *tokenizer.encode("Once <|bos|> more")]
     assert mask == [0] + [1] * (len(ids) - 1)
 
@@ -216,7 +216,7 @@ def test_a_text_row_is_a_document_with_every_token_but_bos_supervised(tokenizer)
 )
 def test_a_text_row_that_does_not_fit_is_refused(row, reason):
     with pytest.raises(Malformed) as refusal:
-        document(row, "text")
+        record_to_segments(row, "text")
     assert reason in str(refusal.value)
 
 
@@ -226,7 +226,7 @@ def test_every_real_question_becomes_a_conversation_that_ends_with_its_letter(to
     end = tokenizer.special("<|assistant_end|>")
     for start in range(0, len(rows), 500):
         some = rows[start : start + 500]
-        rendered = chat_format(tokenizer).encode([document(row, "multiple_choice") for row in some])
+        rendered = chat_format(tokenizer).encode([record_to_segments(row, "multiple_choice") for row in some])
         for row, (ids, mask) in zip(some, rendered, strict=True):
             letter = row["answerKey"] if "answerKey" in row else "ABCD"[row["answer"]]
             assert [i for i, m in zip(ids, mask, strict=True) if m] == [*tokenizer.encode(letter), end]

@@ -1,4 +1,4 @@
-"""Conversations to token ids and loss mask. The only place that decides what is supervised."""
+"""Conversations to token ids and loss masks. Only this package decides which tokens are supervised."""
 
 from chattrain.chat.format import ChatFormat, Malformed, Rendered, Segment
 from chattrain.chat.render import chat_format, render, render_choices, render_prompt

@@ -1,4 +1,4 @@
-"""What every chat format gives: segments of a document, each supervised or not, and their token ids."""
+"""The interface of a chat format: it splits a document into segments, each supervised or not, and encodes them as token ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rendered(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of a rendered document: text, or one special token by its name."""
+    """A part of a rendered document: ordinary text, or (if `special`) the name of one special token."""
 
     text: str
     special: bool
@@ -26,9 +26,9 @@ class Segment(NamedTuple):
 
 
 class ChatFormat(ABC):
-    """Renders conversations for one tokenizer. It alone decides what of them is supervised."""
+    """Renders conversations for one tokenizer, and decides which parts of them are supervised."""
 
-    version: int  # part of the token cache's key; raised when rendering changes
+    version: int  # part of the token cache's key; raised when the rendering changes
 
     @property
     @abstractmethod
@@ -37,24 +37,26 @@ class ChatFormat(ABC):
 
     @abstractmethod
     def to_segments(self, document: dict[str, Any]) -> list[Segment]:
-        """Segments in order of a conversation, or of a text `{"text": ...}`. Raises Malformed."""
+        """The segments of a conversation `{"messages": [...]}` or a text `{"text": ...}`, in order. Raises Malformed."""
 
     @abstractmethod
     def encode(self, documents: list[list[Segment]]) -> list[Rendered]:
-        """Ids and mask of each document; the texts of all of them go through the tokenizer in one batch."""
+        """Token ids and loss mask of each document. All texts are tokenised in one batch."""
 
     @abstractmethod
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Ids up to where the reply to the messages begins."""
+        """Token ids of the messages, up to where the model's reply begins."""
 
     @abstractmethod
     def choices(self, messages: list[dict[str, Any]], replies: list[str]) -> tuple[list[int], list[int]]:
-        """(ids up to where one-token replies to the messages differ, the token of each). Raises Malformed where a reply is
-        not one token."""
+        """(token ids that all replies to the messages share, the one token in which each reply differs).
+
+        Raises Malformed if a reply is not a single token.
+        """
 
 
 def messages_of(conversation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages, each with a role and content; raises Malformed."""
+    """The messages of a conversation. Raises Malformed if there are none, or one lacks its role or content."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise Malformed("a conversation needs a non-empty list `messages`")
@@ -65,7 +67,7 @@ def messages_of(conversation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_turns(turns: list[dict[str, Any]], first: int) -> None:
-    """Raises Malformed where user and assistant do not take turns, the user first. `first`: number of the first message."""
+    """Raises Malformed unless user and assistant alternate, the user first. `first`: index of the first turn, for messages."""
     for i, message in enumerate(turns, first):
         expected = "user" if (i - first) % 2 == 0 else "assistant"
         if message["role"] != expected:
@@ -73,5 +75,5 @@ def check_turns(turns: list[dict[str, Any]], first: int) -> None:
 
 
 def is_text(document: Any) -> bool:
-    """Is it `{"text": ...}` and not a conversation?"""
+    """Whether the document is `{"text": ...}` and not a conversation."""
     return isinstance(document, dict) and document.keys() == {"text"}

@@ -1,9 +1,9 @@
-"""Our own chat format, nanochat's: a conversation as segments, and these as token ids and loss mask.
+"""chattrain's own chat format, the same as nanochat's.
 
     <|bos|> <|user_start|> ... <|user_end|> <|assistant_start|> ... <|assistant_end|> <|user_start|> ...
 
-Supervised are the assistant's text, its Python calls (with their start and end tokens) and `<|assistant_end|>`: all that
-the model must produce itself. BOS, user turns, role tokens and tool output are given to it, so they carry no loss.
+Supervised are the tokens that the model must generate itself: the assistant's text, its Python calls with their start and end
+tokens, and `<|assistant_end|>`. BOS, user turns, role tokens and tool output are context, so they carry no loss.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from chattrain.tokenizer.special_tokens import (
     USER_START,
 )
 
-MASK_OF = ([0], [1])  # of one context token, and of one target token
 CONTEXT_TOKENS = {name: Segment(name, special=True, supervised=False) for name in SPECIAL_TOKENS}
-TARGET_TOKENS = {name: Segment(name, special=True, supervised=True) for name in SPECIAL_TOKENS}  # the model produces them
+TARGET_TOKENS = {name: Segment(name, special=True, supervised=True) for name in SPECIAL_TOKENS}  # the model generates them
 
 
 class NativeFormat(ChatFormat):
-    """Conversations with the special tokens of our own tokenizers."""
+    """Renders conversations with the special tokens of `Tokenizer`."""
 
     version = 1
 
@@ -55,7 +54,7 @@ class NativeFormat(ChatFormat):
             for text, special, supervised in document:
                 new = (self.tokenizer.special(text),) if special else next(encoded)
                 ids += new
-                mask += MASK_OF[supervised] * len(new)
+                mask += [int(supervised)] * len(new)
             rendered.append(Rendered(ids, mask))
         return rendered
 
@@ -71,25 +70,25 @@ class NativeFormat(ChatFormat):
 
 
 def to_segments(document: dict[str, Any]) -> list[Segment]:
-    """Segments in order of a conversation, or of a text `{"text": ...}`, all of which is supervised. Raises Malformed."""
+    """The segments of a conversation, or of a text `{"text": ...}`, of which all but BOS is supervised. Raises Malformed."""
     if is_text(document):
         return [CONTEXT_TOKENS[BOS], Segment(document["text"], special=False, supervised=True)]
-    out = [CONTEXT_TOKENS[BOS]]
+    segments = [CONTEXT_TOKENS[BOS]]
     messages = messages_of(document)
     turns = _merge_system(messages)
-    first = len(messages) - len(turns)  # messages are counted as they were given
+    first = len(messages) - len(turns)  # so that errors count messages as they were given, the system message included
     check_turns(turns, first)
     for i, message in enumerate(turns, first):
         role, content = message["role"], message["content"]
         if role == "user":
             if not isinstance(content, str):
                 raise Malformed(f"message {i}: a user's content must be a string, not {type(content).__name__}")
-            out += [CONTEXT_TOKENS[USER_START], Segment(content, False, False), CONTEXT_TOKENS[USER_END]]
+            segments += [CONTEXT_TOKENS[USER_START], Segment(content, False, False), CONTEXT_TOKENS[USER_END]]
         else:
-            out.append(CONTEXT_TOKENS[ASSISTANT_START])
-            out += _assistant_segments(content, i)
-            out.append(TARGET_TOKENS[ASSISTANT_END])
-    return out
+            segments.append(CONTEXT_TOKENS[ASSISTANT_START])
+            segments += _assistant_segments(content, i)
+            segments.append(TARGET_TOKENS[ASSISTANT_END])
+    return segments
 
 
 def _assistant_segments(content: Any, i: int) -> list[Segment]:
@@ -97,24 +96,24 @@ def _assistant_segments(content: Any, i: int) -> list[Segment]:
         return [Segment(content, False, True)]
     if not isinstance(content, list) or not content:
         raise Malformed(f"message {i}: an assistant's content must be a string or a list of parts")
-    out = []
+    segments = []
     for part in content:
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
         if not isinstance(text, str):
             raise Malformed(f"message {i}: a part must be {{'type': ..., 'text': str}}, not {part!r:.80}")
         if kind == "text":
-            out.append(Segment(text, False, True))
+            segments.append(Segment(text, False, True))
         elif kind == "python":
-            out += [TARGET_TOKENS[PYTHON_START], Segment(text, False, True), TARGET_TOKENS[PYTHON_END]]
+            segments += [TARGET_TOKENS[PYTHON_START], Segment(text, False, True), TARGET_TOKENS[PYTHON_END]]
         elif kind == "python_output":
-            out += [CONTEXT_TOKENS[OUTPUT_START], Segment(text, False, False), CONTEXT_TOKENS[OUTPUT_END]]
+            segments += [CONTEXT_TOKENS[OUTPUT_START], Segment(text, False, False), CONTEXT_TOKENS[OUTPUT_END]]
         else:
             raise Malformed(f"message {i}: unknown part type {kind!r}; known are text, python, python_output")
-    return out
+    return segments
 
 
 def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave the given messages as they are; return them with a leading system message inside the first user turn."""
+    """The messages with a leading system message merged into the first user turn. The argument is not modified."""
     if messages[0]["role"] != "system":
         return messages
     if len(messages) < 2 or messages[1]["role"] != "user":

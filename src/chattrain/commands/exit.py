@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from chattrain.config.compose import explain
-from chattrain.errors import LINGER_S, OtherRankFailed, RunFailed, UserError
+from chattrain.errors import REPORT_DELAY_S, OtherRankFailed, RunFailed, UserError
 from chattrain.setup.names import is_main_process
 
 SPEAK_FIRST_S = 2.0  # seconds that a silent rank waits before it ends: torchrun ends all ranks with it, and one must print first
@@ -21,10 +21,10 @@ def report_error(error: BaseException) -> int:
     if isinstance(error, HydraException | OmegaConfBaseException):
         error = explain(error)
     if isinstance(error, OtherRankFailed):
-        time.sleep(SPEAK_FIRST_S + LINGER_S)
+        time.sleep(SPEAK_FIRST_S + REPORT_DELAY_S)
         return error.exit_status
     if isinstance(error, UserError | RunFailed):
-        if is_main_process() or error.speaks:
+        if is_main_process() or error.reported_here:
             print(f"chattrain: {error}", file=sys.stderr)
         else:
             time.sleep(SPEAK_FIRST_S)

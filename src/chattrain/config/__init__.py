@@ -1,4 +1,4 @@
-"""What may be configured, mirroring conf/: a file a group. Imports no torch, so that a mistake is answered at once."""
+"""The configuration as dataclasses, one file for each group of conf/. Imports no torch, so that errors appear at once."""
 
 from chattrain.config.root import Config
 

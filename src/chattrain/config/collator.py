@@ -13,18 +13,18 @@ class CollatorConfig:
 
     @property
     def isolates(self) -> bool:
-        """Do documents share rows without seeing each other?"""
+        """Whether several documents share a row and attention stays within each."""
         return False
 
     @property
     def varies(self) -> bool:
-        """Do its batches differ in shape?"""
+        """Whether batches differ in shape."""
         return True
 
 
 @dataclass
 class JoiningCollatorConfig(CollatorConfig):
-    isolate_documents: bool = False  # attention stays within a document, positions restart
+    isolate_documents: bool = False  # attention stays within a document; positions restart at each
 
     @property
     def varies(self) -> bool:

@@ -10,10 +10,10 @@ from chattrain.errors import UserError
 
 @dataclass
 class ChatConfig:
-    prompt: Any = None  # text or list of texts; null: read from the terminal, turn by turn
-    max_tokens: int = 256  # of a reply
+    prompt: Any = None  # a text or a list of texts; null: typed on the terminal, turn by turn
+    max_tokens: int = 256  # at most, in a reply
     temperature: float = 0.0  # 0: greedy
-    top_k: int | None = 50  # drawn from the likeliest so many; null: from all
+    top_k: int | None = 50  # sample from the k most likely tokens; null: from all
 
     def check(self) -> None:
         if self.max_tokens < 1 or self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
@@ -25,7 +25,7 @@ class ChatConfig:
 
 @dataclass
 class InspectConfig:
-    rows: int = 3  # rows of the first step shown
+    rows: int = 3  # rows of the first step to show
 
     def check(self) -> None:
         if self.rows < 1:

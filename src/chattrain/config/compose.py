@@ -1,4 +1,4 @@
-"""Overrides to a checked configuration, and Hydra's errors to messages with the near miss and the way out."""
+"""Compose overrides to a checked configuration. Turn Hydra's errors into messages that name the closest key and the way out."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from chattrain.errors import UserError
 
 
 def conf_dir() -> Path:
-    """The YAML tree: inside an installed package, or beside src/ in a checkout."""
+    """The folder of the YAML files: in the package if it is installed, beside src/ in a checkout."""
     inside = Path(__file__).parents[1] / "conf"
     return inside if inside.is_dir() else Path(__file__).parents[3] / "conf"
 
 
 def compose(overrides: list[str]) -> Config:
-    """What `python -m chattrain <overrides>` would run. Raises UserError."""
+    """The configuration of `python -m chattrain <overrides>`. Raises UserError."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -39,7 +39,7 @@ def compose(overrides: list[str]) -> Config:
 
 
 def settle_alternatives(overrides: list[str]) -> list[str]:
-    """Where one of two keys that set the same thing is given, clear the other, whatever the YAML says. Expand `~/`.
+    """If one of two alternative keys is given, set the other to null, whatever the YAML says. Expand `~/` in values.
 
     >>> settle_alternatives(["train.total_batch_size=8192", "stage=sft"])
     ['train.total_batch_size=8192', 'train.rows_per_step=null', 'stage=sft']
@@ -48,7 +48,7 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
     given = {key_of(o) for o in overrides}
     settled = []
     for override in overrides:
-        settled.append(override.replace("=~/", f"={Path.home()}/"))  # a shell leaves ~ alone behind key=
+        settled.append(override.replace("=~/", f"={Path.home()}/"))  # a shell does not expand ~ after `key=`
         other = partner.get(key_of(override))
         if other and other not in given and not override.endswith("=null"):
             settled.append(f"{other}=null")
@@ -56,11 +56,12 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
 
 
 def key_of(override: str) -> str:
+    """The key of an override: `a.b` of `+a.b=1`."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def explain(error: BaseException) -> UserError:
-    """Hydra's or OmegaConf's complaint as one message: what, which value, the way out."""
+    """An error of Hydra or OmegaConf as one message: the problem, the value, the way out."""
     text = "\n".join(str(e).strip() for e in (error, error.__cause__) if e is not None)
     key = _find(r"full_key: (\S+)", text)
     if unknown := _find(r"Key '([^']+)' (?:is )?not in", text):
@@ -97,7 +98,7 @@ def _find(pattern: str, text: str) -> str | None:
 
 
 def _owner(key: str) -> str | None:
-    """The choices of a group whose schema has this key, such as optimizer=adamw for optimizer.lr."""
+    """The choices of a group that have this key, such as `optimizer=adamw` for optimizer.lr; None: no choice has it."""
     group, _, name = key.partition(".")
     owners = [
         choice for choice, schema in VARIANTS.items() if choice.startswith(f"{group}=") and name in schema.__dataclass_fields__
@@ -106,14 +107,14 @@ def _owner(key: str) -> str | None:
 
 
 def _near_miss(key: str, known: list[str]) -> str:
-    """`; did you mean ...?` by the whole key, else by its last part in another place."""
+    """`, did you mean ...?` with the most similar key, else with a key whose last part is the same; empty if there is none."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     return f", did you mean {near[0]}?" if near else ""
 
 
 def known_keys() -> list[str]:
-    """Every key of every schema, in dotted form."""
+    """The keys of all schemas, with dots."""
 
     def walk(node: Any, prefix: str) -> list[str]:
         keys = []
@@ -131,4 +132,5 @@ def known_keys() -> list[str]:
 
 
 def groups() -> list[str]:
+    """The names of all groups in conf/."""
     return sorted(path.name for path in conf_dir().iterdir() if path.is_dir())

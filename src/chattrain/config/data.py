@@ -1,4 +1,4 @@
-"""The `data` group: sources, their mixture for each stage, and data of the user's own."""
+"""The `data` group: sources, the mixture of each stage, and the user's own data."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from chattrain.errors import UserError
 
 @dataclass
 class SourceConfig:
-    """One source of rows. Its key in the mixture is the name that reports use."""
+    """One source of records. Its key in the mixture is its name in messages and reports."""
 
     path: str = MISSING  # hub name, file, folder, or generate:<task>
     schema: Schema = Schema.messages
     subset: str | None = None  # the hub's configuration name
     split: str = "train"
-    limit: int | None = None  # rows at most, the first of one fixed shuffle
-    epochs: float = 1.0  # times its documents appear in one epoch of the mixture
-    weight: float | None = None  # share of documents, relative to the other weights; larger sources are thinned out
+    limit: int | None = None  # records at most: the first of a shuffle with a fixed seed
+    epochs: float = 1.0  # how often each document appears in one epoch of the mixture
+    weight: float | None = None  # share of the documents, relative to the other weights; larger sources are subsampled
     words: str | None = None  # word list of a generated task, one word a line
-    part: str | None = None  # `train` or `val` of a source that has no split of its own: every 20th document is val
+    part: str | None = None  # `train` or `val`, for a source without a validation split: every 20th record is val
 
 
 @dataclass
@@ -37,12 +37,13 @@ class MixtureConfig:
 class DataConfig:
     cache_dir: str | None = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
     on_malformed: OnMalformed = OnMalformed.refuse
-    workers: int | None = None  # processes that tokenise; null: one a core
+    workers: int | None = None  # processes that tokenise; null: one for each core
     stages: dict[str, MixtureConfig] = field(default_factory=dict)
-    tokenizer_stages: list[str] = field(default_factory=list)  # whose texts train a new tokenizer; []: the stage's own
-    multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data for eval
+    tokenizer_stages: list[str] = field(default_factory=list)  # stages whose texts train a new tokenizer; []: this stage
+    multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data, for evaluation
 
     def mixture(self, stage: str) -> MixtureConfig:
+        """The mixture of a stage. Raises UserError if there is none."""
         if stage not in self.stages:
             raise UserError(
                 f"this data has no mixture for stage={stage}, only for {', '.join(self.stages)}; "
@@ -51,6 +52,7 @@ class DataConfig:
         return self.stages[stage]
 
     def check(self) -> None:
+        """Raises UserError for a value out of range, and for a mixture in which only some sources have a weight."""
         if self.workers is not None and self.workers < 1:
             raise UserError(f"data.workers={self.workers} must be 1 or more")
         for stage, mixture in self.stages.items():
@@ -66,9 +68,9 @@ class NanochatDataConfig(DataConfig):
 
 @dataclass
 class LocalDataConfig(DataConfig):
-    train_path: Any = MISSING  # file, folder or hub name; or a list of them
-    val_path: Any = None  # null: every 20th document of train_path is kept for validation
-    schema: Any = "messages"  # one for all paths, or a list, one a path
+    train_path: Any = MISSING  # file, folder or hub name; or a list of these
+    val_path: Any = None  # null: every 20th record of train_path is held out for validation
+    schema: Any = "messages"  # one for all paths, or a list with one for each
 
     def mixture(self, stage: str) -> MixtureConfig:
         if stage in self.stages:
@@ -122,5 +124,5 @@ def _check_sources(key: str, sources: dict[str, SourceConfig]) -> None:
         raise UserError(
             f"{key}: {', '.join(weighted)} have a weight and {', '.join(rest)} have none; give one to every source or to none"
         )
-    if any(sources[name].weight <= 0 for name in weighted):
+    if any(source.weight is not None and source.weight <= 0 for source in sources.values()):
         raise UserError(f"{key}: every weight must be above 0")

@@ -1,4 +1,4 @@
-"""A part of the configuration as the object that its `_target_` builds."""
+"""Build the object that a part of the configuration describes by its `_target_`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chattrain.errors import UserError
 
 
 def instantiate_config(config: Any, *arguments: Any, **named: Any) -> Any:
-    """Hydra's instantiate; a UserError from inside comes out as itself."""
+    """`hydra.utils.instantiate`, except that a UserError raised by the target is not wrapped in Hydra's exception."""
     try:
         return instantiate(config, *arguments, **named)
     except InstantiationException as error:

@@ -1,4 +1,4 @@
-"""The `model` group: our own GPT by its sizes, or any Hugging Face causal model."""
+"""The `model` group: chattrain's GPT, given by its sizes, or any causal model of Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class ModelConfig:
     _target_: str = MISSING
 
     def check(self) -> None:
-        """Raises UserError for sizes that do not go together."""
+        """Raises UserError for sizes that do not fit each other."""
 
     def misfit(self, saved: dict[str, Any]) -> str | None:
-        """How the model asked for differs from a saved one's `shape`, or None."""
+        """How the configured model differs from `saved`, the `shape` of a saved model; None: they are the same."""
         raise NotImplementedError
 
 
@@ -45,14 +45,14 @@ class GPTConfig(ModelConfig):
     def misfit(self, saved: dict[str, Any]) -> str | None:
         if "model_type" in saved:
             return f"it has a Hugging Face model of type {saved['model_type']}, which is model=hf"
-        asked = {
+        configured = {
             "n_layer": self.n_layer,
             "n_embd": self.n_embd,
             "n_head": self.n_head,
             "n_kv_head": self.n_kv_head or self.n_head,
         }
         return (
-            ", ".join(f"it has {k}={saved.get(k)}, the config asks for {v}" for k, v in asked.items() if saved.get(k) != v)
+            ", ".join(f"it has {k}={saved.get(k)}, the config asks for {v}" for k, v in configured.items() if saved.get(k) != v)
             or None
         )
 

@@ -14,7 +14,7 @@ from chattrain.errors import UserError
 @dataclass
 class OptimizerConfig:
     _target_: str = MISSING
-    lr_scale: float = 1.0  # multiplies every group's learning rate: the key for sweeps
+    lr_scale: float = 1.0  # multiplies the learning rate of every group; the key for sweeps
 
     def check(self) -> None:
         if not 0 < self.lr_scale < math.inf:
@@ -29,18 +29,18 @@ class OptimizerConfig:
 
 @dataclass
 class MuonAdamWConfig(OptimizerConfig):
-    matrix_lr: float = 0.02  # Muon, matrices of the blocks
+    matrix_lr: float = 0.02  # Muon: the matrices of the blocks
     embed_lr: float = 0.2  # AdamW, at n_embd 768; scaled by (n_embd / 768)^-0.5
-    lm_head_lr: float = 0.004  # AdamW, likewise
-    vector_lr: float | None = None  # AdamW, norms and biases of a Hugging Face model; our own has none
+    lm_head_lr: float = 0.004  # AdamW, at n_embd 768; scaled like embed_lr
+    vector_lr: float | None = None  # AdamW: norms and biases of a Hugging Face model; chattrain's GPT has none
     momentum: float = 0.95  # Muon, after the warm-up
-    momentum_start: float = 0.85
-    momentum_warmup_steps: int = 300
+    momentum_start: float = 0.85  # Muon, at step 0; then linear to `momentum`
+    momentum_warmup_steps: int = 300  # optimizer steps
     ns_steps: int = 5  # Newton-Schulz iterations
-    momentum_dtype: StateDType = StateDType.fp32  # of Muon's momentum between steps; AdamW's moments are fp32
+    momentum_dtype: StateDType = StateDType.fp32  # in which Muon's momentum is stored; AdamW's moments are always fp32
     betas: list[float] = field(default_factory=lambda: [0.8, 0.95])
     eps: float = 1e-10
-    weight_decay: float = 0.0  # AdamW groups but vectors
+    weight_decay: float = 0.0  # of the AdamW groups except vectors
 
 
 @dataclass

@@ -11,16 +11,17 @@ from chattrain.errors import UserError
 
 @dataclass
 class PlanConfig:
-    """What command=plan plans for. null takes what is known of the device; a custom one needs memory, bandwidth and peak."""
+    """The hardware that command=plan plans for. null: the known value of the device; a custom device needs memory_gib,
+    bandwidth_gb_s and peak_tflops."""
 
     world_size: int = 8  # devices
     device: PlanDevice = PlanDevice.h100
-    memory_gib: float | None = None  # of a device
-    bandwidth_gb_s: float | None = None  # of a device to its own memory
-    link_gb_s: float | None = None  # of a device to others of its host, in one direction
-    network_gb_s: float | None = None  # of a device to other hosts, in one direction
-    peak_tflops: float | None = None  # of a device, dense matrix products in train.dtype
-    mfu: float = 0.4  # share of the peak that forward and backward reach, by the model's FLOPs: an assumption
+    memory_gib: float | None = None  # of each device
+    bandwidth_gb_s: float | None = None  # between a device and its own memory
+    link_gb_s: float | None = None  # between devices of a host, in one direction
+    network_gb_s: float | None = None  # from each device to other hosts, in one direction
+    peak_tflops: float | None = None  # of each device, for dense matrix products in train.dtype
+    mfu: float = 0.4  # model FLOPs utilization of forward and backward, an assumption
     price_per_gpu_hour: float | None = None  # in any currency; null: no cost
 
     def check(self) -> None:

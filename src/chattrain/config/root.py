@@ -1,7 +1,7 @@
-"""The whole configuration. Dataclasses declare (and are the Hydra schema), YAML in conf/ chooses, the command line tweaks.
+"""The whole configuration. Dataclasses declare the keys, the YAML files in conf/ set them, the command line overrides them.
 
-Without these dataclasses a misspelt key or a wrong type would compose silently; with them Hydra refuses it. Checks that
-compare several fields run in `Config.check`, which `schema.from_hydra` calls first thing.
+The dataclasses are Hydra's schema: it refuses an unknown key or a value of the wrong type. Checks of ranges and of keys
+that depend on each other are in the `check` methods, which `schema.from_hydra` calls.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def check(self) -> None:
-        """Raises UserError for values that are wrong alone or together."""
+        """Raises UserError for a value out of range and for values that contradict each other."""
         for part in (
             self.run,
             self.train,

@@ -1,4 +1,4 @@
-"""The keys `run.*`, `init.*`, `checkpoint.*` and `log.*`: where a run lies, what it starts from, what it leaves."""
+"""The keys `run.*`, `init.*`, `checkpoint.*` and `log.*`: a run's folder, its start, its checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from chattrain.errors import UserError
 
 @dataclass
 class RunConfig:
-    root: str = "runs"  # folder of all runs, relative to where the command is typed
-    name: str | None = None  # null: the time of the launch, chosen once
+    root: str = "runs"  # folder of all runs, relative to the working directory
+    name: str | None = None  # null: the time of the launch, the same for all processes
     dir: str | None = None  # null: <root>/<stage>/<name>
-    seed: int = 1337  # order of the samples and initial weights
+    seed: int = 1337  # of the order of documents and the initial weights
     resume: Resume = Resume.auto
 
     def check(self) -> None:
@@ -27,7 +27,8 @@ class RunConfig:
 
 
 def _dataclass_with(name: str, default: str):
-    """`@dataclass` with one more field whose name is a Python keyword: legal as a key, not in a signature."""
+    """`@dataclass` with one more field, whose name is a Python keyword. It is a valid key, but cannot be written in a class body
+    or be a parameter of __init__."""
 
     def decorate(cls: type) -> type:
         cls.__annotations__[name] = str
@@ -39,8 +40,8 @@ def _dataclass_with(name: str, default: str):
 
 @_dataclass_with("from", default="auto")
 class InitConfig:
-    strict: bool = False  # true: auto may not fall back
-    after: list[str] = field(default_factory=list)  # stages whose newest finished run auto takes, best first
+    strict: bool = False  # true: with init.from=auto, fail if there is no finished run of the first stage in `after`
+    after: list[str] = field(default_factory=list)  # stages that auto looks for finished runs of, in order of preference
 
     @property
     def source(self) -> str:
@@ -51,7 +52,7 @@ class InitConfig:
 @dataclass
 class CheckpointConfig:
     every: int | None = None  # optimizer steps; null: only at the end
-    keep: int = 2  # newest ones kept
+    keep: int = 2  # number of newest checkpoints to keep
 
     def check(self) -> None:
         if self.keep < 1 or (self.every is not None and self.every < 1):

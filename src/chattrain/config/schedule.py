@@ -13,8 +13,8 @@ from chattrain.errors import UserError
 class ScheduleConfig:
     _target_: str = MISSING
     _partial_: bool = True
-    init_lr_frac: float = 1.0  # scales the whole schedule
-    min_lr_factor: float = 0.0  # where the decay ends, as a share of its start
+    init_lr_frac: float = 1.0  # multiplies the whole schedule
+    min_lr_factor: float = 0.0  # factor at the end of the decay, relative to its start
     warmup_steps: int = 0  # optimizer steps of linear warm-up
 
     def check(self) -> None:
@@ -27,7 +27,7 @@ class ScheduleConfig:
 
 @dataclass
 class DecayScheduleConfig(ScheduleConfig):
-    decay_ratio: float = 0.2  # share of the steps that decays
+    decay_ratio: float = 0.2  # fraction of the steps, at the end, in which the rate decays
 
     def check(self) -> None:
         super().check()

@@ -1,4 +1,4 @@
-"""The dataclasses as Hydra's schema, and the way from what Hydra composed to checked dataclasses and to YAML."""
+"""Register the dataclasses as Hydra's schema, turn a composed configuration into checked dataclasses, and write it as YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chattrain.config.schedule import DecayScheduleConfig, ScheduleConfig
 from chattrain.config.targets import current_target
 from chattrain.errors import UserError
 
-# Choices of a group that have keys of their own.
+# Choices whose keys differ from those of other choices of the group.
 VARIANTS = {
     **{f"model={size}": GPTConfig for size in ("tiny", "d6", "d12", "d20", "d32")},
     "collator=packed": JoiningCollatorConfig,
@@ -33,7 +33,7 @@ VARIANTS = {
 
 
 def register_schemas() -> None:
-    """Put the dataclasses where conf/ finds them: the whole as `schema`, variants under schema/<group>."""
+    """Register the dataclasses under the names that conf/ refers to: Config as `schema`, variants as schema/<group>/<name>."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -54,9 +54,9 @@ def register_schemas() -> None:
 
 
 def from_hydra(composed: Any) -> Config:
-    """The composed DictConfig as checked dataclasses; interpolations are resolved here, once.
+    """The composed DictConfig as checked dataclasses, with interpolations resolved.
 
-    Raises UserError for values that must be given and are not, or that do not go together.
+    Raises UserError for an unknown key, a mandatory value that is not given, and everything that `Config.check` refuses.
     """
     for key in _unknown_keys(composed):
         raise UserError(f"no key {key}: `+{key}=...` adds what nothing reads; leave it out")
@@ -64,6 +64,7 @@ def from_hydra(composed: Any) -> Config:
     if missing:
         raise UserError(f"{missing[0]} must be given: {missing[0]}=<value>")
     cfg = OmegaConf.to_object(composed)
+    assert isinstance(cfg, Config)
     for part in (cfg.model, cfg.collator, cfg.optimizer, cfg.schedule):
         part._target_ = current_target(part._target_)
     cfg.check()
@@ -72,7 +73,7 @@ def from_hydra(composed: Any) -> Config:
 
 
 def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Keys that `+key=value` put into a dataclass that has no such field: Hydra lets them through."""
+    """Keys that `+key=value` added although the dataclass has no such field. Hydra does not refuse them."""
     declared = OmegaConf.get_type(node)
     fields = getattr(declared, "__dataclass_fields__", None)
     for key in node:
@@ -84,5 +85,5 @@ def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def to_yaml(cfg: Config) -> str:
-    """The resolved configuration as it goes into config.yaml."""
+    """The content of config.yaml: all keys, resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)

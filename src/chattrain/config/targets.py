@@ -1,12 +1,12 @@
-"""Names of parts (`_target_`): what checkpoints call them, whatever they are called today.
+"""Classes named by `_target_` that have been renamed: checkpoints keep the name from before.
 
-The fingerprint of the data and the check of a resumed run compare targets. A part that has been renamed keeps the name that
-checkpoints have of it, so that runs from before go on.
+The fingerprint of the data and the check of a resumed run compare targets. Both use the recorded name, so that runs of earlier
+versions can be resumed.
 """
 
 from __future__ import annotations
 
-# Today's name -> the name in checkpoints.
+# Current name -> name in checkpoints.
 RECORDED = {"chattrain.data.collators.Padded": "chattrain.data.collators.Masked"}
 
 
@@ -20,9 +20,9 @@ def recorded_target(target: str) -> str:
 
 
 def current_target(target: str) -> str:
-    """The part that a `_target_` means, which may be the name of an earlier version.
+    """The current name of a `_target_`, which may be the name in an earlier version.
 
     >>> current_target("chattrain.data.collators.Masked")
     'chattrain.data.collators.Padded'
     """
-    return next((today for today, recorded in RECORDED.items() if recorded == target), target)
+    return next((current for current, recorded in RECORDED.items() if recorded == target), target)

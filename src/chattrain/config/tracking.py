@@ -10,5 +10,5 @@ from omegaconf import MISSING
 @dataclass
 class TrackingConfig:
     mlflow: bool = MISSING
-    uri: str | None = None  # null: SQLite file mlflow.db in run.root
+    uri: str | None = None  # of the MLflow server; null: the SQLite file mlflow.db in run.root
     experiment: str = "chattrain"

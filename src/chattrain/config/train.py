@@ -11,16 +11,16 @@ from chattrain.errors import UserError
 
 @dataclass
 class TrainConfig:
-    max_steps: int | None = None  # optimizer steps; one of max_steps and num_epochs
-    num_epochs: float | None = None  # times over the training mixture
+    max_steps: int | None = None  # optimizer steps; give max_steps or num_epochs
+    num_epochs: float | None = None  # epochs of the training mixture
     seq_len: int = 256  # tokens a row
-    device_batch_size: int = 16  # rows a process a forward pass; of masked rows, at most
+    device_batch_size: int = 16  # rows a process a forward pass; with collator=masked at most
     total_batch_size: int | None = None  # tokens an optimizer step, all ranks (rows x seq_len)
-    rows_per_step: int | None = None  # the same in rows; one of the two
+    rows_per_step: int | None = None  # rows an optimizer step, all ranks; give total_batch_size or rows_per_step
     max_grad_norm: float | None = None  # null: gradients are not clipped
-    dtype: DType = DType.auto  # of the matmuls; weights stay fp32
-    fp8: bool = False  # linear layers of the blocks through torchao
-    # What backward computes again instead of keeping it: nothing, blocks, or of blocks what is no matrix product or attention.
+    dtype: DType = DType.auto  # of the matrix products; weights stay fp32
+    fp8: bool = False  # linear layers of the blocks in fp8, through torchao
+    # What backward recomputes. none: nothing; block: whole blocks; selective: of blocks, all but matrix products and attention.
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     compile: bool = True
     device: Device = Device.auto
@@ -57,7 +57,7 @@ class TrainConfig:
             )
 
     def rows_a_step(self, world_size: int) -> int:
-        """Rows an optimizer step over all ranks. Raises UserError where the batch does not divide.
+        """Rows an optimizer step over all ranks. Raises UserError if that is not a multiple of world_size x device_batch_size.
 
         >>> TrainConfig(num_epochs=1, seq_len=1024, device_batch_size=1, total_batch_size=8192).rows_a_step(4)
         8
@@ -72,6 +72,7 @@ class TrainConfig:
                     f"({unit}); try {near}" + self._smaller_batch(self.rows_per_step, world_size)
                 )
             return self.rows_per_step
+        assert self.total_batch_size is not None  # else `check` raises
         tokens = B * T * world_size
         if self.total_batch_size % tokens:
             near = _nearest_multiple(self.total_batch_size, tokens)
@@ -82,13 +83,13 @@ class TrainConfig:
         return self.total_batch_size // T
 
     def _smaller_batch(self, rows: float, world_size: int) -> str:
-        """The largest device_batch_size that divides these rows, as a way out; empty where there is none."""
+        """`, or train.device_batch_size=...` with the largest smaller batch that divides these rows; empty if there is none."""
         fits = [b for b in range(1, self.device_batch_size) if rows % (b * world_size) == 0]
         return f", or train.device_batch_size={fits[-1]}" if fits else ""
 
 
-FP8_MULTIPLE = 16  # of the sides of every fp8 product: tokens, inputs and outputs of a layer
-# Pairs of which a value for one replaces the other: the command line that sets one clears its partner.
+FP8_MULTIPLE = 16  # fp8 matrix products need multiples of 16: tokens, inputs and outputs of a layer
+# Pairs of keys that set the same thing: if the command line sets one, the other becomes null.
 ALTERNATIVES = {"train.max_steps": "train.num_epochs", "train.total_batch_size": "train.rows_per_step"}
 
 
@@ -99,8 +100,8 @@ def _nearest_multiple(value: int, unit: int) -> int:
 @dataclass
 class DistributedConfig:
     nproc: str = "auto"  # processes on this host: auto (visible GPUs, else 1) or a number
-    strategy: Strategy = Strategy.ddp  # weights on every rank, or sharded over ranks; optimizer state is sharded either way
-    timeout_s: int = 1800  # seconds a collective may wait before the run is declared hung
+    strategy: Strategy = Strategy.ddp  # ddp: full weights on every rank; fsdp: sharded. Both shard the optimizer state
+    timeout_s: int = 1800  # seconds that a collective may wait before the run fails as hung
 
     def check(self) -> None:
         if self.nproc != "auto" and (not self.nproc.isdigit() or int(self.nproc) < 1):

@@ -1,27 +1,78 @@
-"""The words that keys take, as enums that Hydra checks."""
+"""The words that keys accept, as enums: Hydra checks them by name.
+
+The values repeat the names. If they were numbers, OmegaConf would accept `key=1` as the first member.
+"""
 
 from __future__ import annotations
 
 from enum import Enum
 
+# By a call, since `import` is a Python keyword and cannot be a name in a class body.
+Command = Enum(
+    "Command",
+    {
+        "train": "train",
+        "evaluate": "evaluate",
+        "chat": "chat",
+        "inspect": "inspect",
+        "plan": "plan",
+        "report": "report",
+        "import": "import",
+        "export": "export",
+    },
+)
 
-def words(name: str, *members: str) -> type[Enum]:
-    """An enum whose members have their names for values.
 
-    Were the values numbers, OmegaConf would take `key=1` for the first member.
-    """
-    return Enum(name, {member: member for member in members}, module=__name__)
+class Format(Enum):
+    hf = "hf"
 
 
-Command = words("Command", "train", "evaluate", "chat", "inspect", "plan", "report", "import", "export")
-Format = words("Format", "hf")
-Resume = words("Resume", "auto", "never", "must")
-DType = words("DType", "auto", "bf16", "fp32")
-Device = words("Device", "auto", "cuda", "mps", "cpu")
-Strategy = words("Strategy", "ddp", "fsdp")
-ActivationCheckpointing = words("ActivationCheckpointing", "none", "block", "selective")
-Schema = words("Schema", "messages", "multiple_choice", "gsm8k", "text")
-OnMalformed = words("OnMalformed", "refuse", "skip")
-StateDType = words("StateDType", "fp32", "bf16")
-# `plan.device=4090` arrives as a number.
+class Resume(Enum):
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+class DType(Enum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Device(Enum):
+    auto = "auto"
+    cuda = "cuda"
+    mps = "mps"
+    cpu = "cpu"
+
+
+class Strategy(Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    block = "block"
+    selective = "selective"
+
+
+class Schema(Enum):
+    messages = "messages"
+    multiple_choice = "multiple_choice"
+    gsm8k = "gsm8k"
+    text = "text"
+
+
+class OnMalformed(Enum):
+    refuse = "refuse"
+    skip = "skip"
+
+
+class StateDType(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+# By a call, since a number cannot be a name in a class body. `plan.device=4090` arrives as a number, so that is its value.
 PlanDevice = Enum("PlanDevice", {"h100": "h100", "h200": "h200", "a100": "a100", "4090": 4090, "3090": 3090, "custom": "custom"})

@@ -24,7 +24,7 @@ from pathlib import Path
 from torch.distributed import DistStoreError, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from chattrain.errors import LINGER_S, OtherRankFailed, RunFailed, UserError
+from chattrain.errors import REPORT_DELAY_S, OtherRankFailed, RunFailed, UserError
 
 log = logging.getLogger("chattrain")
 
@@ -123,8 +123,8 @@ class Watch:
             self._error = first.error(self._node, silent=not self._spawned)
             return self._error
         self._error = error = first.error(self._node, silent=False)
-        error.speaks = True  # pyright: ignore[reportAttributeAccessIssue]
-        time.sleep(LINGER_S)
+        error.reported_here = True  # pyright: ignore[reportAttributeAccessIssue]
+        time.sleep(REPORT_DELAY_S)
         return error
 
     def _describe(self, raised: BaseException, where: str) -> Failure:

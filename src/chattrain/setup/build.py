@@ -117,7 +117,7 @@ def prepare_for_training(cfg: Config, model: GPT | HFModel, device: torch.device
     if checkpointing != ActivationCheckpointing.none:
         model.checkpoint_activations(selective=checkpointing == ActivationCheckpointing.selective)
     strategy = build_strategy(cfg.distributed.strategy, model, device, ranks, torch.bfloat16 if bf16 else torch.float32)
-    if devices.compiles(cfg.train.compile, device):
+    if devices.should_compile(cfg.train.compile, device):
         model.compile_trunk(dynamic=cfg.collator.varies, by_block=ranks.world_size > 1)
     return strategy
 

@@ -15,7 +15,7 @@ from chattrain.data.sources import Records, identity, open_records
 from chattrain.errors import UserError
 from chattrain.setup.data import cache_dir
 from chattrain.storage.files import make_folder
-from chattrain.tasks import document, multiple_choice
+from chattrain.tasks import multiple_choice, record_to_segments
 from chattrain.tokenizer import Tokenizer
 from chattrain.tokenizer.native import FORMAT_VERSION
 
@@ -78,7 +78,7 @@ def _texts(opened: list[tuple[SourceConfig, Records]], max_chars: int) -> Iterat
                 if source.schema == Schema.multiple_choice:
                     texts = [multiple_choice.tokenizer_text(row)]
                 else:
-                    texts = [segment.text for segment in document(row, source.schema.name) if not segment.special]
+                    texts = [segment.text for segment in record_to_segments(row, source.schema.name) if not segment.special]
             except (ValueError, KeyError, TypeError):  # malformed; tokenising the row reports it
                 continue
             yield from texts

@@ -1,1 +1,1 @@
-"""What lies on disk: files, tensors, checkpoints."""
+"""Reading and writing files, tensors and checkpoints."""

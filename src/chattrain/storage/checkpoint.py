@@ -1,9 +1,9 @@
-"""Checkpoints: whole or absent, checksummed, self-contained, without pickle.
+"""Checkpoints: complete or absent, checksummed, self-contained, without pickle.
 
     checkpoints/step_000200/
         model.safetensors  optimizer.safetensors  state.json  config.yaml  tokenizer/  manifest.json
 
-Written into a hidden folder beside its place, synced, then renamed. `manifest.json` holds the SHA-256 of every file.
+A checkpoint is written to a hidden folder, synced to disk, then renamed. `manifest.json` holds the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ FORMAT_VERSION = 1
 
 
 class Savable(Protocol):
-    """What a checkpoint carries along and does not look into: the tokenizer."""
+    """The tokenizer, as far as a checkpoint needs to know it."""
 
     def save(self, folder: Path) -> None:
-        """Write the files that it is loaded from into the folder."""
+        """Write to the folder all files that loading needs."""
 
 
 @dataclass
 class CheckpointState:
-    """state.json: what is not a tensor."""
+    """state.json: everything that is not a tensor."""
 
     step: int
     tokens_seen: int
     supervised_tokens: int
     stage: str
-    model: dict[str, Any]  # the model's `shape`: its sizes, vocab_size included
+    model: dict[str, Any]  # `shape` of the model: its sizes, vocab_size included
     data_fingerprint: str
     num_steps: int
     mlflow_run_id: str | None = None
@@ -60,13 +60,17 @@ def save(
     keep: int,
     files: dict[str, str],
 ) -> Path:
-    """Write the checkpoint of this step, then remove all but the newest `keep`. Returns its folder."""
+    """Write the checkpoint of this step, then remove all but the newest `keep` checkpoints. Returns its folder.
+
+    `config_yaml`: content of config.yaml. `files`: relative path -> text of further files.
+    """
     folder = run_dir / "checkpoints" / f"step_{state.step:06d}"
     write(folder, state, weights, optimizer_state, tokenizer, config_yaml, files)
-    there = all_checkpoints(run_dir)
-    newest = there.index(folder) + 1  # what lies beyond was damaged, or the run would have gone on from there
-    for old in [*there[:newest][:-keep], *there[newest:]]:
-        shutil.rmtree(old)
+    checkpoints = all_checkpoints(run_dir)
+    newest = checkpoints.index(folder) + 1
+    damaged = checkpoints[newest:]  # of later steps: had they been valid, the run would have resumed from them
+    for unused in [*checkpoints[:newest][:-keep], *damaged]:
+        shutil.rmtree(unused)
     return folder
 
 
@@ -79,7 +83,7 @@ def write(
     config_yaml: str,
     files: dict[str, str],
 ) -> None:
-    """One checkpoint, whole or not at all, in the place of any that is there. `files`: more texts, by relative path."""
+    """Write one checkpoint, completely or not at all. It replaces an existing folder. `files`: relative path -> further text."""
     scratch = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -106,12 +110,12 @@ def write(
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    found = [f for f in (run_dir / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda f: int(f.name.removeprefix("step_")))
+    folders = [f for f in (run_dir / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdigit()]
+    return sorted(folders, key=lambda f: int(f.name.removeprefix("step_")))
 
 
 def newest_valid(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
+    """The newest valid checkpoint of a run, or None. Damaged ones are skipped with a warning."""
     for folder in reversed(all_checkpoints(run_dir)):
         damage = find_damage(folder)
         if damage is None:
@@ -121,7 +125,7 @@ def newest_valid(run_dir: Path) -> Path | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: every file of the manifest is there with its checksum."""
+    """What is wrong with the files of a checkpoint; None: all files of its manifest exist and have the right checksum."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
@@ -137,7 +141,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load_state(folder: Path) -> CheckpointState:
-    """Raises UserError for a checkpoint of a newer format."""
+    """The content of state.json. Raises UserError if its format is newer than this version can read."""
     state = json.loads((folder / "state.json").read_text())
     if state.get("format_version", 0) > FORMAT_VERSION:
         raise UserError(
@@ -152,7 +156,10 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest valid one of a run. Raises UserError."""
+    """The checkpoint at a path: the folder itself, or the newest valid checkpoint if it is a run folder.
+
+    Raises UserError if there is none or it is damaged.
+    """
     if not path.is_dir():
         raise UserError(f"no folder {path}; the path is looked up from {Path.cwd()}")
     if (path / "manifest.json").is_file():
@@ -160,13 +167,13 @@ def resolve(path: Path) -> Path:
         if damage:
             raise UserError(f"checkpoint {path} is damaged: {damage}; take another one")
         return path
-    found = newest_valid(path)
-    if found is None:
+    newest = newest_valid(path)
+    if newest is None:
         raise UserError(
             f"{path} is neither a checkpoint nor a run with a valid one: it holds no manifest.json "
             "and no valid checkpoints/step_*"
         )
-    return found
+    return newest
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Files: JSON read with a plain refusal, text and folders written whole or not at all."""
+"""Read JSON with a clear error; write texts and folders completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chattrain.errors import UserError
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises UserError where the file is not there or holds no JSON object."""
+    """The JSON object in a file. Raises UserError if the file does not exist or contains anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -26,14 +26,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of one."""
+    """Write a text file atomically: a reader sees the old content or the new one, never part of it."""
     scratch = file.with_name(f".{file.name}.writing")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, file)
 
 
 def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """`fill` a folder beside its place, then put it there. Another process may have been faster: its folder stays."""
+    """Create a folder that is complete as soon as it exists: `fill` writes to a temporary folder, which is then renamed.
+
+    If another process has created the folder in the meantime, that one is kept.
+    """
     with _filled(folder, fill) as scratch:
         try:
             scratch.rename(folder)
@@ -43,23 +46,24 @@ def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """The same in the place of a folder that is there, which goes only when the new one is whole."""
+    """Like `make_folder`, but replaces an existing folder, which is removed only after the new one is complete."""
     with _filled(folder, fill) as scratch:
-        before = scratch.with_name(f"{scratch.name}.before")
+        backup = scratch.with_name(f"{scratch.name}.before")
         if folder.exists():
-            folder.rename(before)
+            folder.rename(backup)
         try:
             scratch.rename(folder)
         except OSError:
-            if before.exists():
-                before.rename(folder)
+            if backup.exists():
+                backup.rename(folder)
             raise
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(backup, ignore_errors=True)
 
 
 @contextmanager
 def _filled(folder: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
-    """A filled folder beside the place, gone at the end unless it was renamed; readable by whom the umask lets read."""
+    """A filled temporary folder in the same parent folder, removed at the end unless it was renamed. Its permissions follow the
+    umask; those of mkdtemp would let only this user read it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:

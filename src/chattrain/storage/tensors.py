@@ -1,11 +1,11 @@
-"""Tensors in files: safetensors, and what torch.save wrote, read as tensors alone. Nothing is unpickled freely."""
+"""Read tensors from safetensors files and from files of torch.save. Pickles are never loaded without restriction."""
 
 from __future__ import annotations
 
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from chattrain.errors import UserError
 
 
+class HasWeights(Protocol):
+    def weights(self) -> dict[str, Tensor]: ...
+
+
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of all that a module saves, each tensor once: of weights that are tied, the first name."""
+    """Name -> tensor of the module's state dict, each tensor once: tied weights appear under their first name."""
     first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if first[id(tensor)] == name}
 
 
-def fill_model(file: Path, model: nn.Module) -> None:
-    """Fill the model with the tensors of a safetensors file.
+def fill_model(file: Path, model: HasWeights) -> None:
+    """Copy the tensors of a safetensors file into the model, whose `weights()` gives name -> tensor.
 
-    Raises UserError naming tensors that are missing, unknown or of another shape.
+    Raises UserError that names tensors that are missing, unknown or of another shape.
     """
     tensors = read_tensors(file)
     weights = model.weights()
@@ -34,8 +38,8 @@ def fill_model(file: Path, model: nn.Module) -> None:
             tensor.copy_(tensors[name])
 
 
-def require_shapes(where: str, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-    """Raises UserError that names tensors missing, unknown or of another shape than the model has."""
+def require_shapes(source: str, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raises UserError if the tensors of `source` (a name for the message) are not those of the model. `shapes`: the model's."""
     wrong = [f"{n} is missing" for n in sorted(shapes.keys() - tensors.keys())]
     wrong += [f"{n} is unknown" for n in sorted(tensors.keys() - shapes.keys())]
     wrong += [
@@ -45,11 +49,11 @@ def require_shapes(where: str, tensors: dict[str, Tensor], shapes: dict[str, tor
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{where} does not fit the model: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"{source} does not fit the model: {'; '.join(wrong[:3])}{more}")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Raises UserError for a file that is no safetensors file."""
+    """The tensors of a safetensors file. Raises UserError if it is damaged or has another format."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -57,22 +61,25 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_torch_file(file: Path) -> Any:
-    """torch.load of tensors and plain values, nothing else; a zip file, as torch.save writes it, is mapped."""
+    """`torch.load` with weights_only: tensors and plain values. Memory-mapped if it is a zip file, as torch.save writes it.
+
+    Raises UserError if the file is damaged or would load anything else.
+    """
     if zipfile.is_zipfile(file) and (bad := _damaged(file)):
         raise UserError(f"{file} is damaged: {bad} has another checksum; fetch it anew")
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # of zip files, of pickles, of the disk: many kinds, one meaning
-        # torch's own message is left out: it advises to load the file with weights_only=False.
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{file} asks for more than tensors, {asked[1]}: refused; save it anew with tensors alone") from error
+    except Exception as error:  # zip, pickle and disk raise many types of error; all mean that the file cannot be read
+        # torch's own message is left out: it recommends weights_only=False.
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{file} asks for more than tensors, {found[1]}: refused; save it anew with tensors alone") from error
         raise UserError(
             f"{file} cannot be read as tensors ({type(error).__name__}): it is damaged or no file of torch.save; fetch it anew"
         ) from error
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """A tensor whose numbers are there, one after the other: not sparse, nested or without data."""
+    """Whether it is a dense tensor in CPU memory: not sparse, nested or on the meta device."""
     return (
         type(value) in (Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
@@ -82,7 +89,7 @@ def is_plain_tensor(value: Any) -> bool:
 
 
 def _damaged(file: Path) -> str | None:
-    """The first part of a zip file whose checksum is wrong, which torch does not look at."""
+    """The first member of a zip file with a wrong checksum, or None. torch does not verify checksums."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip()

@@ -1,4 +1,4 @@
-"""Records of a data set become documents to train on: one small file a schema or generated task."""
+"""Turn the records of a data set into documents: one small file for each schema and each generated task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = {
     "gsm8k": "question, answer",
     "text": "text",
 }
-_DOCUMENTS = {
+_TO_DOCUMENT = {  # schema -> function from a record to a conversation or text
     "messages": messages.conversation,
     "multiple_choice": multiple_choice.conversation,
     "gsm8k": gsm8k.conversation,
@@ -20,14 +20,14 @@ _DOCUMENTS = {
 }
 
 
-def document(record: dict, schema: str, chat_format: ChatFormat | None = None) -> list[Segment]:
-    """The segments of one record in a chat format (None: our own, for which no tokenizer is needed).
+def record_to_segments(record: dict, schema: str, chat_format: ChatFormat | None = None) -> list[Segment]:
+    """The segments of one record in a chat format. None: chattrain's own format, which needs no tokenizer for this.
 
-    Raises Malformed (with the reason) where the record does not fit the schema.
+    Raises Malformed with the reason if the record does not fit the schema.
     """
     try:
-        found = _DOCUMENTS[schema](record)
-        return to_segments(found) if chat_format is None else chat_format.to_segments(found)
+        document = _TO_DOCUMENT[schema](record)
+        return to_segments(document) if chat_format is None else chat_format.to_segments(document)
     except Malformed:
         raise
     except KeyError as error:

@@ -1,7 +1,7 @@
 """Small talk from templates: greetings, who are you, favourites, thanks, goodbye, in one to three turns.
 
-A toy model learns here to keep its role: to answer what was asked, to remember a name over a turn, to follow a system
-message. Every user message, in any turn, belongs to one split only.
+A toy model learns its role from them: to answer the question, to remember a name from the turn before, to obey a system
+message. A user message, in whichever turn, occurs in one split only.
 """
 
 import random
@@ -17,7 +17,7 @@ Jonas Julia Kai Lara Lena Leo Lina Luca Maja Maria Mark Mia Nadia Nina Noah Nora
 Sam Sara Sofia Tara Theo Tim Tom Vera Yara Yusuf Zoe
 """
 PEOPLE = _PEOPLE.split()
-FAVOURITES = {  # kind -> things of that kind; the model's own favourite is the first
+FAVOURITES = {  # kind -> things of that kind; the first is the model's own favourite
     "colour": ["blue", "green", "red", "yellow", "orange", "purple", "white"],
     "animal": ["the turtle", "the cat", "the dog", "the owl", "the horse", "the fox", "the bear"],
     "season": ["spring", "summer", "autumn", "winter"],
@@ -99,7 +99,7 @@ BYES = [
 ]
 BYE_TAILS = ["", "", " for now", " and take care", " and thanks", " then", " my friend", ", little model", ", it was fun"]
 
-ABOUT_ME = {  # what is asked -> the answer; the first sentence stands by itself
+ABOUT_ME = {  # question -> answer, whose first sentence is a complete answer
     "who are you?": "I am a small language model trained with chattrain. I like to chat.",
     "what are you?": "I am a small language model trained with chattrain. I am no person.",
     "what is your name?": "I have no name, I am a small model trained with chattrain. You may call me as you like.",
@@ -128,7 +128,7 @@ FEELINGS = {  # how the user feels -> the answer
 FEEL = ["I am {feeling}{when}.", "I feel {feeling}{when}.", "I'm {feeling}{when}.", "I am so {feeling}{when}."]
 WHEN = ["", " today", " now", " this morning", " tonight", " again"]
 
-# Each of these counts as one question, and that question falls in training: what everybody types first must be known.
+# These have one identity, which belongs to the training split: a model must know what everybody types first.
 EVERYDAY = {
     "hi",
     "hello",
@@ -159,7 +159,7 @@ Maker = Callable[[random.Random, str], Turn]  # (generator, the user's name) -> 
 
 
 def small_talk(rng: random.Random, split: str) -> dict:
-    """One conversation of one to three turns, a quarter of them with a system message that the replies follow."""
+    """One conversation of one to three turns. A quarter have a system message, which the replies obey."""
     name = rng.choice(PEOPLE)
     turns = [_turn(make, rng, split, name) for make in _plan(rng)]
     system = rng.choice((SHORT, POLITE)) if rng.random() < SYSTEM_SHARE else None
@@ -171,18 +171,20 @@ def small_talk(rng: random.Random, split: str) -> dict:
 
 
 def obey(system: str | None, reply: str) -> str:
-    """The reply as the system message wants it.
+    """The reply, changed as the system message demands.
 
     >>> obey("Answer in one short sentence.", "I am fine, thank you. How are you?")
     'I am fine, thank you.'
     """
     if system == SHORT:
-        return re.match(r".*?[.!?]", reply)[0]
+        sentence = re.match(r".*?[.!?]", reply)
+        assert sentence, f"no sentence in {reply!r}"
+        return sentence[0]
     return f"{reply} Have a nice day!" if system == POLITE else reply
 
 
 def identity(user: str) -> str:
-    """What two user messages have in common when they ask the same: their words, without case and punctuation.
+    """The identity of a user message: its words, without case and punctuation. Messages that ask the same have the same one.
 
     >>> identity("Hello there!"), identity("Who are you?")
     ('small_talk/hello there', 'small_talk/everyday phrase')
@@ -192,7 +194,7 @@ def identity(user: str) -> str:
 
 
 def _plan(rng: random.Random) -> list[Maker]:
-    """Which turns a conversation has, in order. Nobody asks for a name that was never given."""
+    """The turns of a conversation, in order. The user asks for a name only after giving it."""
     opening = rng.choice((_greeting, _introduction))
     middle = rng.choices((_about_me, _favourite, _feeling), (3, 3, 2))[0]
     closing = rng.choice((_thanks, _bye))
@@ -204,7 +206,7 @@ def _plan(rng: random.Random) -> list[Maker]:
 
 
 def _turn(make: Maker, rng: random.Random, split: str, name: str) -> Turn:
-    """A turn that belongs to the split."""
+    """A random turn whose user message belongs to the split."""
 
     def propose() -> tuple[str, Turn]:
         turn = make(rng, name)
@@ -234,7 +236,7 @@ def _about_me(rng: random.Random, name: str) -> Turn:
 
 
 def _favourite(rng: random.Random, name: str) -> Turn:
-    """The user asks for a favourite, or tells one."""
+    """The user asks for the model's favourite, or tells their own."""
     kind = rng.choice(tuple(FAVOURITES))
     mine, theirs = FAVOURITES[kind][0], rng.choice(FAVOURITES[kind])
     if rng.random() < 0.5:
@@ -262,6 +264,6 @@ def _bye(rng: random.Random, name: str) -> Turn:
 
 
 def _led(rng: random.Random, text: str, leads: list[str] = LEADS) -> str:
-    """The text behind one of the leads, with a capital at its start."""
+    """The text after a random lead, with a capital first letter."""
     text = rng.choice(leads) + text
     return text[0].upper() + text[1:]

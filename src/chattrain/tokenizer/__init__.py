@@ -1,4 +1,4 @@
-"""Text to token ids and back: our own tokenizer, nanochat's files, Hugging Face tokenizers."""
+"""Text to token ids and back: chattrain's tokenizer, nanochat's files, Hugging Face tokenizers."""
 
 from chattrain.tokenizer.native import Tokenizer
 from chattrain.tokenizer.special_tokens import SPECIAL_TOKENS

@@ -1,4 +1,4 @@
-"""The tokenizer of any Hugging Face model, with what a run asks of a tokenizer (extra `hf`)."""
+"""The tokenizer of any Hugging Face model, with the interface of `Tokenizer` (extra `hf`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from chattrain.errors import UserError
 from chattrain.storage.files import read_json
 
-# What AutoTokenizer reads; config.json names the class where tokenizer_config.json does not.
+# The files that AutoTokenizer reads. It takes the class from config.json if tokenizer_config.json does not name it.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,22 +30,20 @@ FILES = (
 )
 
 
-FINGERPRINT_VERSION = 1  # raised when the mask of a template is found in another way
+FINGERPRINT_VERSION = 1  # raised when the loss mask is derived from a template in another way
 
 
 class HFTokenizer:
-    """A fast Hugging Face tokenizer, used as `Tokenizer` is.
+    """A fast Hugging Face tokenizer with the interface of `Tokenizer`. Conversations are rendered with its chat template.
 
-    Its chat template, where it has one, renders conversations (chat/template.py).
-
-    Raises UserError where the extra is not installed, the files cannot be read, or the tokenizer has no fast form (the
-    place of each token in the text is needed for the loss mask).
+    Raises UserError if the extra is not installed, the files cannot be read, or the tokenizer is not a fast one (the loss mask
+    needs the character offsets of each token, which only fast tokenizers give).
     """
 
     def __init__(self, folder: Path):
         self.source = Path(folder)
         self.backend = _load(self.source)
-        self._whole = _with_whole_places(self.backend)
+        self._plain = _without_postprocessing(self.backend)
         self.chat_template = self.backend.chat_template
         special = {str(t) for t in self.backend.added_tokens_decoder.values() if t.special}
         self.special_texts = sorted(special | set(self.backend.all_special_tokens))
@@ -54,7 +52,7 @@ class HFTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Fills up rows; such places carry no loss."""
+        """The token that rows are padded with. Padding carries no loss."""
         backend = self.backend
         ids = (backend.pad_token_id, backend.eos_token_id, *sorted(self.eos_ids), 0)
         return next(i for i in ids if i is not None)
@@ -71,21 +69,21 @@ class HFTokenizer:
         return self.backend.convert_tokens_to_ids(name)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text: nothing is added, and text that looks like a special token does not become one."""
+        """Ids of ordinary text. No tokens are added, and the text of a special token is encoded as ordinary text."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.backend(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
     def encode_rendered(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, place of each token in the text) of rendered texts, whose special tokens are taken for such."""
-        return [(e.ids, e.offsets) for e in self._whole.encode_batch(texts, add_special_tokens=False)]
+        """(ids, character offsets (begin, end) of each token) of rendered texts, in which special tokens are encoded as such."""
+        return [(e.ids, e.offsets) for e in self._plain.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def token_bytes(self) -> np.ndarray:
-        """(V,) int32: bytes each token stands for, 0 for special tokens and unused ids; the divisor of bits per byte."""
+        """(V,) int32: bytes of text that each token stands for, for bits per byte; 0 for special tokens and unused ids."""
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         special = {self.backend.convert_tokens_to_ids(text) for text in self.special_texts}
         added = {i: str(token) for i, token in self.backend.added_tokens_decoder.items()}
@@ -102,8 +100,8 @@ class HFTokenizer:
         return sizes
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides ids and masks; part of the token cache's key."""
-        decides = [
+        """Hash of everything that ids and loss masks depend on; part of the token cache's key."""
+        inputs = [
             FINGERPRINT_VERSION,
             self._backend_text(),
             self.backend.chat_template,
@@ -111,10 +109,10 @@ class HFTokenizer:
             self.bos_text,
             self.eos_text,
         ]
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Copy the files that it was loaded from."""
+        """Copy the files that the tokenizer was loaded from."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
@@ -134,19 +132,19 @@ def _load(folder: Path):
         ) from None
     try:
         backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers raises about files that are not its own
+    except Exception as error:  # transformers raises many types of error for files that it does not understand
         raise UserError(f"the tokenizer in {folder} cannot be read by transformers: {error}") from error
     if not backend.is_fast:
         raise UserError(
-            f"the tokenizer in {folder} has no fast form (tokenizer.json), which tells each token's place in the "
+            f"the tokenizer in {folder} has no fast form (tokenizer.json), which gives each token's offsets in the "
             "text; save one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return backend
 
 
-def _with_whole_places(backend):
-    """A copy of the fast tokenizer that neither cuts, fills nor adds, and leaves no space out of a token's place: a place
-    without it would leave the token without loss."""
+def _without_postprocessing(backend):
+    """A copy of the fast tokenizer without truncation, padding and post-processor. A post-processor may exclude a token's leading
+    space from its offsets; `encode_rendered` needs the offsets of all characters."""
     from tokenizers import Tokenizer
 
     content = json.loads(backend.backend_tokenizer.to_str())
@@ -154,7 +152,7 @@ def _with_whole_places(backend):
 
 
 def _eos_of_generation(folder: Path) -> set[int]:
-    """eos_token_id of generation_config.json: one id, several, or none. Raises UserError where it is something else."""
+    """eos_token_id of generation_config.json: no, one or several ids. Raises UserError if it is anything else."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return set()
@@ -166,7 +164,7 @@ def _eos_of_generation(folder: Path) -> set[int]:
 
 
 def _is_byte(token: str) -> bool:
-    """Is it a token for one byte, as SentencePiece writes it?
+    """Whether the token stands for one byte, in SentencePiece's notation.
 
     >>> _is_byte("<0x0A>"), _is_byte("<0xbad>")
     (True, False)

@@ -1,6 +1,6 @@
-"""nanochat's tokenizer files, read without unpickling anything freely: `tokenizer.pkl` and, where it is there, `token_bytes.pt`.
+"""Read nanochat's tokenizer files, `tokenizer.pkl` and (if it exists) `token_bytes.pt`, without running code from them.
 
-The pickle goes through an unpickler that admits tiktoken's Encoding and plain values, and refuses any other class by name.
+A restricted unpickler accepts tiktoken's Encoding and plain values. It refuses any other class and names it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from chattrain.tokenizer.special_tokens import require_special_tokens
 
 
 def read_encoding(folder: Path) -> tiktoken.Encoding:
-    """The encoding of the folder that holds `tokenizer.pkl`. Raises UserError where it is broken or asks for more than a
-    tokenizer needs, and where `token_bytes.pt` belongs to another."""
+    """The encoding in a folder with `tokenizer.pkl`.
+
+    Raises UserError if the pickle is damaged or refers to classes that a tokenizer does not need, or if `token_bytes.pt` belongs
+    to another tokenizer.
+    """
     file = folder / "tokenizer.pkl"
     encoding = _encoding(file, _unpickle(file))
     try:
@@ -32,7 +35,7 @@ def read_encoding(folder: Path) -> tiktoken.Encoding:
 
 
 class _Recorded:
-    """Stands in for tiktoken's Encoding: keeps the state it is given, does nothing."""
+    """Replaces tiktoken's Encoding while unpickling: stores the state and does nothing with it."""
 
     state: Any = None
 
@@ -41,7 +44,7 @@ class _Recorded:
 
 
 class _Latin1:
-    """Stands in for `_codecs.encode`, by which pickles of protocol 2 write bytes: does that alone, and cannot be changed."""
+    """Replaces `_codecs.encode`, which pickles of protocol 2 use for bytes. Encodes latin1 only; has no attributes to set."""
 
     __slots__ = ()
 
@@ -52,7 +55,7 @@ class _Latin1:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits an Encoding (as _Recorded) and plain values; any other class or function is refused by name."""
+    """Accepts an Encoding (as _Recorded) and plain values. Raises UserError that names any other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
@@ -66,36 +69,36 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(file: Path) -> Any:
-    """The state of the Encoding in a pickle."""
+    """The pickled state of the Encoding. Raises UserError if the file cannot be read or contains anything else."""
     try:
         raw = file.read_bytes()
         _scan(raw)
-        found = _Unpickler(io.BytesIO(raw)).load()
+        loaded = _Unpickler(io.BytesIO(raw)).load()
     except UserError as error:
         raise UserError(f"{file} {error}") from error
     except OSError as error:
         raise UserError(
             f"{file} cannot be read: {error.strerror}; name the tokenizer's folder with tokenizer.path=<folder>"
         ) from error
-    except Exception as error:  # a damaged pickle raises almost anything
+    except Exception as error:  # a damaged pickle can raise almost any error
         raise UserError(f"{file} is no pickle of a tokenizer: {error!r}; take the one that nanochat saved") from error
-    if type(found) is not _Recorded:
-        raise UserError(f"{file} holds no tokenizer but a {type(found).__name__}")
-    return found.state
+    if type(loaded) is not _Recorded:
+        raise UserError(f"{file} holds no tokenizer but a {type(loaded).__name__}")
+    return loaded.state
 
 
 def _scan(raw: bytes) -> None:
-    """Refuses what the unpickler does without asking: extension codes come from its cache, past find_class, and memory is
-    taken up to any place that an object is kept at."""
+    """Raises for opcodes that the unpickler runs without calling find_class: extension codes, which come from a cache, and memo
+    indices beyond the size of the file, for which it would allocate memory."""
     for opcode, argument, _ in pickletools.genops(raw):
         if opcode.name.startswith("EXT"):
             raise UserError("asks for an extension code, which a tokenizer does not need: refused")
-        if "PUT" in opcode.name and argument > len(raw):
-            raise ValueError(f"an object is kept at place {argument}")
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(raw):
+            raise ValueError(f"an object is stored at memo index {argument}")
 
 
 def _encoding(file: Path, state: Any) -> tiktoken.Encoding:
-    """A fresh Encoding from plain values that are checked one by one."""
+    """A new Encoding from the pickled state. Raises UserError if a value is missing, of another type, or contradictory."""
     if isinstance(state, str):
         raise UserError(f"{file} names tiktoken's encoding {state!r} instead of holding one; save the encoding itself")
     if not isinstance(state, dict) or not {"pat_str", "mergeable_ranks", "special_tokens"} <= state.keys():
@@ -110,7 +113,7 @@ def _encoding(file: Path, state: Any) -> tiktoken.Encoding:
         raise UserError(f"{file}: {len(missing)} of the 256 single bytes have no token")
     try:
         return tiktoken.Encoding(name="chattrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    except Exception as error:  # of the regular expression, mostly
+    except Exception as error:  # mostly about the regular expression
         raise UserError(f"{file}: tiktoken refuses it: {error}") from error
 
 
@@ -119,8 +122,11 @@ def _is_table(table: Any, key: type) -> bool:
 
 
 def _check_token_bytes(file: Path, encoding: tiktoken.Encoding) -> None:
-    """nanochat counts the bytes of the decoded token, 3 for each U+FFFD that stands for part of a character, and 0 where the
-    text is a special token's."""
+    """Raises UserError if `token_bytes.pt` does not fit the encoding.
+
+    nanochat counts the bytes of the decoded token: 3 for each U+FFFD that replaces part of a character, and 0 if the text is that
+    of a special token.
+    """
     from chattrain.storage.tensors import is_plain_tensor, read_torch_file
 
     saved, size = read_torch_file(file), encoding.n_vocab

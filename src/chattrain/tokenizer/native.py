@@ -1,4 +1,4 @@
-"""Text to token ids and back: a tiktoken encoding, nanochat's special tokens, plain files on disk."""
+"""chattrain's tokenizer: a tiktoken encoding with nanochat's special tokens, saved as text files."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ SPLIT_PATTERN = (
 
 RANKS_FILE, ENCODING_FILE = "ranks.tiktoken", "encoding.json"
 FORMAT_VERSION = 1
-PART_CHARS = 100_000  # a text that tiktoken cannot take whole is encoded in parts of this size
+PART_CHARS = 100_000  # a text that is too long for tiktoken is encoded in parts of this size
 
 
 class Tokenizer:
     """A tiktoken encoding with the special tokens of a chat.
 
-    `encode` treats every text as ordinary: text that looks like a special token never becomes one. Special tokens come
-    from `special` alone.
+    `encode` treats all text as ordinary: the text of a special token is never encoded as that token. The ids of special tokens
+    come from `special` only.
     """
 
-    chat_template = None  # conversations are rendered in our own format; a Hugging Face tokenizer may bring a template
+    chat_template = None  # conversations are rendered in chattrain's own format; Hugging Face tokenizers may have a template
 
     def __init__(self, encoding: tiktoken.Encoding):
         require_special_tokens(encoding)
@@ -49,7 +49,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Fills up rows; such places carry no loss."""
+        """The token that rows are padded with. Padding carries no loss."""
         return self._special[ASSISTANT_END]
 
     def special(self, name: str) -> int:
@@ -57,6 +57,7 @@ class Tokenizer:
         return self._special[name]
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of ordinary text."""
         try:
             return self.encoding.encode_ordinary(text)
         except BaseException as error:
@@ -66,10 +67,10 @@ class Tokenizer:
             return [token for part in parts for token in self.encode(part)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Many texts in one call, on this thread: parallel work is done by processes.
+        """Token ids of many texts, on this thread: the token cache runs in several processes instead.
 
-        Not by tiktoken's own batch, which hands every text to a pool of threads: for the short texts of a conversation that
-        takes several times as long as the encoding itself.
+        tiktoken's own batch function hands every text to a pool of threads. For the short texts of conversations, that takes
+        several times as long as the encoding itself.
         """
         try:
             return list(map(self.encoding.encode_ordinary, texts))
@@ -79,14 +80,13 @@ class Tokenizer:
             return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens appear by their names, bytes that are no UTF-8 as U+FFFD."""
+        """The text of the ids. Special tokens appear by their names, bytes that are not valid UTF-8 as U+FFFD."""
         return self.encoding.decode(list(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """(V,) int32: bytes each token stands for, 0 for special tokens and unused ids; the divisor of bits per byte.
+        """(V,) int32: bytes of text that each token stands for, for bits per byte; 0 for special tokens and unused ids.
 
-        Counted on the token's own bytes: decoding a token that holds part of a character would count the three bytes
-        of U+FFFD instead.
+        These are the token's own bytes. Decoding a token that is part of a character would give the three bytes of U+FFFD.
         """
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, rank in self.encoding._mergeable_ranks.items():
@@ -94,7 +94,7 @@ class Tokenizer:
         return sizes
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides ids; part of the token cache's key."""
+        """Hash of everything that ids depend on; part of the token cache's key."""
         return self._fingerprint
 
     @cached_property
@@ -123,11 +123,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer | HFTokenizer:
-        """The tokenizer of a folder: one saved here, nanochat's, a Hugging Face model's, or a folder that holds one of
-        them in `tokenizer/`.
+        """The tokenizer in a folder, or in its subfolder `tokenizer/`: saved by `save`, by nanochat, or of a Hugging Face model.
 
-        A Hugging Face tokenizer that no tiktoken encoding expresses comes as an `HFTokenizer`, with the same methods.
-        Raises UserError where there is none or a file of it is damaged.
+        A Hugging Face tokenizer that is not equal to a tiktoken encoding is returned as an `HFTokenizer`, with the same methods.
+        Raises UserError if there is no tokenizer or one of its files is damaged.
         """
         folder = Path(folder)
         if (folder / "tokenizer").is_dir():
@@ -154,9 +153,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Byte-pair encoding of the texts with rustbpe; `vocab_size` counts the special tokens.
+        """Train a byte-pair encoding on the texts with rustbpe. `vocab_size` includes the special tokens.
 
-        The result has fewer tokens where the texts hold too few pairs. Raises UserError below 256 + the special tokens.
+        The result has fewer tokens if the texts contain too few different pairs. Raises UserError if vocab_size is less than
+        256 + the number of special tokens.
         """
         import rustbpe
 
@@ -166,7 +166,7 @@ class Tokenizer:
                 f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
                 f"special tokens need {256 + len(SPECIAL_TOKENS)}"
             )
-        trainer = rustbpe.Tokenizer()
+        trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
         trainer.train_from_iterator(iter(texts), ordinary, pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -174,12 +174,13 @@ class Tokenizer:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """tiktoken's regular expressions run out of stack on a million like characters; its panic is no Exception."""
+    """Whether tiktoken's Rust code has panicked, as its regular expressions do for a million equal characters, which overflow the
+    stack. The panic is a BaseException, not an Exception."""
     return type(error).__name__ == "PanicException"
 
 
 def _read_encoding(folder: Path) -> tiktoken.Encoding:
-    """The encoding that `save` wrote. Raises UserError where a file of it is missing or damaged."""
+    """The encoding that `save` wrote. Raises UserError if a file is missing or damaged."""
     try:
         spec = json.loads((folder / ENCODING_FILE).read_text())
         raw = (folder / RANKS_FILE).read_bytes()

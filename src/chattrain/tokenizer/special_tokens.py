@@ -1,4 +1,4 @@
-"""The special tokens of a chat, as nanochat names them."""
+"""The special tokens of chattrain's chat format, with nanochat's names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import tiktoken
 
 from chattrain.errors import UserError
 
-BOS = "<|bos|>"  # begins every document
+BOS = "<|bos|>"  # the first token of every document
 USER_START, USER_END = "<|user_start|>", "<|user_end|>"
 ASSISTANT_START, ASSISTANT_END = "<|assistant_start|>", "<|assistant_end|>"
 PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"  # the assistant calls the Python tool
@@ -15,7 +15,7 @@ SPECIAL_TOKENS = (BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END, PYT
 
 
 def require_special_tokens(encoding: tiktoken.Encoding) -> None:
-    """Raises UserError that names the special tokens which the encoding lacks."""
+    """Raises UserError if the encoding lacks any of SPECIAL_TOKENS."""
     missing = [name for name in SPECIAL_TOKENS if name not in encoding._special_tokens]
     if missing:
         raise UserError(

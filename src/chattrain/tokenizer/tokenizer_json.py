@@ -1,4 +1,4 @@
-"""Hugging Face's `tokenizer.json`, as far as it says what a tiktoken encoding says: byte-level BPE with a split pattern."""
+"""Convert between tiktoken encodings and Hugging Face's `tokenizer.json`: byte-level BPE with a split pattern."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from chattrain.tokenizer.special_tokens import require_special_tokens
 
 
 def write(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """The content of a `tokenizer.json` that gives the ids of the encoding for every text, and its special tokens.
+    """The content of a `tokenizer.json` that gives the same ids as the encoding for every text, and the same special tokens.
 
-    Other than there, a special token's name in a text becomes that token. The pattern stands as it is: Oniguruma, which
-    reads it there, and Rust's engine, which reads it here, know the same letters, numbers and spaces (a test asks for
-    every code point). Raises UserError where an ordinary token is spelled like a special one.
+    One difference: Hugging Face encodes the name of a special token in a text as that token. The split pattern is copied
+    unchanged. Hugging Face runs it with Oniguruma and tiktoken with Rust's engine; both agree on what is a letter, number or
+    space (a test compares all code points). Raises UserError if an ordinary token is spelled like a special one.
     """
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     vocab = {_spell(token): rank for token, rank in _by_rank(ranks)}
@@ -26,7 +26,7 @@ def write(encoding: tiktoken.Encoding) -> dict[str, Any]:
             "tokenizer on texts without the names of special tokens"
         )
     if sorted([*ranks.values(), *special.values()]) != list(range(len(vocab) + len(special))):
-        vocab |= special  # where ids are unused, added tokens that the vocabulary lacks would be counted anew
+        vocab |= special  # with gaps in the ids, added tokens that are not in the vocabulary would be renumbered
     return {
         "version": "1.0",
         "truncation": None,
@@ -58,33 +58,33 @@ def write(encoding: tiktoken.Encoding) -> dict[str, Any]:
 
 
 def read(content: dict[str, Any]) -> tiktoken.Encoding | None:
-    """The inverse of `write`: an equal encoding. None where no tiktoken encoding gives the file's ids.
+    """The inverse of `write`: an equal encoding. Also reads such a file after transformers has loaded and saved it.
 
-    So is, too, a file without chattrain's special tokens. A file that transformers loaded and saved again is read.
+    None if no tiktoken encoding gives the same ids as the file, or if it lacks chattrain's special tokens.
     """
     try:
         special = {token["content"]: token["id"] for token in content["added_tokens"]}
         ranks = {_bytes(text): i for text, i in content["model"]["vocab"].items() if text not in special}
         pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        if not _is_sound(ranks, special):
+        if not _is_valid(ranks, special):
             return None
         encoding = tiktoken.Encoding(name="chattrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         require_special_tokens(encoding)
-        return encoding if _what_decides(write(encoding)) == _what_decides(content) else None
+        return encoding if _canonical(write(encoding)) == _canonical(content) else None
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, UserError):
         return None
 
 
-def _is_sound(ranks: dict[bytes, int], special: dict[str, int]) -> bool:
-    """Every byte has a token and every token an id of its own: what tiktoken takes for granted."""
+def _is_valid(ranks: dict[bytes, int], special: dict[str, int]) -> bool:
+    """Whether every byte has a token and every token has a unique id. tiktoken does not check this."""
     ids = [*ranks.values(), *special.values()]
     bytes_known = all(bytes([b]) in ranks for b in range(256))
     return bytes_known and len(set(ids)) == len(ids) and all(type(i) is int and 0 <= i < 2**32 - 1 for i in ids)
 
 
-def _what_decides(content: dict[str, Any]) -> dict[str, Any]:
-    """The content without what decides neither ids nor text: the places that tokens are said to have, the order of one
-    token's merges, and the cut and the filling, which transformers sets with each call."""
+def _canonical(content: dict[str, Any]) -> dict[str, Any]:
+    """The content without everything that affects neither ids nor text: offsets of tokens, the order of the merges that give the
+    same token, and truncation and padding, which transformers sets with each call."""
     split, byte_level = content["pre_tokenizer"]["pretokenizers"]
     after = content.get("post_processor") or {"type": "ByteLevel"}
     adds_nothing = after["type"] == "ByteLevel" or (after["type"] == "TemplateProcessing" and after["special_tokens"] == {})
@@ -121,10 +121,10 @@ def _added(name: str, i: int) -> dict[str, Any]:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
-    """Every split of a token into two tokens, lowest rank first: what tiktoken merges, in its order.
+    """Every split of a token into two tokens, in the order of the token's rank: the merges that tiktoken performs.
 
-    tiktoken merges equal ranks from left to right, whatever their halves; a list puts the halves in an order too, and any
-    will do: both engines build a token always from the same two halves, those that its own bytes alone end up in.
+    For equal ranks tiktoken merges from left to right, whatever the two halves are, while this list also orders the splits of one
+    token. That order does not matter: both engines always build a token from the same halves, those that its own bytes merge to.
 
     >>> _merges({b"a": 0, b"b": 1, b"aba": 4, b"ab": 2, b"ba": 3})
     [['a', 'b'], ['b', 'a'], ['a', 'ba'], ['ab', 'a']]
@@ -134,7 +134,7 @@ def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
 
 
 def _letter_of_byte() -> dict[int, str]:
-    """GPT-2's letter for each byte: the byte's own where it prints, else the next from U+0100 on."""
+    """GPT-2's `bytes_to_unicode`: a printable byte is its own character, the others are numbered from U+0100."""
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printing))
     return {b: chr(b) for b in printing} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -145,7 +145,7 @@ BYTE_OF_LETTER = {letter: byte for byte, letter in LETTER_OF_BYTE.items()}
 
 
 def _spell(token: bytes) -> str:
-    """The token in letters.
+    """The token in GPT-2's letters.
 
     >>> _spell(b" a\\n\\xc3")
     'ĠaĊÃ'
