@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from torch import nn
-
 from chattrain import device
 from chattrain.chat import Malformed, chat_format, render_prompt
 from chattrain.config import Config
 from chattrain.config.commands import ChatConfig
 from chattrain.config.instantiate import instantiate_config
 from chattrain.errors import UserError
+from chattrain.model.causal_lm import CausalLM
 from chattrain.model.generate import generate_batch
 from chattrain.setup.start import find_checkpoint
-from chattrain.tokenizer import Tokenizer
+from chattrain.tokenizer import AnyTokenizer, Tokenizer
 from chattrain.tracking.console import setup_logging
 
 MAX_BATCH = 32  # prompts answered in one batch, at most
@@ -45,7 +44,7 @@ def main(cfg: Config) -> dict:
     return {"checkpoint": str(folder), "replies": replies}
 
 
-def _converse(config: ChatConfig, seed: int, model: nn.Module, tokenizer: Tokenizer) -> None:
+def _converse(config: ChatConfig, seed: int, model: CausalLM, tokenizer: AnyTokenizer) -> None:
     """Read the user's turns from the terminal and print the replies, until Ctrl-D."""
     print("An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
     messages: list[dict] = []
@@ -68,7 +67,9 @@ def _converse(config: ChatConfig, seed: int, model: nn.Module, tokenizer: Tokeni
         messages.append({"role": "assistant", "content": reply})
 
 
-def _replies(config: ChatConfig, seed: int, model: nn.Module, tokenizer: Tokenizer, conversations: list[list[dict]]) -> list[str]:
+def _replies(
+    config: ChatConfig, seed: int, model: CausalLM, tokenizer: AnyTokenizer, conversations: list[list[dict]]
+) -> list[str]:
     """The reply to each conversation, computed in one batch."""
     try:
         prompts = [render_prompt({"messages": messages}, tokenizer) for messages in conversations]

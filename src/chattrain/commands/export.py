@@ -18,7 +18,7 @@ from chattrain.setup.start import find_checkpoint
 from chattrain.storage import checkpoint
 from chattrain.storage.files import read_json, replace_folder
 from chattrain.storage.tensors import read_tensors
-from chattrain.tokenizer import Tokenizer
+from chattrain.tokenizer import AnyTokenizer, Tokenizer
 from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
@@ -65,11 +65,12 @@ def _write(folder: Path, source: Path) -> None:
         _write_hf_model(folder, source, weights, tokenizer)
     else:
         seq_len = yaml.safe_load((source / "config.yaml").read_text())["train"]["seq_len"]
+        assert isinstance(tokenizer, Tokenizer)  # the GPT is trained with no other
         huggingface.write(folder, state.model, weights, tokenizer, seq_len)
     (folder / EXPORT_FILE).write_text(json.dumps({"checkpoint": str(source), "stage": state.stage, "step": state.step}, indent=1))
 
 
-def _write_hf_model(folder: Path, source: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+def _write_hf_model(folder: Path, source: Path, weights: dict[str, torch.Tensor], tokenizer: AnyTokenizer) -> None:
     """A model trained with model=hf: the files that it came with, and weights in the number format that its config.json names."""
     if isinstance(tokenizer, Tokenizer):  # the nanochat architecture, trained as model=hf
         huggingface.write_tokenizer(folder, tokenizer, read_json(source / "config.json")["max_position_embeddings"])

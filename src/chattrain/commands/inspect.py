@@ -12,7 +12,7 @@ from chattrain.parallel import launch
 from chattrain.setup.data import open_data, report_counts
 from chattrain.setup.start import find_start
 from chattrain.setup.tokenizer import choose_tokenizer
-from chattrain.tokenizer import Tokenizer
+from chattrain.tokenizer import AnyTokenizer
 from chattrain.tracking.console import setup_logging
 
 
@@ -45,7 +45,7 @@ def main(cfg: Config) -> dict:
     return facts
 
 
-def _mark_supervised(tokenizer: Tokenizer, inputs: list[int], targets: list[int]) -> str:
+def _mark_supervised(tokenizer: AnyTokenizer, inputs: list[int], targets: list[int]) -> str:
     """The row as text without its padding. Tokens that are targets are green on a terminal, in [brackets] elsewhere."""
     out, tty = [tokenizer.decode(inputs[:1])], sys.stdout.isatty()
     last = max(i for i, target in enumerate(targets) if target != IGNORE_INDEX)

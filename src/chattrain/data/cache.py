@@ -27,8 +27,7 @@ from chattrain.data.sources import Records, identity, open_records
 from chattrain.errors import UserError
 from chattrain.storage.files import make_folder
 from chattrain.tasks import record_to_segments
-from chattrain.tokenizer import Tokenizer
-from chattrain.tokenizer.huggingface import HFTokenizer
+from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
 FORMAT_VERSION = 2
 # Field of TokenizedSource -> name of its .npy file.
@@ -80,7 +79,7 @@ def default_cache_dir() -> Path:
 def load_or_tokenize(
     name: str,
     source: SourceConfig,
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: AnyTokenizer,
     cache_dir: Path,
     skip_malformed: bool = False,
     workers: int | None = None,
@@ -99,7 +98,7 @@ def load_or_tokenize(
     return _open(name, folder)
 
 
-def _key(source_identity: list, source: SourceConfig, tokenizer: Tokenizer | HFTokenizer, skip_malformed: bool) -> str:
+def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, skip_malformed: bool) -> str:
     inputs = [
         FORMAT_VERSION,
         chat_format(tokenizer).version,
@@ -164,7 +163,7 @@ def _raw_to_npy(stem: Path, dtype: np.dtype, length: int) -> None:
     stem.with_suffix(".raw").unlink()
 
 
-def _token_dtype(tokenizer: Tokenizer | HFTokenizer) -> np.dtype:
+def _token_dtype(tokenizer: AnyTokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -184,7 +183,7 @@ def render_all(
     name: str,
     source: SourceConfig,
     records: Records,
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: AnyTokenizer,
     cache_dir: Path,
     skip_malformed: bool,
     workers: int | None,
@@ -224,7 +223,7 @@ def _stderr_console():
 
 
 # In a worker: the open records and the tokenizer, by the temporary folder of the `load_or_tokenize` that they belong to.
-_opened: dict[str, tuple[Records, Tokenizer | HFTokenizer]] = {}
+_opened: dict[str, tuple[Records, AnyTokenizer]] = {}
 
 
 def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool]) -> Chunk:
@@ -237,7 +236,7 @@ def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool]) -> C
 
 
 def _render(
-    name: str, source: SourceConfig, records: Iterator[tuple[int, dict]], tokenizer: Tokenizer | HFTokenizer, skip_malformed: bool
+    name: str, source: SourceConfig, records: Iterator[tuple[int, dict]], tokenizer: AnyTokenizer, skip_malformed: bool
 ) -> Chunk:
     documents, record_indices, malformed = [], [], []
     form = chat_format(tokenizer)

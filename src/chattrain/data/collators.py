@@ -37,6 +37,7 @@ class Collator(ABC):
     """The interface that the loader uses."""
 
     mixture: Mixture
+    seq_len: int  # tokens a row, at most
     counts: Counts
 
     @abstractmethod

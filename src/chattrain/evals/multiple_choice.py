@@ -21,7 +21,7 @@ from chattrain.errors import UserError
 from chattrain.model.causal_lm import CausalLM
 from chattrain.parallel.ranks import Ranks
 from chattrain.tasks import multiple_choice
-from chattrain.tokenizer import Tokenizer
+from chattrain.tokenizer import AnyTokenizer
 
 
 class Question(NamedTuple):
@@ -30,7 +30,7 @@ class Question(NamedTuple):
     answer: int  # index of the correct choice
 
 
-def questions(name: str, records: Records, tokenizer: Tokenizer) -> list[Question]:
+def questions(name: str, records: Records, tokenizer: AnyTokenizer) -> list[Question]:
     """The records of a question set as questions. Raises UserError that names the first record that is no question."""
     out = []
     for number, record in records.read(0, len(records)):

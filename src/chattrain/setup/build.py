@@ -19,8 +19,7 @@ from chattrain.data.loader import Loader
 from chattrain.data.packing import cu_seqlens_of
 from chattrain.errors import RunFailed, UserError
 from chattrain.model import fp8
-from chattrain.model.gpt import GPT
-from chattrain.model.hf import HFModel
+from chattrain.model.causal_lm import CausalLM
 from chattrain.optim.named import NamedOptimizer
 from chattrain.parallel.fsdp import FSDP
 from chattrain.parallel.ranks import Ranks
@@ -98,7 +97,7 @@ def load_optimizer(optimizer: NamedOptimizer, strategy: ParallelStrategy, folder
 
 def build_model(
     cfg: Config, vocab_size: int, start: Path | None, device: torch.device, ranks: Ranks, bf16: bool
-) -> tuple[GPT | HFModel, ParallelStrategy]:
+) -> tuple[CausalLM, ParallelStrategy]:
     """The model on its device, ready to train as train.* asks, and the strategy that spreads it over ranks.
 
     `start`: the checkpoint or folder of its weights; None: random weights.
@@ -109,7 +108,7 @@ def build_model(
     return model, prepare_for_training(cfg, model, device, ranks, bf16)
 
 
-def prepare_for_training(cfg: Config, model: GPT | HFModel, device: torch.device, ranks: Ranks, bf16: bool) -> ParallelStrategy:
+def prepare_for_training(cfg: Config, model: CausalLM, device: torch.device, ranks: Ranks, bf16: bool) -> ParallelStrategy:
     """Apply fp8, activation checkpointing, parallelism and compilation; return the strategy."""
     if cfg.train.fp8:
         fp8.convert(model, device)
@@ -123,7 +122,7 @@ def prepare_for_training(cfg: Config, model: GPT | HFModel, device: torch.device
 
 
 def build_strategy(
-    strategy: Strategy, model: GPT | HFModel, device: torch.device, ranks: Ranks, dtype: torch.dtype
+    strategy: Strategy, model: CausalLM, device: torch.device, ranks: Ranks, dtype: torch.dtype
 ) -> ParallelStrategy:
     """How the model is spread over ranks. One process gets SingleProcess, with a warning if distributed.strategy=fsdp."""
     if ranks.world_size == 1:
@@ -189,7 +188,7 @@ def save_checkpoint(
     cfg: Config,
     run_dir: Path,
     data: RunData,
-    model: GPT | HFModel,
+    model: CausalLM,
     optimizer: NamedOptimizer,
     tracker: Tracker | NullTracker,
     ranks: Ranks,

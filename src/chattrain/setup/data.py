@@ -22,7 +22,7 @@ from chattrain.data.mixture import Mixture
 from chattrain.data.sources import open_records
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
-from chattrain.tokenizer import Tokenizer
+from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
 log = logging.getLogger("chattrain")
 
@@ -33,7 +33,7 @@ VALIDATION_SEED = 0  # the order of validation rows is the same in every run
 class EvalData:
     """What evaluations read; the same in every process."""
 
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     validation: Collator | None  # None: eval.validation=false
     validation_rows: int
     question_sets: dict[str, list[Question]]
@@ -70,7 +70,7 @@ def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:
     return _eval_data(cfg, Tokenizer.load(tokenizer_dir))
 
 
-def _eval_data(cfg: Config, tokenizer: Tokenizer) -> EvalData:
+def _eval_data(cfg: Config, tokenizer: AnyTokenizer) -> EvalData:
     validation, rows = None, 0
     if cfg.eval.validation:
         key = f"data.stages.{cfg.stage}.val"
@@ -83,7 +83,7 @@ def _eval_data(cfg: Config, tokenizer: Tokenizer) -> EvalData:
     return EvalData(tokenizer, validation, rows, question_sets)
 
 
-def _open_mixture(key: str, sources: dict[str, SourceConfig], data: DataConfig, tokenizer: Tokenizer, seed: int) -> Mixture:
+def _open_mixture(key: str, sources: dict[str, SourceConfig], data: DataConfig, tokenizer: AnyTokenizer, seed: int) -> Mixture:
     """The sources of a configuration key as one mixture of documents; `seed` decides their order."""
     if not sources:
         raise UserError(f"{key} has no source; name one, or use eval=none for no validation")
@@ -92,7 +92,7 @@ def _open_mixture(key: str, sources: dict[str, SourceConfig], data: DataConfig, 
     return Mixture(tokenized, list(sources.values()), seed, folder=cache / "rows")
 
 
-def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: Tokenizer) -> dict[str, list[Question]]:
+def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer) -> dict[str, list[Question]]:
     """The data's own question sets, and MMLU and ARC where their paths are given, by name."""
 
     def from_hub(path: str, subset: str) -> SourceConfig:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
 
 from chattrain.config.eval import EvalConfig
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.validation import Validation
+from chattrain.model.causal_lm import CausalLM
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy
 from chattrain.setup.data import EvalData
@@ -21,7 +21,7 @@ def build_evaluation(
     device_batch_size: int,
     data: EvalData,
     num_steps: int,
-    model: nn.Module,
+    model: CausalLM,
     losses_of: Callable,
     autocast: AbstractContextManager,
     device: torch.device,

@@ -47,7 +47,7 @@ class CheckpointState:
     num_steps: int
     mlflow_run_id: str | None = None
     format_version: int = FORMAT_VERSION
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
 
 
 def save(
