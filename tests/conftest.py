@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from chattrain.tokenizer import Tokenizer
+from tests.helpers import freeze_heap
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -22,6 +23,10 @@ TEXTS = [
     "def f(x):\n    return x + 1\n",
     "Grüße aus Köln, 東京 and 🙂🙂. ",
 ]
+
+
+def pytest_collection_finish():
+    freeze_heap()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from chattrain.errors import RunFailed, UserError
-from tests.helpers import TINY, Outcome, metrics, process, train, write_talk
+from tests.helpers import TINY, Outcome, command_line, metrics, train, write_talk
 
 TWO = [o for o in TINY if not o.startswith(("distributed.", "train.device_batch", "tracking"))] + [
     "train.device_batch_size=2",
@@ -38,8 +38,8 @@ def mlflow_runs(place) -> int:
         return store.execute("select count(*) from runs").fetchone()[0]
 
 
-def test_one_command_with_two_processes_is_one_run_in_every_job_of_a_sweep(place):
-    done = process("-m", "stage=mid", *TWO, "distributed.nproc=2", "optimizer.lr_scale=1,0.5", "tracking=mlflow")
+def test_one_command_with_two_processes_is_one_run_in_every_job_of_a_sweep(place, capsys):
+    done = command_line(capsys, "-m", "stage=mid", *TWO, "distributed.nproc=2", "optimizer.lr_scale=1,0.5", "tracking=mlflow")
     assert done.status == 0, done.err
     runs = summaries(place)
     assert [run["status"] for run in runs] == ["completed"] * 2 and mlflow_runs(place) == 2
@@ -67,9 +67,20 @@ def test_torchrun_starts_the_same_single_run(place):
     assert done.err.count("starting from") == 1  # one process speaks
 
 
-def test_torchrun_and_distributed_nproc_must_agree(place):
-    done = torchrun("stage=sft", *TWO, "distributed.nproc=3")
-    assert done.status != 0 and done.err.count("chattrain: distributed.nproc=3") == 1
+def under_torchrun(capsys, monkeypatch, *arguments: str) -> list[Outcome]:
+    """What the command says as each of two processes that torchrun starts."""
+    said = []
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        said.append(command_line(capsys, *arguments))
+    return said
+
+
+def test_torchrun_and_distributed_nproc_must_agree(place, capsys, monkeypatch):
+    first, second = under_torchrun(capsys, monkeypatch, "stage=sft", *TWO, "distributed.nproc=3")
+    assert first.status != 0 and first.message.startswith("distributed.nproc=3")
+    assert second.status != 0 and "chattrain: " not in second.err  # one process speaks
     assert not (place / "runs").exists()
 
 
@@ -116,9 +127,10 @@ def test_one_ctrl_c_stops_two_ranks_with_a_checkpoint(place):
     assert run["status"] == "interrupted" and run["checkpoint"].endswith(f"step_{run['steps']:06d}")
 
 
-def test_a_sweep_under_torchrun_is_refused(place):
-    done = torchrun("-m", "stage=sft", *TWO, "optimizer.lr_scale=1,0.5")
-    assert done.status != 0 and done.err.count("chattrain: -m starts one run after the other") == 1
+def test_a_sweep_under_torchrun_is_refused(place, capsys, monkeypatch):
+    first, second = under_torchrun(capsys, monkeypatch, "-m", "stage=sft", *TWO, "optimizer.lr_scale=1,0.5")
+    assert first.status != 0 and first.message.startswith("-m starts one run after the other")
+    assert second.status != 0 and "chattrain: " not in second.err
 
 
 @pytest.mark.gpu
