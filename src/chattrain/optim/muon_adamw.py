@@ -87,9 +87,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(grad, dtype=group["momentum_dtype"])
         momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"], group["momentum_warmup_steps"])
         state["step"] += 1
-        buffer = (
-            state["momentum_buffer"].to(grad.dtype).lerp_(grad, 1 - momentum)
-        )  # in place if the buffer has the gradient's dtype
+        buffer = state["momentum_buffer"].to(grad.dtype)  # the buffer itself if it has the gradient's dtype, else a copy
+        buffer.lerp_(grad, 1 - momentum)
         state["momentum_buffer"].copy_(buffer)
         return grad.lerp(buffer, momentum)
 
