@@ -7,7 +7,7 @@ TORCH ?= 2.13.0
 COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints run test test-slow lint bench ui clean
+.PHONY: help setup constraints run test test-fast test-slow lint bench ui clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -36,7 +36,10 @@ run: setup ## from nothing to a chat model: base -> mid -> sft on the demo data,
 	@echo "             make ui                                             (all runs in MLflow)"
 
 test: setup ## the tests, without network and GPU
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-fast: setup ## the tests of the parts, no processes and no runs, under 90 seconds
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not whole"
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

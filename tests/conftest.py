@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes for it that import torch first
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -23,6 +24,51 @@ TEXTS = [
     "def f(x):\n    return x + 1\n",
     "Grüße aus Köln, 東京 and 🙂🙂. ",
 ]
+
+
+# Files, and tests of other files, that start processes, compile, or train through chattrain.run. `make test-fast` leaves them
+# out, and where all tests run, these files begin first, the longest before the others, so that no core is left alone at the end.
+WHOLE = [
+    "parallel/test_world_size.py",
+    "parallel/test_launch.py",
+    "parallel/test_ranks.py",
+    "model/test_hf.py",
+    "commands/test_command_line.py",
+    "setup/test_resume.py",
+    "commands/test_import_export.py",
+    "test_runner.py",
+    "test_device.py",
+    "planning/test_plan.py",
+    "test_equivalence.py",
+    "formats/test_parity.py",
+    "tracking/test_tracker.py",
+    "storage/test_checkpoint.py",
+    "test_old_runs.py",
+    "test_shared_data.py",
+    "model/test_attention.py",
+    "data/test_best_fit.py::test_a_run_",
+    "data/test_cache.py::test_two_processes_",
+    "data/test_cache.py::test_what_is_killed_",
+    "model/test_fp8.py::test_a_run_",
+    "model/test_head.py::test_loss_and_gradients_are_those_of_all_logits_at_once[True",
+    "model/test_recompute.py::test_compiled_",
+    "model/test_recompute.py::test_a_run_",
+    "config/test_config.py::test_config_yaml_of_a_run_",
+    "tasks/test_generated.py::test_rows_are_the_same_in_every_process",
+    "test_torch_compat.py::test_compiling_",
+]
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        return next((i for i, begin in enumerate(WHOLE) if item.nodeid.startswith(f"tests/{begin}")), len(WHOLE))
+
+    first: dict[Path, int] = {}
+    for item in items:
+        first[item.path] = min(place(item), first.get(item.path, len(WHOLE)))
+        if place(item) < len(WHOLE):
+            item.add_marker("whole")
+    items.sort(key=lambda item: first[item.path])
 
 
 def pytest_collection_finish():

@@ -105,6 +105,7 @@ def test_all_shapes_of_all_jobs_of_a_sweep_share_what_is_compiled(workplace, col
             f"scale{scale}",
             "init.from=scratch",
             "train.compile=true",
+            "model.n_layer=1",
             f"collator={collator}",
             "train.rows_per_step=8",
             "train.max_steps=6",

@@ -16,7 +16,7 @@ from chattrain.storage.tensors import read_tensors
 from chattrain.tokenizer import Tokenizer
 from tests import tiny_hf
 from tests.foreign import random_gpt, write_nanochat
-from tests.helpers import TINY, command_line, contents, damage, process, standing_in, write_talk
+from tests.helpers import TINY, command_line, contents, damage, standing_in, write_talk
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2}
 
@@ -118,10 +118,11 @@ def test_a_launcher_with_several_processes_is_refused_where_one_works(place, nan
     assert "leave torchrun out" in refused(capsys, "command=import", "stage=base", f"init.from={nanochat}")
 
 
-def test_two_processes_start_from_one_conversion(place, model, tokenizer, tmp_path):
+def test_two_processes_start_from_one_conversion(place, model, tokenizer, tmp_path, capfd):
     folder = write_nanochat(tmp_path / "flat", model, tokenizer)
     settings = [o for o in TINY if not o.startswith(("distributed", "train.device_batch_size"))]
-    done = process(
+    done = command_line(
+        capfd,
         "stage=mid",
         *settings,
         "train.device_batch_size=2",
