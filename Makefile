@@ -39,7 +39,7 @@ test: setup ## the tests, without network and GPU
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-fast: setup ## the tests of the parts, no processes and no runs, under 90 seconds
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not whole"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not integration"
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -28,7 +28,7 @@ TEXTS = [
 
 # Files, and tests of other files, that start processes, compile, or train through chattrain.run. `make test-fast` leaves them
 # out, and where all tests run, these files begin first, the longest before the others, so that no core is left alone at the end.
-WHOLE = [
+INTEGRATION = [
     "parallel/test_world_size.py",
     "parallel/test_launch.py",
     "parallel/test_ranks.py",
@@ -60,14 +60,14 @@ WHOLE = [
 
 
 def pytest_collection_modifyitems(items):
-    def place(item) -> int:
-        return next((i for i, begin in enumerate(WHOLE) if item.nodeid.startswith(f"tests/{begin}")), len(WHOLE))
+    def rank(item) -> int:
+        return next((i for i, begin in enumerate(INTEGRATION) if item.nodeid.startswith(f"tests/{begin}")), len(INTEGRATION))
 
     first: dict[Path, int] = {}
     for item in items:
-        first[item.path] = min(place(item), first.get(item.path, len(WHOLE)))
-        if place(item) < len(WHOLE):
-            item.add_marker("whole")
+        first[item.path] = min(rank(item), first.get(item.path, len(INTEGRATION)))
+        if rank(item) < len(INTEGRATION):
+            item.add_marker("integration")
     items.sort(key=lambda item: first[item.path])
 
 
