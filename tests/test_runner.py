@@ -54,7 +54,7 @@ def test_a_run_leaves_all_that_the_design_names(base, place):
     left = {file.name for file in run_dir.iterdir()}
     assert left == {"config.yaml", "metrics.jsonl", "summary.json", "train.log", "report.html", "checkpoints"}
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["max_steps"] == 4
-    assert "completed after step 4 of 4" in (run_dir / "train.log").read_text()
+    assert "completed at step 4 of 4" in (run_dir / "train.log").read_text()
     assert "<html" in (run_dir / "report.html").read_text()
 
 

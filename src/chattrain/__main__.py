@@ -63,10 +63,11 @@ def main() -> None:
 
 def run_job(composed: DictConfig, sweep: Sweep) -> dict:
     """One job of a launch: runs the command of one composed configuration and returns its result."""
-    from chattrain.commands.execute import execute
     from chattrain.config.run import InitConfig
 
     cfg = schema.from_hydra(composed)
+    from chattrain.commands.execute import execute  # imports torch: a wrong value is answered before
+
     if sweep.swept:
         suffix = names.sweep_suffix(list(HydraConfig.get().overrides.task), sweep.swept)
         cfg.run.name = (cfg.run.name or names.launch_name()) + suffix

@@ -26,9 +26,8 @@ from chattrain import device, loop
 from chattrain.config import Config
 from chattrain.errors import RunFailed, UserError
 from chattrain.parallel import launch, slurm
-from chattrain.parallel import ranks as processes
 from chattrain.parallel.failures import log_name
-from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.signals import stop_on_signal
 from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData, open_data, report_counts
@@ -74,7 +73,7 @@ def _train_on_nodes(nodes: slurm.Nodes, nproc: int, cfg: Config) -> dict:
 
 def _train_as_rank(cfg: Config, launcher_setup: RunSetup | None) -> dict:
     """What each process of a launch runs. `launcher_setup` is None under torchrun and srun: rank 0 then sets the run up."""
-    ranks = processes.join(cfg.distributed.timeout_s, device.pick_device(cfg.train.device).type == "cuda")
+    ranks = join(cfg.distributed.timeout_s, device.pick_device(cfg.train.device).type == "cuda")
     close_log = setup_logging(None, console=ranks.is_main, resume=False)
     try:
         setup: RunSetup = launcher_setup or ranks.run_on_rank0(lambda: setup_run(cfg, ranks.world_size)[0])
@@ -139,7 +138,8 @@ def finalize_run(
     try:
         if ranks.is_main:
             write_summary(setup.run_dir, summary)
-            log.info("%s after step %d of %d: %s", summary["status"], state.step, data.num_steps, setup.run_dir / "report.html")
+            status, report = summary["status"], setup.run_dir / "report.html"
+            log.info("%s %s step %d of %d: %s", status, "after" if error else "at", state.step, data.num_steps, report)
             if summary["status"] == "interrupted":
                 log.info("to resume from its checkpoint, give the same command with run.dir=%s", setup.run_dir)
     finally:

@@ -49,15 +49,16 @@ def test_the_configuration_imports_no_torch():
     subprocess.run([sys.executable, "-c", "import chattrain.config, sys; assert 'torch' not in sys.modules"], check=True)
 
 
-def test_a_mistake_on_the_command_line_is_answered_without_torch():
+@pytest.mark.parametrize("typed, answer", [("traain.x=1", "did you mean train?"), ("train.seq_len=0", "must be above 0")])
+def test_a_mistake_on_the_command_line_is_answered_without_torch(typed, answer):
     code = (
         "import sys; from chattrain.__main__ import main\n"
         "try: main()\n"
         "except SystemExit as end: assert end.code == 2\n"
         "assert 'torch' not in sys.modules"
     )
-    answer = subprocess.run([sys.executable, "-c", code, "stage=sft", "traain.x=1"], capture_output=True, text=True)
-    assert answer.returncode == 0 and "did you mean train?" in answer.stderr
+    done = subprocess.run([sys.executable, "-c", code, "stage=sft", typed], capture_output=True, text=True)
+    assert done.returncode == 0 and answer in done.stderr
 
 
 def test_the_groups_are_those_of_the_design():

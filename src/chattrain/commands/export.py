@@ -65,7 +65,11 @@ def _write(folder: Path, source: Path) -> None:
         _write_hf_model(folder, source, weights, tokenizer)
     else:
         seq_len = yaml.safe_load((source / "config.yaml").read_text())["train"]["seq_len"]
-        assert isinstance(tokenizer, Tokenizer)  # the GPT is trained with no other
+        if not isinstance(tokenizer, Tokenizer):
+            raise UserError(
+                f"{source} was trained with a Hugging Face tokenizer that no tiktoken encoding expresses, so its model cannot be "
+                "exported with a tokenizer of the nanochat architecture; train with chattrain's own or nanochat's tokenizer"
+            )
         huggingface.write(folder, state.model, weights, tokenizer, seq_len)
     (folder / EXPORT_FILE).write_text(json.dumps({"checkpoint": str(source), "stage": state.stage, "step": state.step}, indent=1))
 

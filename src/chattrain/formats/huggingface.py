@@ -37,10 +37,10 @@ OUTER_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.w
 
 def find(folder: Path) -> ModelFolder | None:
     """The folder as a ModelFolder if it has a config.json and safetensors weights, else None."""
-    weights = [folder / name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
-    if not weights or not (folder / "config.json").is_file():
+    has_weights = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    if not has_weights or not (folder / "config.json").is_file():
         return None
-    return ModelFolder(folder, FolderFormat.huggingface, tuple(weights[:1]), tokenizer=folder, stage=None)
+    return ModelFolder(folder, FolderFormat.huggingface, tokenizer=folder, stage=None)
 
 
 def model_type(folder: Path) -> str:

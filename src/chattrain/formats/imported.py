@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from chattrain.model.gpt import GPT
 from chattrain.storage.tensors import require_shapes
-from chattrain.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from chattrain.tokenizer.huggingface import HFTokenizer
+from chattrain.tokenizer import AnyTokenizer
 
 
 class FolderFormat(Enum):
@@ -33,7 +29,7 @@ class ModelFolder:
 
     path: Path
     format: FolderFormat
-    model_files: tuple[Path, ...] = ()  # weights; with nanochat one file a step, oldest first
+    model_files: tuple[Path, ...] = ()  # nanochat: weights, one file a step, oldest first
     tokenizer: Path | None = None  # folder of the tokenizer; None: not found
     stage: str | None = None  # base, mid or sft, if the folder's name says so
 
@@ -49,7 +45,7 @@ class ImportedModel:
 
     sizes: dict[str, int]  # the GPT's arguments: vocab_size, n_layer, n_embd, n_head, n_kv_head
     weights: dict[str, Tensor]  # fp32, under the GPT's parameter names
-    tokenizer: Tokenizer | HFTokenizer
+    tokenizer: AnyTokenizer
     step: int  # optimizer steps of its training; 0: unknown
     seq_len: int | None  # tokens a row in training
 

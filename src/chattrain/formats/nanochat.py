@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,8 @@ from torch import Tensor
 from chattrain.errors import UserError
 from chattrain.formats.imported import FolderFormat, ImportedModel, ModelFolder
 from chattrain.storage.tensors import is_plain_tensor, read_torch_file
-from chattrain.tokenizer import Tokenizer
+from chattrain.tokenizer import AnyTokenizer, Tokenizer
 from chattrain.tokenizer.nanochat import read_encoding
-
-if TYPE_CHECKING:
-    from chattrain.tokenizer.huggingface import HFTokenizer
 
 MODEL_FILE = re.compile(r"model_(\d+)\.pt")
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # keys of model_config
@@ -95,7 +92,7 @@ def _tokenizer_folders(folder: Path) -> list[Path]:
     return [folder, folder / "tokenizer", folder.resolve().parent.parent / "tokenizer"]
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer | HFTokenizer:
+def _read_tokenizer(folder: Path) -> AnyTokenizer:
     if (folder / "tokenizer.pkl").is_file():
         return Tokenizer(read_encoding(folder))
     return Tokenizer.load(folder)

@@ -74,7 +74,7 @@ def traffic(work: Workload, world_size: int, micro_batches: int) -> dict[str, fl
     return {
         "gradients": micro_batches * gradients["gradients"],
         "weights": 2 * micro_batches * sent * work.compute_bytes * work.weights,
-        "matrices": 2 * sent * (BF16 if work.compute_bytes == BF16 else FP32) * in_matrices / world_size,
+        "matrices": 2 * sent * work.compute_bytes * in_matrices / world_size,
     }
 
 

@@ -27,7 +27,6 @@ class Counts:
 def count(data: RunData, device_batch_size: int, world_size: int) -> Counts:
     """The counts of a run: exact if it has at most MAX_ROWS rows or every token is a target, else from evenly spread steps."""
     collator, rows = data.train, data.num_steps * data.rows_per_step
-    assert collator is not None
     if isinstance(collator, Packed) and not collator.isolate_documents:
         size = rows * collator.seq_len
         return Counts(size, size, size, exact=True)

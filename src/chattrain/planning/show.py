@@ -40,7 +40,7 @@ def plan(facts: dict[str, Any], step: Step, cfg: Config) -> None:
     console = Console(width=None if sys.stdout.isatty() else 128, highlight=False)
     _pairs(console, f"{facts['world_size']} x {facts['device']}, {facts['strategy']}", _run(facts, step, cfg))
     _pairs(console, "memory of a rank, GiB", _memory(facts))
-    _scaling(console, facts, cfg)
+    _scaling(console, facts)
 
 
 def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
@@ -92,7 +92,7 @@ def _memory(facts: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _scaling(console: Console, facts: dict[str, Any], cfg: Config) -> None:
+def _scaling(console: Console, facts: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 

@@ -73,13 +73,13 @@ def _texts(opened: list[tuple[SourceConfig, Records]], max_chars: int) -> Iterat
     """The texts of all sources; each source gives about max_chars / number of sources characters at most."""
     for source, records in opened:
         left = max_chars // len(opened)
-        for _, row in records.read(0, len(records)):
+        for _, record in records.read(0, len(records)):
             try:
                 if source.schema == Schema.multiple_choice:
-                    texts = [multiple_choice.tokenizer_text(row)]
+                    texts = [multiple_choice.tokenizer_text(record)]
                 else:
-                    texts = [segment.text for segment in record_to_segments(row, source.schema.name) if not segment.special]
-            except (ValueError, KeyError, TypeError):  # malformed; tokenising the row reports it
+                    texts = [segment.text for segment in record_to_segments(record, source.schema.name) if not segment.special]
+            except (ValueError, KeyError, TypeError):  # malformed; tokenising the record reports it
                 continue
             yield from texts
             left -= sum(len(text) for text in texts)

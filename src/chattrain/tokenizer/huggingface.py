@@ -30,7 +30,7 @@ FILES = (
 )
 
 
-FINGERPRINT_VERSION = 1  # raised when the loss mask is derived from a template in another way
+FINGERPRINT_VERSION = 1  # raised when the ids of a text change; the mask belongs to the version of chat/template.py
 
 
 class HFTokenizer:

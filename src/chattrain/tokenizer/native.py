@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
@@ -16,10 +15,8 @@ import tiktoken
 from chattrain.errors import UserError
 from chattrain.storage.files import read_json
 from chattrain.tokenizer import tokenizer_json
+from chattrain.tokenizer.huggingface import HFTokenizer
 from chattrain.tokenizer.special_tokens import ASSISTANT_END, SPECIAL_TOKENS, require_special_tokens
-
-if TYPE_CHECKING:
-    from chattrain.tokenizer.huggingface import HFTokenizer
 
 # GPT-4's split pattern with numbers in groups of at most two digits, as nanochat has it.
 SPLIT_PATTERN = (
@@ -38,8 +35,6 @@ class Tokenizer:
     `encode` treats all text as ordinary: the text of a special token is never encoded as that token. The ids of special tokens
     come from `special` only.
     """
-
-    chat_template = None  # conversations are rendered in chattrain's own format; Hugging Face tokenizers may have a template
 
     def __init__(self, encoding: tiktoken.Encoding):
         require_special_tokens(encoding)
@@ -142,8 +137,6 @@ class Tokenizer:
             encoding = tokenizer_json.read(read_json(file)) if file.is_file() else None
             if encoding is not None:
                 return cls(encoding)
-            from chattrain.tokenizer.huggingface import HFTokenizer
-
             return HFTokenizer(folder)
         raise UserError(
             f"no tokenizer in {folder}: neither {ENCODING_FILE} and {RANKS_FILE}, nor nanochat's "
