@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+CONSTRAINTS ?= constraints.txt
 TORCH ?= 2.13.0
 COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade --no-header --no-annotate --quiet
 
@@ -15,7 +16,7 @@ help: ## this list
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "chattrain needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 setup: .venv/installed ## make .venv and install
@@ -40,8 +41,11 @@ test: setup ## the tests, without network and GPU
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-lint: setup ## ruff
+lint: setup ## ruff, the contract of imports, types
 	$(BIN)/python -m ruff check src tests benchmarks
+	$(BIN)/python -m ruff format --check src tests benchmarks
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
 
 bench: setup ## speed, as ratios in one run
 	$(BIN)/python -m benchmarks

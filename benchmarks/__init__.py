@@ -1,5 +1,5 @@
-"""Speed as ratios within one run: ours against what a careful user would write with stock parts.
+"""Speed as ratios within one run: chattrain ("ours") against what a careful user would write with stock parts.
 
-`python -m benchmarks` runs all cases, `python -m benchmarks.<case>` one. Figures drift between machines and minutes,
-so ours and the reference take turns and the medians are compared.
+`python -m benchmarks` runs all cases, `python -m benchmarks.<case>` one. Absolute figures drift, so ours and the reference run in
+alternating rounds, and their medians are compared.
 """

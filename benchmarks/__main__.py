@@ -23,24 +23,36 @@ def main() -> None:
     rows = []
     for case in CASES:
         print(f"{case} ...", file=sys.stderr)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # what a case sets does not change the next one
+        with ProcessPoolExecutor(
+            1, mp_context=get_context("spawn")
+        ) as process:  # so that a case cannot change the settings of the next one
             rows += process.submit(importlib.import_module(f"benchmarks.{case}").measure).result()
     show(rows)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-               "processor": platform.processor() or platform.machine(),
-               "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    machine = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
     file = Path(__file__).with_name("results.json")
-    found = {"command": "python -m benchmarks", "real_data": "BENCHMARK_DATA" in os.environ, "commit": _commit(),
-             "machine": machine, "rows": rows}
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    results = {
+        "command": "python -m benchmarks",
+        "real_data": "BENCHMARK_DATA" in os.environ,
+        "commit": _commit(),
+        "machine": machine,
+        "rows": rows,
+    }
+    file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {file}")
 
 
 def _commit() -> str | None:
-    """Of the working tree, with a + where it has changes; None outside a repository."""
+    """The commit of the working tree, with a + if it has changes; None outside a repository."""
     try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True,
-                                   text=True)
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
     except FileNotFoundError:
         return None
     return described.stdout.strip() or None

@@ -2,11 +2,11 @@
 
     python -m benchmarks.memory distributed.strategy=fsdp --models d6 d12 --ranks 2
 
-Runs in processes of their own make their model and do a few steps of two micro-batches of random tokens. Of one process torch's
-profiler reports each allocation and each release, and their running sum is the bytes alive. It does not see what gloo's threads
-take and give back, so of several ranks it is what malloc itself says is in use, asked every half millisecond: about 10 MiB more,
-for all that is no tensor. Both come from the allocator that served real operations, workspaces of kernels included, and owe
-nothing to the prediction. Resident memory would add libraries, code and stacks, and leave out pages that a tensor has but never
+Separate processes build the model and train a few steps of two micro-batches of random tokens. For one process, torch's profiler
+reports each allocation and each release, and their running sum is the bytes alive. The profiler does not see the allocations of
+gloo's threads, so for several ranks we ask malloc for the bytes in use, every half millisecond: about 10 MiB more, for everything
+that is no tensor. Both figures come from the allocator of the real operations, workspaces of kernels included, and are
+independent of the prediction. Resident memory would include libraries, code and stacks, and miss pages of tensors that were never
 touched.
 """
 
@@ -24,14 +24,15 @@ from collections.abc import Callable, Iterator
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import gpu
-from chattrain import distributed, launch, loop
-from chattrain.compose import compose
+from chattrain import loop
 from chattrain.config import Config
+from chattrain.config.compose import compose
 from chattrain.device import GIB
-from chattrain.distributed import Ranks
-from chattrain.planning.memory import Shape, step_memory
+from chattrain.parallel import launch
+from chattrain.parallel.ranks import Ranks, join
+from chattrain.planning.memory import MicroBatchSpec, step_memory
 
-STEPS = 4  # the first makes the optimizer's state; several after it, as what ranks hold at once varies
+STEPS = 4  # the first creates the optimizer's state; several after it, because the timing of ranks varies
 KINDS = ["none", "block"]
 
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["d6", "d12"], help="choices of conf/model (default d6 d12)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # the process of its own
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # used in the separate process
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration")
     asked = parser.parse_intermixed_args(arguments)
     if asked.measure:
@@ -49,41 +50,61 @@ def main(arguments: list[str] | None = None) -> None:
         for kind in KINDS:
             overrides = [*asked.overrides, f"train.activation_checkpointing={kind}"]
             predicted, found = predict(model, asked.ranks, *overrides), measure(model, asked.ranks, *overrides)
-            print(f"{model} {kind:5s} predicted {predicted / GIB:.3f} GiB, measured {found / GIB:.3f} GiB: "
-                  f"{predicted / found - 1:+.1%}", flush=True)
+            print(
+                f"{model} {kind:5s} predicted {predicted / GIB:.3f} GiB, measured {found / GIB:.3f} GiB: "
+                f"{predicted / found - 1:+.1%}",
+                flush=True,
+            )
 
 
 def settings(model: str, ranks: int, *overrides: str) -> Config:
     """Short rows, two micro-batches a rank and step, in fp32 and without compilation, unless the overrides say otherwise."""
-    return compose([f"model={model}", "stage=base", "eval=none", "tracking=none", "train.device=cpu", "train.dtype=fp32",
-                    "train.compile=false", "train.seq_len=512", "train.device_batch_size=2",
-                    f"train.total_batch_size={2048 * ranks}", *overrides])
+    return compose(
+        [
+            f"model={model}",
+            "stage=base",
+            "eval=none",
+            "tracking=none",
+            "train.device=cpu",
+            "train.dtype=fp32",
+            "train.compile=false",
+            "train.seq_len=512",
+            "train.device_batch_size=2",
+            f"train.total_batch_size={2048 * ranks}",
+            *overrides,
+        ]
+    )
 
 
 def predict(model: str, ranks: int, *overrides: str) -> int:
-    """Bytes of the first rank at the peak, as command=plan has them."""
+    """Peak bytes of the first rank, as command=plan predicts them."""
     cfg = settings(model, ranks, *overrides)
     repeats = cfg.train.rows_a_step(ranks) > cfg.train.device_batch_size * ranks
-    shape = Shape(cfg.train.device_batch_size, cfg.train.seq_len, partial=False, isolated=False, repeats=repeats)
+    shape = MicroBatchSpec(cfg.train.device_batch_size, cfg.train.seq_len, partial=False, isolated=False, repeats=repeats)
     return step_memory(cfg, cfg.tokenizer.vocab_size, None, shape, ranks).peak
 
 
 def measure(model: str, ranks: int, *overrides: str) -> int:
-    """The same of a real run, in processes of its own."""
-    # One arena, as malloc tells of its first only.
+    """Peak bytes of the first rank in a real run, in separate processes."""
+    # One arena, because mallinfo2 reports the first one only.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *overrides, "--measure", "--ranks", str(ranks), "--models",
-                           model], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", *overrides, "--measure", "--ranks", str(ranks), "--models", model],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(cfg: Config, ranks: int) -> int:
-    """Bytes at the first rank's peak, of all that is alive from before the model is made to after the last step."""
+    """Peak bytes of the first rank, from before the model is built until after the last step."""
     return seen_by_profiler(lambda: steps(cfg, Ranks())) if ranks == 1 else launch.start(ranks, None, _as_rank, cfg)
 
 
 def _as_rank(cfg: Config) -> int:
-    ranks = distributed.join(cfg.distributed.timeout_s, cuda=False)
+    ranks = join(cfg.distributed.timeout_s, cuda=False)
     try:
         return seen_by_malloc(lambda: steps(cfg, ranks))
     finally:
@@ -91,20 +112,22 @@ def _as_rank(cfg: Config) -> int:
 
 
 def steps(cfg: Config, ranks: Ranks) -> None:
-    parts = gpu.build_parts(cfg, lambda step, values: None, ranks)
+    components = gpu.build_components(cfg, lambda step, values: None, ranks)
     for step in range(STEPS):
-        loop.train_step(parts, parts.loader.step(step), step)
+        loop.train_step(components, components.loader.step(step), step)
 
 
 class MallocInfo(ctypes.Structure):
-    """What glibc's mallinfo2 gives."""
+    """The result of glibc's mallinfo2."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
-                                                     "uordblks", "fordblks", "keepcost")]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
 
 
 def seen_by_malloc(work: Callable[[], None]) -> int:
-    """The most bytes in use above those before, by malloc's own count; in one arena, or by the system's mappings."""
+    """Peak bytes in use during work, minus those before it, as malloc counts them in its arena and its memory maps."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = MallocInfo
     done = threading.Event()
@@ -131,7 +154,7 @@ def seen_by_malloc(work: Callable[[], None]) -> int:
 
 
 def seen_by_profiler(work: Callable[[], None]) -> int:
-    """The most bytes that were alive at once, by this thread's allocations."""
+    """Peak bytes alive during work, by the allocations of this thread."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     alive: dict[int, int] = {}  # address -> bytes
@@ -145,7 +168,7 @@ def seen_by_profiler(work: Callable[[], None]) -> int:
 
 
 def _allocations(events: list) -> Iterator[tuple[int, int, int]]:
-    """(time, address, bytes: negative where they are given back) of all allocations in the profiler's tree."""
+    """(time, address, bytes; negative if released) of all allocations in the profiler's tree."""
     waiting = list(events)
     while waiting:
         event = waiting.pop()

@@ -1,8 +1,9 @@
-"""A whole mid step (forward, backward, optimizer, data) against the same written plainly with stock parts.
+"""A whole mid step (forward, backward, optimizer, data) against the same step written plainly with stock parts.
 
-Same model and batch: 8,192 tokens a step, rows of 512, in bf16 and in fp32, compiled on both sides. The reference tokenises as
-it goes into a deque, computes all logits and the mean loss of each micro-batch, and steps torch.optim.Muon and
-torch.optim.AdamW. It has a process of its own, which waits while ours steps: a run of ours sets how its process allocates memory.
+Same model and batch: 8,192 tokens a step, rows of 512, in bf16 and in fp32, compiled on both sides. The reference tokenises into
+a deque during training, computes all logits and the mean loss of each micro-batch, and steps torch.optim.Muon and
+torch.optim.AdamW. It has its own process, which waits during our steps, because chattrain changes how its process allocates
+memory.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import roofline
-from benchmarks.timing import apart, in_turns, row, show
+from benchmarks.timing import in_own_process, row, show, time_both
 from chattrain import loop
-from chattrain.compose import compose
+from chattrain.config.compose import compose
 from chattrain.device import autocast, keep_freed_memory, pick_device, use_bf16
-from chattrain.distributed import Ranks
-from chattrain.parts import build_parts
-from chattrain.prepare import make_plan
-from chattrain.tasks import document, generated
-from chattrain.tracking import NullTracker
+from chattrain.parallel.ranks import Ranks
+from chattrain.setup.build import build_components
+from chattrain.setup.plan import setup_run
+from chattrain.tasks import generated, record_to_segments
+from chattrain.tracking.tracker import NullTracker
 
 ROWS, SEQ_LEN, TOKENS = 8, 512, 8192
 MODEL = ["model.n_layer=6", "model.n_embd=384", "model.n_head=3"]
@@ -34,23 +35,38 @@ def measure() -> list[dict]:
 
 def _measure(dtype: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        cfg = compose(["stage=mid", "init.from=scratch", f"run.root={folder}", "eval=none", "tracking=none", *MODEL,
-                       f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}", "train.max_steps=1000",
-                       f"train.total_batch_size={TOKENS}", f"train.dtype={dtype}", "tokenizer.vocab_size=8192"])
-        plan, data = make_plan(cfg, world_size=1)
-        where = pick_device(cfg.train.device)
-        keep_freed_memory(where)  # as the runner does
-        parts, _ = build_parts(cfg, plan, Ranks(), data, NullTracker(), lambda: False, None)
+        cfg = compose(
+            [
+                "stage=mid",
+                "init.from=scratch",
+                f"run.root={folder}",
+                "eval=none",
+                "tracking=none",
+                *MODEL,
+                f"train.seq_len={SEQ_LEN}",
+                f"train.device_batch_size={ROWS}",
+                "train.max_steps=1000",
+                f"train.total_batch_size={TOKENS}",
+                f"train.dtype={dtype}",
+                "tokenizer.vocab_size=8192",
+            ]
+        )
+        setup, data = setup_run(cfg, world_size=1)
+        device = pick_device(cfg.train.device)
+        keep_freed_memory(device)  # as the runner does
+        components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), lambda: False, None)
         step = iter(range(10**9))
 
         def ours() -> None:
             number = next(step)
-            loop.train_step(parts, parts.loader.step(number), number)
+            loop.train_step(components, components.loader.step(number), number)
 
-        with apart(Reference, cfg, data.tokenizer) as reference:
-            seconds = in_turns(ours, reference, rounds=3)
-        parts.loader.close()
-        products = roofline.step_seconds(parts.model, ROWS, SEQ_LEN, TOKENS // (ROWS * SEQ_LEN), use_bf16(cfg.train.dtype, where))
+        with in_own_process(Reference, cfg, data.tokenizer) as reference:
+            seconds = time_both(ours, reference, rounds=3)
+        components.loader.close()
+        products = roofline.step_seconds(
+            components.model, ROWS, SEQ_LEN, TOKENS // (ROWS * SEQ_LEN), use_bf16(cfg.train.dtype, device)
+        )
     return row(f"mid step, d6, 8,192 tokens, {dtype}", TOKENS, "tokens", *seconds, products)
 
 
@@ -58,8 +74,10 @@ def stock_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """torch's own Muon on the blocks and AdamW on embeddings and head."""
     matrices = [p for n, p in model.named_parameters() if n.startswith("transformer.h")]
     rest = [p for n, p in model.named_parameters() if not n.startswith("transformer.h")]
-    return [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0),
+    ]
 
 
 class Reference:
@@ -76,13 +94,13 @@ class Reference:
         self.compiled = torch.compile(self.model, dynamic=False)
         self.optimizers = stock_optimizers(self.model)
         self.tokenizer, self.tokens = tokenizer, deque()
-        self.rows = iter(generated.rows("count_letters", "train", 4000) * 100)
+        self.rows = iter(generated.records("count_letters", "train", 4000) * 100)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        from chattrain.chat import encode_pieces
+        from chattrain.chat import chat_format
 
         while len(self.tokens) < ROWS * SEQ_LEN + 1:
-            self.tokens.extend(encode_pieces([document(next(self.rows), "messages")], self.tokenizer, None)[0].ids)
+            self.tokens.extend(chat_format(self.tokenizer).encode([record_to_segments(next(self.rows), "messages")])[0].ids)
         taken = torch.tensor([self.tokens.popleft() for _ in range(ROWS * SEQ_LEN + 1)], device=self.device)
         return taken[:-1].view(ROWS, SEQ_LEN), taken[1:].view(ROWS, SEQ_LEN)
 

@@ -1,11 +1,11 @@
-"""Questions a second of the multiple-choice evaluation, against a plain loop: batches of 32 questions as they stand in the file,
-padded to the longest, the logits of all tokens at all places, the likeliest letter at the answer's place.
+"""Questions a second of the multiple-choice evaluation, against a plain loop: batches of 32 questions in the order of the file,
+padded to the longest, logits of all tokens at all positions, the likeliest letter at the answer position.
 
-d6, in the number format that training would take here. MMLU's and ARC's questions where BENCHMARK_DATA names a folder with mmlu/
-and arc/ (the hub's layout), else generated ones, which are short and alike, so that little is to be gained. Of the real ones,
-runs of 32 in evenly spaced places of the files, so that the loop's batches are those of the whole; BENCHMARK_QUESTIONS says how
-many questions (14089 are all: half an hour on two cores). Prompts are rendered before the clock starts. Both must find the
-same accuracy: in fp32 to the question, in bf16 to one question in a hundred, since the loop's head rounds some letters to a tie.
+d6, in the dtype that training would use on this device. If BENCHMARK_DATA names a folder with mmlu/ and arc/ (the hub's layout),
+the questions are MMLU's and ARC's, otherwise generated ones, which are short and of similar length, so that little can be gained.
+Of the real ones, evenly spaced runs of 32 are used, so that the loop's batches are those of whole files; BENCHMARK_QUESTIONS sets
+the number of questions (14089 is all: half an hour on two cores). Prompts are rendered before timing. Both must give the same
+accuracy: exactly in fp32, within one question in a hundred in bf16, because the loop's head rounds some letters to a tie.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import row, show
-from chattrain.config import Device, DType, EvalConfig
-from chattrain.data.config import Schema, SourceConfig
-from chattrain.data.sources import Rows, open_rows
+from chattrain.config.data import SourceConfig
+from chattrain.config.eval import EvalConfig
+from chattrain.config.words import Device, DType, Schema
+from chattrain.data.sources import Records, open_records
 from chattrain.device import autocast, pick_device, use_bf16
-from chattrain.distributed import Ranks
 from chattrain.evals.multiple_choice import MultipleChoice, Question, questions
 from chattrain.model.gpt import GPT
+from chattrain.parallel.ranks import Ranks
 from chattrain.tasks import generated, multiple_choice
 from chattrain.tokenizer import Tokenizer
 
@@ -35,35 +36,37 @@ SETS = (("mmlu", "all"), ("arc", "ARC-Easy"), ("arc", "ARC-Challenge"))
 
 def measure() -> list[dict]:
     asked, pad_id = _asked()
-    where = pick_device(Device.auto)
-    model = random_model(where)
+    device = pick_device(Device.auto)
+    model = random_model(device)
     model.compile_trunk(dynamic=True)  # as a run does
-    as_trained = autocast(use_bf16(DType.auto, where), where)
-    whole, first = (MultipleChoice("all", part, EvalConfig.batch_size, pad_id, where, Ranks()) for part in (asked, asked[:BATCH]))
-    _agree(first(model, nullcontext()), plain(model, asked[:BATCH], nullcontext(), where), 0.0)
-    first(model, as_trained), plain(model, asked[:BATCH], as_trained, where)  # warm up
+    as_trained = autocast(use_bf16(DType.auto, device), device)
+    whole, first = (
+        MultipleChoice("all", part, EvalConfig.batch_size, pad_id, device, Ranks()) for part in (asked, asked[:BATCH])
+    )
+    _agree(first(model, nullcontext()), plain(model, asked[:BATCH], nullcontext(), device), 0.0)
+    first(model, as_trained), plain(model, asked[:BATCH], as_trained, device)  # warm up
     begun = time.perf_counter()
     found = whole(model, as_trained)
     middle = time.perf_counter()
-    expected = plain(model, asked, as_trained, where)
+    expected = plain(model, asked, as_trained, device)
     ended = time.perf_counter()
     _agree(found, expected, 0.01)
     return [row(f"multiple choice, d6, {len(asked):,} questions", len(asked), "questions", middle - begun, ended - middle)]
 
 
-def random_model(where: torch.device) -> GPT:
-    """d6 with nothing left at zero, so that letters differ."""
+def random_model(device: torch.device) -> GPT:
+    """d6 without zero weights, so that the logits of letters differ."""
     model, generator = GPT(VOCABULARY, n_layer=6, n_embd=384, n_head=3), torch.Generator().manual_seed(0)
     model.init_weights(generator)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.05, generator=generator)
-    return model.to(where).eval()
+    return model.to(device).eval()
 
 
 @torch.no_grad()
-def plain(model: GPT, asked: list[Question], number_format: AbstractContextManager, where: torch.device) -> float:
+def plain(model: GPT, asked: list[Question], number_format: AbstractContextManager, device: torch.device) -> float:
     """Accuracy as a careful user would first write it."""
     right = 0
     with number_format:
@@ -72,7 +75,7 @@ def plain(model: GPT, asked: list[Question], number_format: AbstractContextManag
             inputs = torch.zeros(len(batch), max(len(q.ids) for q in batch), dtype=torch.long)
             for b, question in enumerate(batch):
                 inputs[b, : len(question.ids)] = torch.tensor(question.ids)
-            logits = model(inputs.to(where))
+            logits = model(inputs.to(device))
             for b, question in enumerate(batch):
                 right += int(logits[b, len(question.ids) - 1, question.letter_ids].argmax()) == question.answer
     return right / len(asked)
@@ -85,7 +88,7 @@ def _agree(found: dict[str, float], expected: float, tolerance: float) -> None:
 
 
 def _asked() -> tuple[list[Question], int]:
-    """Runs of the questions in the order of the files, and the padding token."""
+    """Runs of questions in the order of the files, and the padding token."""
     with tempfile.TemporaryDirectory() as cache:
         sets = _sets(Path(cache))
         texts = [multiple_choice.tokenizer_text(r) for rows in sets for _, r in rows.read(0, len(rows))]
@@ -97,12 +100,16 @@ def _asked() -> tuple[list[Question], int]:
     return [question for start in chosen for question in asked[start : start + BATCH]], tokenizer.pad_id
 
 
-def _sets(cache: Path) -> list[Rows]:
+def _sets(cache: Path) -> list[Records]:
     folder = os.environ.get("BENCHMARK_DATA")
     if folder is None:
-        return [Rows(generated.rows("demo_choice", "val", QUESTIONS))]
-    return [open_rows(name, SourceConfig(str(Path(folder).resolve() / name), Schema.multiple_choice, subset=subset, split="test"),
-                      cache) for name, subset in SETS]
+        return [Records(generated.records("demo_choice", "val", QUESTIONS))]
+    return [
+        open_records(
+            name, SourceConfig(str(Path(folder).resolve() / name), Schema.multiple_choice, subset=subset, split="test"), cache
+        )
+        for name, subset in SETS
+    ]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.mid import stock_optimizers
-from benchmarks.timing import in_turns, row, show
+from benchmarks.timing import row, show, time_both
 from chattrain.model.gpt import GPT
 from chattrain.optim.muon_adamw import build
 
@@ -17,15 +17,28 @@ def measure() -> list[dict]:
 
 def _measure(name: str, n_layer: int, n_embd: int, n_head: int) -> dict:
     ours, reference = _model(n_layer, n_embd, n_head), _model(n_layer, n_embd, n_head)
-    mine = build(ours, lr_scale=1.0, matrix_lr=0.02, embed_lr=0.2, lm_head_lr=0.004, vector_lr=None, momentum=0.95,
-                 momentum_start=0.85, momentum_warmup_steps=300, ns_steps=5, betas=[0.8, 0.95], eps=1e-10, weight_decay=0.0)
-    theirs = stock_optimizers(reference)
+    our_optimizer = build(
+        ours,
+        lr_scale=1.0,
+        matrix_lr=0.02,
+        embed_lr=0.2,
+        lm_head_lr=0.004,
+        vector_lr=None,
+        momentum=0.95,
+        momentum_start=0.85,
+        momentum_warmup_steps=300,
+        ns_steps=5,
+        betas=[0.8, 0.95],
+        eps=1e-10,
+        weight_decay=0.0,
+    )
+    stock = stock_optimizers(reference)
 
-    def step_theirs() -> None:
-        for optimizer in theirs:
+    def step_stock() -> None:
+        for optimizer in stock:
             optimizer.step()
 
-    seconds = in_turns(mine.step, step_theirs, rounds=5 if n_layer < 12 else 3)
+    seconds = time_both(our_optimizer.step, step_stock, rounds=5 if n_layer < 12 else 3)
     return row(f"optimizer step, {name}", 1, "steps", *seconds, roofline.optimizer_seconds(ours))
 
 

@@ -1,6 +1,6 @@
-"""The matrix products of a step alone, in the shapes and number format of the model: what no trainer can be faster than.
+"""The matrix products of a step alone, in the model's shapes and dtype: no trainer can be faster.
 
-Timed here and now, never taken from a data sheet. M tokens a forward pass, T tokens a row, D channels a head.
+They are timed in the same run and never taken from a data sheet. M tokens a forward pass, T tokens a row, D channels a head.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chattrain.config import Device
+from chattrain.config.words import Device
 from chattrain.device import pick_device
 from chattrain.model.gpt import GPT
 from chattrain.optim import cores
-from chattrain.optim.newton_schulz import TOGETHER, alike, orthogonalize
+from chattrain.optim.newton_schulz import group_by_shape, muon_settings, orthogonalize
 
 aten = torch.ops.aten
 
@@ -35,20 +35,20 @@ def step_seconds(model: GPT, rows: int, seq_len: int, micro_batches: int, bf16: 
 
 
 def optimizer_seconds(model: GPT, dtype: torch.dtype = torch.bfloat16, ns_steps: int = 5) -> float:
-    """Of the products that Muon's directions take, as few as it makes do with."""
+    """Seconds of the matrix products in Muon's orthogonalization, as our implementation does it."""
     matrices = [p for name, p in model.named_parameters() if name.startswith("transformer.h")]
-    turns = alike(matrices, TOGETHER.get(pick_device(Device.auto).type, 1))
-    shapes = Counter((len(places), *matrices[places[0]].shape) for places in turns)
+    batches = group_by_shape(matrices, muon_settings(pick_device(Device.auto)).batch)
+    shapes = Counter((len(indices), *matrices[indices[0]].shape) for indices in batches)
     return sum(count * _direction_seconds(*shape, dtype, ns_steps) for shape, count in shapes.items())
 
 
 def _direction_seconds(together: int, rows: int, columns: int, dtype: torch.dtype, ns_steps: int) -> float:
-    """Of matrices that go through the iterations together; on a CPU as many side by side as in a real step."""
-    where = pick_device(Device.auto)
+    """Seconds for a batch of `together` matrices; on a CPU with as many batches in parallel as in a real step."""
+    device = pick_device(Device.auto)
     with Products() as seen:
-        orthogonalize(torch.randn(*([together] if together > 1 else []), rows, columns, device=where), ns_steps, dtype)
-    factors = [[torch.randn(size, device=where).to(dtype) for size in sizes] for sizes in seen.sizes]
-    side_by_side = min(torch.get_num_threads(), cores.MOST) if where.type == "cpu" else 1
+        orthogonalize(torch.randn(*([together] if together > 1 else []), rows, columns, device=device), ns_steps, dtype)
+    factors = [[torch.randn(size, device=device).to(dtype) for size in sizes] for sizes in seen.sizes]
+    side_by_side = min(torch.get_num_threads(), cores.MOST) if device.type == "cpu" else 1
 
     def products(_: int) -> None:
         for a, b in factors:
@@ -58,7 +58,7 @@ def _direction_seconds(together: int, rows: int, columns: int, dtype: torch.dtyp
 
 
 class Products(TorchDispatchMode):
-    """Sizes of the factors of all matrix products."""
+    """Records the sizes of the factors of all matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ def _seconds(products: Counter, dtype: torch.dtype) -> float:
 
 
 def _product_seconds(batch: int, n: int, k: int, m: int, dtype: torch.dtype) -> float:
-    where = pick_device(Device.auto)
-    a, b = torch.randn(batch, n, k, device=where).to(dtype), torch.randn(batch, k, m, device=where).to(dtype)
+    device = pick_device(Device.auto)
+    a, b = torch.randn(batch, n, k, device=device).to(dtype), torch.randn(batch, k, m, device=device).to(dtype)
     if batch == 1:
         a, b = a[0], b[0]
     return _median(lambda: torch.matmul(a, b))

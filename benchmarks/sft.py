@@ -1,13 +1,13 @@
-"""Supervised tokens a second of sft on conversations, masked and best_fit, against padded batches as they come.
+"""Supervised tokens a second of sft on conversations, masked and best_fit, against batches padded in random order.
 
-d6, rows of up to 512 tokens. The reference takes 8 conversations at random, pads them to the longest, computes all logits and
-the mean loss of each micro-batch, uncompiled because its widths are many (as nanochat's chat_sft), and steps torch.optim.Muon
-and torch.optim.AdamW after 32 conversations. Real conversations where BENCHMARK_DATA names a folder with sgd/ and
-gsm8k/main/ (Parquet, the hub's columns), else generated ones, which are short.
+d6, rows of up to 512 tokens. The reference pads 8 random conversations to the longest, computes all logits and the mean loss of
+each micro-batch, uncompiled because its widths vary (as in nanochat's chat_sft), and steps torch.optim.Muon and torch.optim.AdamW
+after 32 conversations. If BENCHMARK_DATA names a folder with sgd/ and gsm8k/main/ (Parquet, the hub's columns), the conversations
+are real, otherwise generated and short.
 
     python -m benchmarks.sft [vocabulary]
 
-The tokens that are asked for are 65,536, nanochat's, of which the data give fewer (those two 23,970).
+The vocabulary defaults to nanochat's 65,536 tokens; data may yield fewer (those two sets yield 23,970).
 """
 
 from __future__ import annotations
@@ -25,40 +25,48 @@ import torch.nn.functional as F
 from benchmarks.mid import MODEL, stock_optimizers
 from benchmarks.timing import show
 from chattrain import loop
-from chattrain.compose import compose
+from chattrain.config.compose import compose
 from chattrain.device import autocast, meters, pick_device, use_bf16
-from chattrain.distributed import Ranks
 from chattrain.model.gpt import GPT
-from chattrain.parts import build_parts
-from chattrain.prepare import make_plan
-from chattrain.tracking import NullTracker
+from chattrain.parallel.ranks import Ranks
+from chattrain.setup.build import build_components
+from chattrain.setup.plan import setup_run
+from chattrain.tracking.tracker import NullTracker
 
 ROWS, SEQ_LEN, CONVERSATIONS, SECONDS = 8, 512, 32, 15.0
 VOCAB_SIZE = 65_536
 
 
 def measure(vocab_size: int = VOCAB_SIZE) -> list[dict]:
-    """Each in its turn for the same time, after the steps that warm up and compile."""
+    """Runs all in alternation, each for the same time, after warm-up steps that compile."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {collator: Ours(collator, folder, vocab_size) for collator in ("masked", "best_fit")}
         reference = Reference(runs["masked"].cfg, runs["masked"].data)
-        everyone = {**runs, "reference": reference}
-        rates = {name: [] for name in everyone}
-        for run in everyone.values():
+        cases = {**runs, "reference": reference}
+        rates = {name: [] for name in cases}
+        for run in cases.values():
             run.warm_up()
         for _ in range(3):
-            for name, run in everyone.items():
+            for name, run in cases.items():
                 rates[name].append(_rate(run.step, SECONDS / 3))
         for run in runs.values():
-            run.parts.loader.close()
-    middle = {name: float(np.median(found)) for name, found in rates.items()}
+            run.components.loader.close()
+    medians = {name: float(np.median(values)) for name, values in rates.items()}
     tokens = runs["masked"].data.tokenizer.vocab_size
-    return [{"case": f"sft, d6, vocabulary {tokens:,}, {name}", "unit": "supervised/s", "ours": middle[name],
-             "reference": middle["reference"], "ratio": middle[name] / middle["reference"]} for name in runs]
+    return [
+        {
+            "case": f"sft, d6, vocabulary {tokens:,}, {name}",
+            "unit": "supervised/s",
+            "ours": medians[name],
+            "reference": medians["reference"],
+            "ratio": medians[name] / medians["reference"],
+        }
+        for name in runs
+    ]
 
 
 def _rate(step, seconds: float) -> float:
-    """Supervised tokens a second of steps that take about so long."""
+    """Supervised tokens a second, from steps over about this many seconds."""
     begun, tokens = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
         tokens += step()
@@ -70,27 +78,44 @@ def _data(vocab_size: int) -> list[str]:
     if folder is None:
         return ["data=demo", f"tokenizer.vocab_size={vocab_size}"]
     paths = [Path(folder).resolve() / name for name in ("sgd/train.parquet", "gsm8k/main/train.parquet")]
-    return ["data=local", f"data.train_path=[{paths[0]},{paths[1]}]", "data.schema=[messages,gsm8k]",
-            f"tokenizer.vocab_size={vocab_size}"]
+    return [
+        "data=local",
+        f"data.train_path=[{paths[0]},{paths[1]}]",
+        "data.schema=[messages,gsm8k]",
+        f"tokenizer.vocab_size={vocab_size}",
+    ]
 
 
 class Ours:
     def __init__(self, collator: str, folder: str, vocab_size: int):
         rows = CONVERSATIONS if collator == "masked" else 2 * ROWS  # about as many tokens a step
-        self.cfg = compose(["stage=sft", "init.from=scratch", f"run.root={folder}/{collator}", "eval=none", "tracking=none",
-                            *MODEL, f"collator={collator}", f"train.seq_len={SEQ_LEN}", f"train.device_batch_size={ROWS}",
-                            "train.max_steps=100000", f"train.rows_per_step={rows}", *_data(vocab_size)])
-        plan, self.data = make_plan(self.cfg, world_size=1)
-        self.parts, _ = build_parts(self.cfg, plan, Ranks(), self.data, NullTracker(), lambda: False, None)
+        self.cfg = compose(
+            [
+                "stage=sft",
+                "init.from=scratch",
+                f"run.root={folder}/{collator}",
+                "eval=none",
+                "tracking=none",
+                *MODEL,
+                f"collator={collator}",
+                f"train.seq_len={SEQ_LEN}",
+                f"train.device_batch_size={ROWS}",
+                "train.max_steps=100000",
+                f"train.rows_per_step={rows}",
+                *_data(vocab_size),
+            ]
+        )
+        setup, self.data = setup_run(self.cfg, world_size=1)
+        self.components, _ = build_components(self.cfg, setup, Ranks(), self.data, NullTracker(), lambda: False, None)
         self.number = 0
 
     def step(self) -> int:
-        result = loop.train_step(self.parts, self.parts.loader.step(self.number), self.number)
+        result = loop.train_step(self.components, self.components.loader.step(self.number), self.number)
         self.number += 1
-        return result.supervised
+        return result.num_supervised
 
     def warm_up(self) -> None:
-        """Until three steps in a row have compiled nothing."""
+        """Step until three steps in a row compile nothing."""
         read, quiet = meters(pick_device(self.cfg.train.device)), 0
         while quiet < 3:
             self.step()
@@ -103,7 +128,7 @@ class Reference:
     def __init__(self, cfg, data):
         self.device = pick_device(cfg.train.device)
         self.autocast = autocast(use_bf16(cfg.train.dtype, self.device), self.device)
-        self.documents, self.pad_id = data.train.documents, data.tokenizer.pad_id
+        self.documents, self.pad_id = data.train.mixture, data.tokenizer.pad_id
         self.model = GPT(data.tokenizer.vocab_size, n_layer=6, n_embd=384, n_head=3)
         self.model.init_weights(torch.Generator().manual_seed(0))
         self.model.to(self.device)

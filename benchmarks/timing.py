@@ -1,4 +1,4 @@
-"""Two functions in turns, so that a machine that slows down slows both."""
+"""Time two functions in alternating rounds, so that a machine that slows down slows both."""
 
 from __future__ import annotations
 
@@ -11,56 +11,62 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-def in_turns(ours: Callable[[], None], reference: Callable[[], None], rounds: int = 7) -> tuple[float, float]:
-    """Median seconds of each, after one call that warms up."""
+def time_both(ours: Callable[[], None], reference: Callable[[], None], rounds: int = 7) -> tuple[float, float]:
+    """Median seconds of each function, after one warm-up call."""
     ours()
     reference()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        for function, kept in zip((ours, reference), times, strict=True):
-            begun = time.perf_counter()
+        for function, seconds in zip((ours, reference), times, strict=True):
+            started = time.perf_counter()
             function()
-            kept.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - started)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
 @contextmanager
-def apart(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterator[Callable[[], None]]:
-    """A function that calls make(*arguments)() in a process of its own, made there once. Raises EOFError or OSError where that
+def in_own_process(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterator[Callable[[], None]]:
+    """A function that calls make(*arguments)() in another process, where make is called once. Raises EOFError or OSError if that
     process fails; its traceback is on stderr."""
     spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(there, make, arguments), daemon=True)
+    connection, child_connection = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(child_connection, make, arguments), daemon=True)
     process.start()
-    there.close()
+    child_connection.close()
 
     def call() -> None:
-        here.send(True)
-        here.recv()
+        connection.send(True)
+        connection.recv()
 
     try:
         yield call
     finally:
-        here.close()
+        connection.close()
         process.join()
 
 
-def _serve(asked: Connection, make: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
+def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
     function = make(*arguments)
     while True:
         try:
-            asked.recv()
+            connection.recv()
         except EOFError:
             return
         function()
-        asked.send(True)
+        connection.send(True)
 
 
 def row(case: str, work: float, unit: str, ours: float, reference: float, products: float | None = None) -> dict:
-    """One line of the table: work units a second of both, how many times faster ours is, and what share of our seconds the
+    """One line of the table: units of work a second of both, how many times faster ours is, and the share of our seconds that the
     matrix products alone take (`products` seconds, see roofline.py)."""
-    return {"case": case, "unit": f"{unit}/s", "ours": work / ours, "reference": work / reference, "ratio": reference / ours,
-            **({} if products is None else {"roofline": products / ours})}
+    return {
+        "case": case,
+        "unit": f"{unit}/s",
+        "ours": work / ours,
+        "reference": work / reference,
+        "ratio": reference / ours,
+        **({} if products is None else {"roofline": products / ours}),
+    }
 
 
 def show(rows: list[dict]) -> None:

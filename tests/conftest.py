@@ -12,11 +12,21 @@ import pytest
 import torch
 
 from chattrain.tokenizer import Tokenizer
+from tests.helpers import freeze_heap
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
-TEXTS = ["The quick brown fox jumps over the lazy dog. ", "How many r are in strawberry? ", "12 + 34 = 46\n",
-         "def f(x):\n    return x + 1\n", "Grüße aus Köln, 東京 and 🙂🙂. "]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. ",
+    "How many r are in strawberry? ",
+    "12 + 34 = 46\n",
+    "def f(x):\n    return x + 1\n",
+    "Grüße aus Köln, 東京 and 🙂🙂. ",
+]
+
+
+def pytest_collection_finish():
+    freeze_heap()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""`schedule._target_=tests.faults.schedule`: at step 3, FAULT happens to rank FAULT_RANK and FAULT_OF_OTHERS to the others."""
+"""`schedule._target_=tests.faults.schedule`: in the fourth step, FAULT befalls rank FAULT_RANK, FAULT_OF_OTHERS the others."""
 
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ def random_gpt(vocab_size: int, seed: int = 0, **sizes: int) -> GPT:
     return model
 
 
-def write_nanochat(folder: Path, model: GPT, tokenizer: Tokenizer, step: int = 650, tokenizer_dir: Path | None = None,
-                   seq_len: int = 64) -> Path:
+def write_nanochat(
+    folder: Path, model: GPT, tokenizer: Tokenizer, step: int = 650, tokenizer_dir: Path | None = None, seq_len: int = 64
+) -> Path:
     """`model_000650.pt`, `meta_000650.json` and the tokenizer's two files (in the folder itself: None)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"sequence_len": seq_len, **model.shape}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -15,18 +16,49 @@ import pytest
 import chattrain
 
 # Two layers, short rows, four of them a step, no compilation, no MLflow; the data is `write_talk`'s.
-TINY = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "train.seq_len=64", "train.device_batch_size=4",
-        "train.rows_per_step=4", "train.compile=false", "train.dtype=fp32", "train.device=cpu", "tokenizer.vocab_size=320",
-        "tracking=none", "eval=bpb", "log.every=1", "distributed.nproc=1", "data=local", "data.train_path=talk.jsonl"]
+TINY = [
+    "model.n_layer=2",
+    "model.n_embd=64",
+    "model.n_head=2",
+    "train.seq_len=64",
+    "train.device_batch_size=4",
+    "train.rows_per_step=4",
+    "train.compile=false",
+    "train.dtype=fp32",
+    "train.device=cpu",
+    "tokenizer.vocab_size=320",
+    "tracking=none",
+    "eval=bpb",
+    "log.every=1",
+    "distributed.nproc=1",
+    "data=local",
+    "data.train_path=talk.jsonl",
+]
 
 
 def write_talk(folder: Path, name: str = "talk.jsonl", count: int = 60, factor: int = 3) -> Path:
     """Conversations of one question and one answer, about 25 tokens each with the tokenizer of TINY."""
-    lines = [json.dumps({"messages": [{"role": "user", "content": f"What is {i} + {factor * i}?"},
-                                      {"role": "assistant", "content": f"{i} + {factor * i} = {(factor + 1) * i}."}]})
-             for i in range(count)]
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": f"What is {i} + {factor * i}?"},
+                    {"role": "assistant", "content": f"{i} + {factor * i} = {(factor + 1) * i}."},
+                ]
+            }
+        )
+        for i in range(count)
+    ]
     (folder / name).write_text("\n".join(lines) + "\n")
     return folder / name
+
+
+def freeze_heap() -> None:
+    """Leave what this process holds out of garbage collection for good. A run collects all of it twice and gives back what it
+    froze; in a process of tests, which holds every library, that is half the time of a run of TINY."""
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze = lambda: None
 
 
 @contextmanager
@@ -75,8 +107,12 @@ def command_line(capsys, *arguments: str) -> Outcome:
 
 def process(*arguments: str) -> Outcome:
     """`python -m chattrain <arguments>` as the user's shell would start it."""
-    done = subprocess.run([sys.executable, "-m", "chattrain", *arguments], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "chattrain", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

@@ -15,19 +15,45 @@ from tests.helpers import metrics, train, write_talk
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-@pytest.mark.parametrize("name, teraflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-    ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA L40S", 362),
-    ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 3090", 71)])
+@pytest.mark.parametrize(
+    "name, teraflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090", 71),
+    ],
+)
 def test_the_peak_of_a_known_gpu_is_its_dense_bf16_rate(monkeypatch, name, teraflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: name)
     assert device.peak_flops(CUDA) == teraflops * 1e12
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H20", "NVIDIA A10", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU",
-                                  "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "Tesla T4",
-                                  "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM-64GB", "AMD Instinct MI300X"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H20",
+        "NVIDIA A10",
+        "NVIDIA L40",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "Tesla T4",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM-64GB",
+        "AMD Instinct MI300X",
+    ],
+)
 def test_a_gpu_that_only_resembles_a_known_one_has_no_peak(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: name)
     assert device.peak_flops(CUDA) is None
@@ -67,13 +93,23 @@ def test_a_run_tracks_its_peak_memory(workplace):
 @pytest.mark.skipif(not device.can_compile(CPU), reason="no C++ compiler for torch.compile")
 @pytest.mark.parametrize("collator", ["masked", "best_fit"])
 def test_all_shapes_of_all_jobs_of_a_sweep_share_what_is_compiled(workplace, collator):
-    lines = [{"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "again " * (1 + i % 29)}]}
-             for i in range(120)]
+    lines = [
+        {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "again " * (1 + i % 29)}]}
+        for i in range(120)
+    ]
     (workplace / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compiled = []
     for scale in (1.0, 3.0):
-        summary = train("sft", f"scale{scale}", "init.from=scratch", "train.compile=true", f"collator={collator}",
-                        "train.rows_per_step=8", "train.max_steps=6", f"optimizer.lr_scale={scale}")
+        summary = train(
+            "sft",
+            f"scale{scale}",
+            "init.from=scratch",
+            "train.compile=true",
+            f"collator={collator}",
+            "train.rows_per_step=8",
+            "train.max_steps=6",
+            f"optimizer.lr_scale={scale}",
+        )
         compiled.append([row["train/compilations"] for row in metrics(summary["run_dir"]) if "train/loss" in row])
     assert compiled[0][-2:] == [0, 0]
     assert collator == "best_fit" or sum(compiled[0]) > 0  # best_fit compiles before the first step, to see that it isolates
@@ -96,8 +132,20 @@ def test_what_a_run_computes_in_fp32_is_fp32_whatever_was_set_before(bf16):
 # --- benchmarks/gpu.py -------------------------------------------------------------------------------------------------
 
 
-TINY = ["--model", "tiny", "--device", "cpu", "model.n_layer=1", "model.n_embd=32", "model.n_head=2", "train.seq_len=32",
-        "train.device_batch_size=2", "train.total_batch_size=128", "tokenizer.vocab_size=300", "train.compile=false"]
+TINY = [
+    "--model",
+    "tiny",
+    "--device",
+    "cpu",
+    "model.n_layer=1",
+    "model.n_embd=32",
+    "model.n_head=2",
+    "train.seq_len=32",
+    "train.device_batch_size=2",
+    "train.total_batch_size=128",
+    "tokenizer.vocab_size=300",
+    "train.compile=false",
+]
 
 
 def test_the_gpu_benchmark_prints_and_writes_speed_mfu_and_memory(tmp_path, capsys):

@@ -13,11 +13,26 @@ import chattrain
 
 CLOSE = 1e-6  # relative, of the losses of runs in fp32 that differ in nothing but how a step is split
 GOLDEN = Path(__file__).parent / "golden.json"
-SETTINGS = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "train.seq_len=64", "train.compile=false",
-            "train.dtype=fp32", "train.device=cpu", "tokenizer.vocab_size=400", "tracking=none", "log.every=1",
-            "eval=bpb", "data=local", "data.train_path=talk.jsonl", "init.from=scratch"]
-STAGES = {"mid": ["stage=mid", "train.total_batch_size=512"], "sft": ["stage=sft", "schedule.init_lr_frac=1.0",
-                                                                     "train.rows_per_step=8"]}
+SETTINGS = [
+    "model.n_layer=2",
+    "model.n_embd=64",
+    "model.n_head=2",
+    "train.seq_len=64",
+    "train.compile=false",
+    "train.dtype=fp32",
+    "train.device=cpu",
+    "tokenizer.vocab_size=400",
+    "tracking=none",
+    "log.every=1",
+    "eval=bpb",
+    "data=local",
+    "data.train_path=talk.jsonl",
+    "init.from=scratch",
+]
+STAGES = {
+    "mid": ["stage=mid", "train.total_batch_size=512"],
+    "sft": ["stage=sft", "schedule.init_lr_frac=1.0", "train.rows_per_step=8"],
+}
 
 
 def conversation(i: int) -> dict:
@@ -28,10 +43,12 @@ def conversation(i: int) -> dict:
         a, b = rng.randint(0, 99), rng.randint(0, 99)
         asked = rng.choice(["What is {} + {}?", "Please add {} to {}.", "{} + {} ="]).format(a, b)
         reply = f"{a} + {b} = {a + b}. " * rng.choice([1, 1, 3])
-        parts = [{"type": "text", "text": reply}, {"type": "python", "text": f"{a}+{b}"},
-                 {"type": "python_output", "text": str(a + b)}]
-        messages += [{"role": "user", "content": asked},
-                     {"role": "assistant", "content": parts if rng.random() < 0.3 else reply}]
+        parts = [
+            {"type": "text", "text": reply},
+            {"type": "python", "text": f"{a}+{b}"},
+            {"type": "python_output", "text": str(a + b)},
+        ]
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": parts if rng.random() < 0.3 else reply}]
     return {"messages": messages}
 
 
@@ -54,8 +71,10 @@ def losses(summary: dict, metric: str = "train/loss") -> list[float]:
 @pytest.mark.parametrize("stage", ["mid", "sft"])
 @pytest.mark.parametrize("optimizer", ["muon_adamw", "adamw"])
 def test_eight_rows_at_once_equal_eight_times_one_row(talk, stage, optimizer):
-    runs = [train(f"rows{rows}", stage, f"train.device_batch_size={rows}", f"optimizer={optimizer}", "train.max_steps=4")
-            for rows in (8, 4, 1)]
+    runs = [
+        train(f"rows{rows}", stage, f"train.device_batch_size={rows}", f"optimizer={optimizer}", "train.max_steps=4")
+        for rows in (8, 4, 1)
+    ]
     for run in runs[1:]:
         assert losses(run) == pytest.approx(losses(runs[0]), rel=CLOSE)
         assert losses(run, "val/bpb") == pytest.approx(losses(runs[0], "val/bpb"), rel=CLOSE)
@@ -72,6 +91,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(talk, stage, monkeypatch):
             if step == 5:
                 raise MemoryError("the plug was pulled")
             inner(step, metrics)
+
         parts.track = track
         return fit(parts, state, cadence)
 
@@ -110,8 +130,17 @@ def test_another_seed_gives_another_run(talk):
 def test_one_divisor_weighs_tokens_and_not_micro_batches(talk):
     """The loss of a step is the token-weighted mean of its rows' losses, however unequal the rows are."""
     single = train("single", "sft", "train.device_batch_size=1", "train.max_steps=1")
-    evaluated = chattrain.run([*STAGES["sft"], *SETTINGS, "run.name=all", "train.device_batch_size=1",
-                               "train.rows_per_step=8", "train.max_steps=1", "optimizer.lr_scale=1e-9"])
+    evaluated = chattrain.run(
+        [
+            *STAGES["sft"],
+            *SETTINGS,
+            "run.name=all",
+            "train.device_batch_size=1",
+            "train.rows_per_step=8",
+            "train.max_steps=1",
+            "optimizer.lr_scale=1e-9",
+        ]
+    )
     assert losses(single)[0] == pytest.approx(losses(evaluated)[0], rel=1e-6)
 
 

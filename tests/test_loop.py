@@ -9,13 +9,26 @@ import torch
 
 from chattrain import loop
 from chattrain.data.batch import Batch
-from chattrain.distributed import Ranks
 from chattrain.errors import RunFailed
 from chattrain.model.gpt import GPT
 from chattrain.optim.muon_adamw import build
+from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.strategy import SingleProcess
 
-RATES = dict(lr_scale=1.0, matrix_lr=0.02, embed_lr=0.2, lm_head_lr=0.004, vector_lr=None, momentum=0.95, momentum_start=0.85,
-             momentum_warmup_steps=300, ns_steps=5, betas=[0.8, 0.95], eps=1e-10, weight_decay=0.0)
+RATES = dict(
+    lr_scale=1.0,
+    matrix_lr=0.02,
+    embed_lr=0.2,
+    lm_head_lr=0.004,
+    vector_lr=None,
+    momentum=0.95,
+    momentum_start=0.85,
+    momentum_warmup_steps=300,
+    ns_steps=5,
+    betas=[0.8, 0.95],
+    eps=1e-10,
+    weight_decay=0.0,
+)
 
 
 class Recorder:
@@ -27,15 +40,28 @@ class Recorder:
             ids = torch.randint(0, 64, (2, 16))
         if device == "cpu":
             self.model.init_weights(torch.Generator().manual_seed(0))
-        batch = Batch(inputs=ids, targets=ids, num_tokens=32, num_targets=32)
+        batch = Batch(inputs=ids, targets=ids, num_tokens=32, num_supervised=32)
         self.factors, self.calls = iter(factors or []), []
         loader = SimpleNamespace(waited_s=0.0, step=lambda step: [batch, batch], describe=lambda step: f"rows of step {step}")
-        self.parts = loop.Parts(
-            model=self.model, loss_of=self.loss, optimizer=build(self.model, **RATES), lr_factor=lambda step: 1.0,
-            loader=loader, evaluate=lambda step: self.calls.append(("evaluate", step)) or {},
+        self.parts = loop.TrainerComponents(
+            model=self.model,
+            loss_of=self.loss,
+            optimizer=build(self.model, **RATES),
+            lr_factor=lambda step: 1.0,
+            loader=loader,
+            evaluate=lambda step: self.calls.append(("evaluate", step)) or {},
             save=lambda state: self.calls.append(("save", state.step)),
-            track=lambda step, metrics: self.calls.append(("track", step)), show=lambda step: None, stop_asked=lambda: False,
-            ranks=Ranks(), max_grad_norm=1.0, flops_per_token=1, peak_flops=None, meters=dict)
+            track=lambda step, metrics: self.calls.append(("track", step)),
+            show=lambda step: None,
+            stop_asked=lambda: False,
+            ranks=Ranks(),
+            strategy=SingleProcess(),
+            max_grad_norm=1.0,
+            checks_each_step=device == "cpu",
+            flops_per_token=1,
+            peak_flops=None,
+            meters=dict,
+        )
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.model(batch.inputs, batch.targets).sum() * next(self.factors, 1.0)
@@ -64,18 +90,17 @@ def test_on_a_cpu_weights_stay_when_a_loss_is_not_finite():
     here = Recorder("cpu", factors=[1.0, 1.0, float("nan")])
     loop.train_step(here.parts, here.parts.loader.step(0), 0)
     before = [p.detach().clone() for p in here.model.parameters()]
-    with pytest.raises(RunFailed, match=r"step 1: .*rows of step 1"):
+    with pytest.raises(RunFailed, match=r"step 2: .*rows of step 1"):
         loop.train_step(here.parts, here.parts.loader.step(1), 1)
     assert all(torch.equal(a, b) for a, b in zip(before, here.model.parameters(), strict=True))
 
 
-def test_elsewhere_the_first_step_that_is_not_finite_is_named_before_anything_is_tracked_or_saved(monkeypatch):
+def test_elsewhere_the_first_step_that_is_not_finite_is_named_before_anything_is_tracked_or_saved():
     here = Recorder("cpu", factors=[1.0, 1.0, float("inf"), 1.0])
-    read = loop.read
-    monkeypatch.setattr(loop, "read", lambda parts, results: None)  # a device whose step is not waited for
+    here.parts.checks_each_step = False  # as on a device whose step is not waited for
     unread = [loop.train_step(here.parts, here.parts.loader.step(step), step) for step in range(3)]
-    with pytest.raises(RunFailed, match="step 1: loss inf"):
-        read(here.parts, unread)
+    with pytest.raises(RunFailed, match=r"step 2: non-finite loss \(inf\)"):
+        loop.sync_and_check_finite(here.parts, unread)
     assert here.calls == []
 
 
@@ -83,5 +108,13 @@ def test_the_loop_evaluates_logs_and_saves_when_due():
     here = Recorder("cpu")
     state = loop.fit(here.parts, loop.State(), loop.Cadence(log=2, evaluate=3, save=4, num_steps=5))
     assert (state.step, state.tokens_seen) == (5, 5 * 64)
-    assert here.calls == [("evaluate", 0), ("track", 2), ("evaluate", 3), ("track", 4), ("save", 4), ("track", 5),
-                          ("evaluate", 5), ("save", 5)]
+    assert here.calls == [
+        ("evaluate", 0),
+        ("track", 2),
+        ("evaluate", 3),
+        ("track", 4),
+        ("save", 4),
+        ("track", 5),
+        ("evaluate", 5),
+        ("save", 5),
+    ]

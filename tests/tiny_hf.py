@@ -4,33 +4,50 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TEXTS = ["What is 12 + 34? The answer is 46. Choose A, B, C or D. ", "user assistant system question answer\n",
-         "if x:\n\n        A  = 12\n\n\n\n" + "\n\n " * 9]
+TEXTS = [
+    "What is 12 + 34? The answer is 46. Choose A, B, C or D. ",
+    "user assistant system question answer\n",
+    "if x:\n\n        A  = 12\n\n\n\n" + "\n\n " * 9,
+]
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # A default system turn, and text without the space around it.
 DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
 # Llama 3: BOS, a header a turn, content stripped.
-HEADERS = ("{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|body|>\n\n' + m['content'] | trim + '<|eot|>' }}"
-           "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|body|>\n\n' }}{% endif %}")
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|body|>\n\n' + m['content'] | trim + '<|eot|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|body|>\n\n' }}{% endif %}"
+)
 # Llama 2: the system text inside the first user turn, no generation prompt, roles checked.
-INSTRUCT = ("{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
-            "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
-            "{% for m in turns %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-            "{{ raise_exception('roles must alternate') }}{% endif %}"
-            "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}"
-            "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}")
+INSTRUCT = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 # Qwen 3: an empty thought before the last answer alone, so that a turn is rendered otherwise once another follows.
-THOUGHT = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-           "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-           "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
-           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+THOUGHT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|body|>", "<|eot|>")
 
 
-def write_tokenizer(folder: Path, template: str | None = CHATML, eos: str = "<|im_end|>", bos: str | None = "<|bos|>",
-                    special: tuple[str, ...] = SPECIAL, trim_offsets: bool = False) -> Path:
+def write_tokenizer(
+    folder: Path,
+    template: str | None = CHATML,
+    eos: str = "<|im_end|>",
+    bos: str | None = "<|bos|>",
+    special: tuple[str, ...] = SPECIAL,
+    trim_offsets: bool = False,
+) -> Path:
     """A byte-level BPE tokenizer as transformers saves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -38,9 +55,15 @@ def write_tokenizer(folder: Path, template: str | None = CHATML, eos: str = "<|i
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(TEXTS * 20, trainers.BpeTrainer(
-        vocab_size=340, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    raw.train_from_iterator(
+        TEXTS * 20,
+        trainers.BpeTrainer(
+            vocab_size=340,
+            special_tokens=list(special),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     if trim_offsets:
         raw.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token=special[0], bos_token=bos)
@@ -55,12 +78,22 @@ def write_model(folder: Path, kind: str = "llama", **tokenizer) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     write_tokenizer(folder, **tokenizer)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=340, **sizes)) if kind == "llama" else \
-            Qwen2ForCausalLM(Qwen2Config(vocab_size=352, tie_word_embeddings=True, **sizes))
+        model = (
+            LlamaForCausalLM(LlamaConfig(vocab_size=340, **sizes))
+            if kind == "llama"
+            else Qwen2ForCausalLM(Qwen2Config(vocab_size=352, tie_word_embeddings=True, **sizes))
+        )
     model.generation_config.eos_token_id = 4
     model.save_pretrained(folder)
     return folder

@@ -11,7 +11,7 @@ def run(overrides: list[str] | None = None) -> dict:
 
     >>> run(["stage=sft", "train.max_steps=20"])  # doctest: +SKIP
     """
-    from chattrain.commands import execute
-    from chattrain.compose import compose
+    from chattrain.commands.execute import execute
+    from chattrain.config.compose import compose
 
     return execute(compose(list(overrides or [])))

@@ -1,26 +1,27 @@
-"""Errors that carry what is wrong, the value, and the way out."""
+"""Errors whose message names the problem, the value, and the way out."""
 
-LINGER_S = 1.5  # seconds that the first rank to fail stays before it speaks: the store may end with it, and all must have heard
+# Seconds that the first rank to fail waits after it has told the others: if it hosts the store, the store ends with it.
+REPORT_DELAY_S = 1.5
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for. Ends with this one message on stderr, no traceback, exit status 2."""
+    """A mistake of the user. The program prints this one message on stderr, without a traceback, and exits with status 2."""
 
     exit_status = 2
-    speaks = False  # has this rank told the others, so that it is the one to say it, whatever its number?
+    reported_here = False  # True on the rank that told the others of the failure; it prints the message, whatever its rank
 
 
 class RunFailed(Exception):
-    """The run itself went wrong (a loss that is not finite, ...): one message, summary.json says `failed`, exit status 1."""
+    """The run itself failed, for example with a non-finite loss: one message, status `failed` in summary.json, exit status 1."""
 
     exit_status = 1
-    speaks = False
+    reported_here = False
 
 
 class OtherRankFailed(RunFailed):
-    """The same, where a process that is nearer to the failure says it: this one keeps silent."""
+    """The run failed, but the failing rank or the launcher prints the message, so this process prints nothing."""
 
 
 def named(error: BaseException) -> str:
-    """The error as summary.json has it."""
+    """The error as summary.json records it: `<type>: <message>`."""
     return f"{'RunFailed' if isinstance(error, RunFailed) else type(error).__name__}: {error}"

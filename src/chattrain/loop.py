@@ -1,39 +1,44 @@
-"""THE LOOP: one optimizer step after another, whatever the data. Runner builds the parts; nothing here chooses any."""
+"""THE LOOP: optimizer steps, for any data and model. setup/build.py chooses and builds the components; nothing here does.
+
+Log lines, evaluations, checkpoints and errors count steps from 1: `step 4` is the fourth step, or the state after it. Arguments
+called `step` that say which data or learning rate to take count from 0: the number of steps completed before.
+"""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from chattrain.data.batch import Batch
 from chattrain.data.loader import Loader
-from chattrain.distributed import Ranks
 from chattrain.errors import RunFailed
 from chattrain.optim.named import NamedOptimizer
-from chattrain.parallel.alone import Alone
+from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.strategy import ParallelStrategy
 
 
 @dataclass
 class State:
-    """How far a run is. step counts optimizer steps only; tokens are counted over all ranks, padding left out."""
+    """How far a run is. Tokens are counted over all ranks, without padding."""
 
-    step: int = 0
+    step: int = 0  # completed optimizer steps
     tokens_seen: int = 0
     supervised_tokens: int = 0
     interrupted: bool = False
-    tokens_per_second: float | None = None  # of this process, from its second step on
+    tokens_per_second: float | None = None  # over all ranks, from this process's second step on
+    current_step: int = 0  # the step that runs, or ran last, counted from 1: the one that an error names
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """After how many steps something is done; None: only at the end."""
+    """Every how many steps to log, evaluate and save; None: only after the last step."""
 
     log: int
     evaluate: int | None
@@ -45,164 +50,175 @@ class Cadence:
 
 
 @dataclass
-class Parts:
-    """What the loop runs on."""
+class TrainerComponents:
+    """What the loop runs on; built by setup/build.py."""
 
     model: nn.Module
-    loss_of: Callable[[Batch], Tensor]  # summed nats of a batch's targets; compiled, autocast
+    loss_of: Callable[[Batch], Tensor]  # summed loss of a batch's targets in nats; compiled, under autocast
     optimizer: NamedOptimizer
-    lr_factor: Callable[[int], float]  # step -> factor on every learning rate
+    lr_factor: Callable[[int], float]  # steps completed -> factor on every learning rate
     loader: Loader
-    evaluate: Callable[[int], dict[str, float]]  # step -> what is measured there
+    evaluate: Callable[[int], dict[str, float]]  # steps completed -> metrics by name
     save: Callable[[State], None]
     track: Callable[[int, dict[str, float]], None]
-    show: Callable[[int], None]  # moves the progress display
+    show: Callable[[int], None]  # updates the progress bar
     stop_asked: Callable[[], bool]  # has this process been asked to stop?
     ranks: Ranks
-    max_grad_norm: float | None
-    flops_per_token: int
-    peak_flops: float | None  # of one device; None: unknown
-    meters: Callable[[], dict[str, float]]  # what this process has used since it was last asked
-    strategy: Alone = field(default_factory=Alone)  # how the work of a step is spread over ranks
+    strategy: ParallelStrategy  # how the work of a step is distributed over ranks
+    max_grad_norm: float | None  # None: gradients are not clipped
+    checks_each_step: bool  # check loss and gradient norm before the weights change; else when `fit` logs, evaluates or saves
+    flops_per_token: int  # forward and backward
+    peak_flops: float | None  # FLOP/s of one device; None: unknown
+    meters: Callable[[], dict[str, float]]  # resources that this process has used since the last call, such as memory
 
 
 @dataclass
 class StepResult:
-    """What a step leaves. loss and grad_norm stay on the device, as reading them would make this process wait for it."""
+    """loss and grad_norm stay on the device: reading them would make this process wait for it."""
 
-    step: int
-    loss: Tensor  # this rank's part of it, in nats a supervised token over all ranks and micro-batches
-    grad_norm: Tensor  # of all ranks
-    tokens: int
-    supervised: int
-    stop: bool
+    step: int  # steps completed before it
+    loss: Tensor  # () this rank's summed loss in nats, divided by the supervised tokens of all ranks and micro-batches
+    grad_norm: Tensor  # () of the gradients summed over all ranks
+    tokens: int  # of all ranks, without padding
+    num_supervised: int  # tokens, of all ranks
+    stop: bool  # was a rank asked to stop?
 
 
-def fit(parts: Parts, state: State, cadence: Cadence) -> State:
-    """Train from state.step until cadence.num_steps, or until a rank is asked to stop; the state is saved either way."""
+def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
+    """Train from state.step to cadence.num_steps, or until a rank is asked to stop; saves in both cases. Returns the state."""
     if state.step == 0:
-        measure(parts, 0)
-    speed = Speed(parts, state)
-    unread: list[StepResult] = []
+        measure(trainer, 0)
+    speed = Speed(trainer, state)
+    unchecked: list[StepResult] = []
     while state.step < cadence.num_steps and not state.interrupted:
-        batches = parts.loader.step(state.step)
-        factor = parts.lr_factor(state.step)
-        parts.optimizer.set_lr_factor(factor)
-        result = train_step(parts, batches, state.step)
-        unread.append(result)
+        state.current_step = state.step + 1
+        batches = trainer.loader.step(state.step)
+        factor = trainer.lr_factor(state.step)
+        trainer.optimizer.set_lr_factor(factor)
+        result = train_step(trainer, batches, state.step)
+        unchecked.append(result)
 
         state.step += 1
         state.tokens_seen += result.tokens
-        state.supervised_tokens += result.supervised
+        state.supervised_tokens += result.num_supervised
         state.interrupted = result.stop
         speed.tick()
-        parts.show(state.step)
+        trainer.show(state.step)
         log, evaluate, save = (cadence.due(every, state.step) for every in (cadence.log, cadence.evaluate, cadence.save))
         if log or evaluate or save or state.interrupted:
-            loss, grad_norm = read(parts, unread)
-            unread.clear()
-        if log:
-            parts.track(state.step, {
-                "train/loss": loss, "train/grad_norm": grad_norm, "lr_factor": factor,
-                **parts.optimizer.learning_rates(), **speed.since_last(), **parts.meters(),
-                "train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens})
-            gc.collect(1)  # here, and not in the midst of a step: see runner.garbage_between_steps
+            loss, grad_norm = sync_and_check_finite(trainer, unchecked)
+            unchecked.clear()
+            if log:
+                log_step(trainer, state, speed, {"train/loss": loss, "train/grad_norm": grad_norm, "lr_factor": factor})
         state.tokens_per_second = speed.overall()
         if evaluate:
             with speed.paused():
-                measure(parts, state.step)
+                measure(trainer, state.step)
         if save or state.interrupted:
             with speed.paused():
-                parts.save(state)
+                trainer.save(state)
     return state
 
 
-def measure(parts: Parts, step: int) -> None:
-    """Evaluate, and track what there is: a run may measure nothing."""
-    metrics = parts.evaluate(step)
+def log_step(trainer: TrainerComponents, state: State, speed: Speed, metrics: dict[str, float]) -> None:
+    """Track the metrics of the last step, with learning rates, speed, resources and tokens."""
+    metrics |= {**trainer.optimizer.learning_rates(), **speed.since_last(), **trainer.meters()}
+    metrics |= {"train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens}
+    trainer.track(state.step, metrics)
+    gc.collect(1)  # between steps, so that it interrupts none: see runner.collect_garbage_between_steps
+
+
+def measure(trainer: TrainerComponents, step: int) -> None:
+    """Evaluate, and track the metrics if there are any."""
+    metrics = trainer.evaluate(step)
     if metrics:
-        parts.track(step, metrics)
+        trainer.track(step, metrics)
 
 
-def train_step(parts: Parts, batches: list[Batch], step: int) -> StepResult:
-    """One optimizer step on this rank's micro-batches.
+def train_step(trainer: TrainerComponents, batches: list[Batch], step: int) -> StepResult:
+    """One optimizer step on this rank's micro-batches. `step`: steps completed before. parallel/strategy.py has the timeline.
 
-    Its loss is the sum over all supervised tokens divided by their number, over micro-batches and ranks alike: a mean
-    of means would weigh tokens by the company they are in. Raises RunFailed before the weights change if the step has
-    no supervised token, or (on a CPU, elsewhere `fit` finds it) loss or gradient are not finite.
+    The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches and ranks: a mean
+    of means would give a token in a batch with few of them more weight. Raises RunFailed before the weights change if the step
+    has no supervised token or, with checks_each_step, if loss or gradient norm are not finite.
     """
-    ranks = parts.ranks
-    ranks.at(f"step {step}")
-    supervised, tokens, stop = ranks.sum([sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches),
-                                          float(parts.stop_asked())])
+    ranks = trainer.ranks
+    ranks.at(f"step {step + 1}")
+    supervised, tokens, stop = ranks.sum(
+        [sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches), float(trainer.stop_asked())]
+    )
     if not supervised:
-        raise RunFailed(f"step {step} has no supervised token in its rows: {parts.loader.describe(step)}")
-    total: Tensor | float = 0.0
+        raise RunFailed(f"step {step + 1} has no supervised token in its rows: {trainer.loader.describe(step)}")
+    losses = []
     for number, batch in enumerate(batches, start=1):
-        parts.strategy.before_backward(last=number == len(batches))
-        loss = parts.loss_of(batch) / supervised
+        trainer.strategy.set_requires_gradient_sync(last=number == len(batches))
+        loss = trainer.loss_of(batch) / supervised
         loss.backward()
-        total = total + loss.detach()
-    norm = parts.strategy.reduce(parts.optimizer)
-    result = StepResult(step, total, norm, int(tokens), int(supervised), stop > 0)
-    if total.device.type == "cpu":
-        read(parts, [result])
-    if parts.max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(parts.optimizer.parameters(), parts.max_grad_norm, norm)
-    parts.strategy.step(parts.optimizer)
+        losses.append(loss.detach())
+    norm = trainer.strategy.reduce_gradients(trainer.optimizer)
+    result = StepResult(step, sum(losses[1:], losses[0]), norm, int(tokens), int(supervised), stop > 0)
+    if trainer.checks_each_step:
+        sync_and_check_finite(trainer, [result])
+    if trainer.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(trainer.optimizer.parameters(), trainer.max_grad_norm, norm)
+    trainer.strategy.step(trainer.optimizer)
     return result
 
 
-def read(parts: Parts, results: list[StepResult]) -> tuple[float, float]:
-    """Loss over all ranks and gradient norm of the last of these steps; waits for the device.
+def sync_and_check_finite(trainer: TrainerComponents, results: list[StepResult]) -> tuple[float, float]:
+    """Wait for the device; returns the loss, summed over ranks, and the gradient norm of the last of these steps.
 
-    Raises RunFailed with the first step whose loss or gradient is not finite: nothing is tracked, evaluated or saved after it.
+    Raises RunFailed for the first step whose loss or gradient norm is not finite, so that nothing is tracked, evaluated or
+    saved after it.
     """
-    losses = parts.ranks.sum(torch.stack([result.loss for result in results]).tolist())
+    losses = trainer.ranks.sum(torch.stack([result.loss for result in results]).tolist())
     norms = torch.stack([result.grad_norm for result in results]).tolist()
     for result, loss, norm in zip(results, losses, norms, strict=True):
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise RunFailed(f"step {result.step}: loss {loss:.4g}, gradient norm {norm:.4g}: not finite, stopped before such "
-                            f"weights are saved. Lower optimizer.lr_scale or set train.max_grad_norm. Rows: "
-                            f"{parts.loader.describe(result.step)}")
+            raise RunFailed(
+                f"step {result.step + 1}: non-finite loss ({loss:.4g}) or gradient norm ({norm:.4g}). Stopped; no checkpoint "
+                "written. Lower optimizer.lr_scale or set train.max_grad_norm. "
+                f"Rows: {trainer.loader.describe(result.step)}"
+            )
     return losses[-1], norms[-1]
 
 
 class Speed:
-    """Tokens a second and model FLOPs utilisation over all ranks, and the share of this process's time that it waited for
-    data; time in `paused` is left out.
+    """Tokens per second and model FLOPs utilisation over all ranks, and the fraction of time that this process waits for data.
 
-    The first step of a process compiles and warms up, so `overall` counts from the second.
+    Time in `paused` does not count. The first step of a process compiles and warms up, so `overall` counts from the second.
     """
 
-    def __init__(self, parts: Parts, state: State):
-        self.parts, self.state = parts, state
+    def __init__(self, trainer: TrainerComponents, state: State):
+        self.trainer, self.state = trainer, state
         self.last = (time.perf_counter(), state.tokens_seen)
-        self.waited_s = parts.loader.waited_s
+        self.waited_s = trainer.loader.waited_s
         self.first: tuple[float, int] | None = None
 
     def tick(self) -> None:
-        """A step is over."""
+        """A step is completed."""
         if self.first is None:
             self.first = (time.perf_counter(), self.state.tokens_seen)
 
     def since_last(self) -> dict[str, float]:
-        rate, waited_s = self._rate(self.last), self.parts.loader.waited_s - self.waited_s
-        wait = waited_s / max(time.perf_counter() - self.last[0], 1e-9)
-        self.last, self.waited_s = (time.perf_counter(), self.state.tokens_seen), self.parts.loader.waited_s
-        peak, ranks = self.parts.peak_flops, self.parts.ranks.world_size
-        utilisation = {} if peak is None else {"train/mfu": rate * self.parts.flops_per_token / (peak * ranks)}
-        return {"train/tokens_per_second": rate, "train/data_wait": wait, **utilisation}
+        """Metrics since the last call."""
+        rate, waited_s = self._rate(self.last), self.trainer.loader.waited_s - self.waited_s
+        data_wait = waited_s / max(time.perf_counter() - self.last[0], 1e-9)
+        self.last, self.waited_s = (time.perf_counter(), self.state.tokens_seen), self.trainer.loader.waited_s
+        peak, ranks = self.trainer.peak_flops, self.trainer.ranks.world_size
+        utilisation = {} if peak is None else {"train/mfu": rate * self.trainer.flops_per_token / (peak * ranks)}
+        return {"train/tokens_per_second": rate, "train/data_wait": data_wait, **utilisation}
 
     def overall(self) -> float | None:
-        """From the second step on; None before."""
+        """Tokens per second from the second step on; None before."""
         return self._rate(self.first) if self.first and self.state.tokens_seen > self.first[1] else None
 
     def _rate(self, since: tuple[float, int]) -> float:
         return (self.state.tokens_seen - since[1]) / max(time.perf_counter() - since[0], 1e-9)
 
     @contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
+        """Leave out the time in this context."""
         begun = time.perf_counter()
         yield
         spent = time.perf_counter() - begun

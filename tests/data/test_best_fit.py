@@ -11,26 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chattrain
-from chattrain.data.cache import prepare
-from chattrain.data.collators import EMPTY, BestFit, Masked, Packed
-from chattrain.data.config import SourceConfig
+from chattrain.config.data import SourceConfig
+from chattrain.config.words import Schema
+from chattrain.data.cache import load_or_tokenize
+from chattrain.data.collators import EMPTY, BestFit, Packed, Padded
 from chattrain.data.mixture import Mixture
 from chattrain.data.packing import IGNORE_INDEX, best_fit, positions_of
 from chattrain.errors import RunFailed
 from chattrain.model.gpt import GPT
-from chattrain.parts import check_isolation
+from chattrain.setup.build import check_isolation
+from tests.conftest import SHARED_DATA
 from tests.foreign import random_gpt
 from tests.helpers import TINY, metrics, write_talk
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 SEQ_LEN = 96
 
 
 @pytest.fixture
 def documents(tmp_path, tokenizer) -> Mixture:
     write_talk(tmp_path, count=40)
-    return Mixture([prepare("talk", SourceConfig(str(tmp_path / "talk.jsonl")), tokenizer, tmp_path / "cache")],
-                   [SourceConfig("talk.jsonl")], seed=3)
+    return Mixture(
+        [load_or_tokenize("talk", SourceConfig(str(tmp_path / "talk.jsonl")), tokenizer, tmp_path / "cache")],
+        [SourceConfig("talk.jsonl")],
+        seed=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,17 @@ def test_no_row_overflows_and_none_could_be_emptied_into_another(sizes, capacity
     assert sum(f <= capacity / 2 for f in filled) <= 1
 
 
-@pytest.mark.parametrize("sizes, capacity, rows", [
-    ([6, 5, 4, 3], 10, [0, 1, 0, 1]), ([10, 10], 10, [0, 1]), ([7, 4, 2, 1], 10, [0, 1, 0, 0]), ([5, 5, 5], 10, [0, 0, 1]),
-    ([4, 3, 3, 5], 10, [0, 1, 1, 0]), ([1], 1, [0])])
+@pytest.mark.parametrize(
+    "sizes, capacity, rows",
+    [
+        ([6, 5, 4, 3], 10, [0, 1, 0, 1]),
+        ([10, 10], 10, [0, 1]),
+        ([7, 4, 2, 1], 10, [0, 1, 0, 0]),
+        ([5, 5, 5], 10, [0, 0, 1]),
+        ([4, 3, 3, 5], 10, [0, 1, 1, 0]),
+        ([1], 1, [0]),
+    ],
+)
 def test_a_row_is_filled_exactly_where_one_or_two_items_do_it(sizes, capacity, rows):
     assert best_fit(np.array(sizes), capacity).tolist() == rows
 
@@ -61,7 +73,7 @@ def test_a_row_is_filled_exactly_where_one_or_two_items_do_it(sizes, capacity, r
 
 
 def test_every_conversation_of_an_epoch_is_there_once_and_whole(documents):
-    best, alone = BestFit(documents, SEQ_LEN, 0), Masked(documents, SEQ_LEN, 0)
+    best, alone = BestFit(documents, SEQ_LEN, 0), Padded(documents, SEQ_LEN, 0)
     for epoch in (0, 1):
         rows = np.arange(best.rows_in(epoch), best.rows_in(epoch + 1)) if epoch else np.arange(best.rows_in(1))
         batch = best.batch(rows)
@@ -75,11 +87,11 @@ def test_every_conversation_of_an_epoch_is_there_once_and_whole(documents):
             one = alone.batch(np.array([row]))
             expected.append((one.inputs[0, : one.num_tokens].tolist(), one.targets[0, : one.num_tokens].tolist()))
         assert found == sorted(expected)
-        assert batch.num_targets == sum(t != IGNORE_INDEX for _, targets in expected for t in targets)
+        assert batch.num_supervised == sum(t != IGNORE_INDEX for _, targets in expected for t in targets)
 
 
 def test_losses_are_those_of_conversations_alone(documents, model):
-    best, alone = BestFit(documents, SEQ_LEN, 0), Masked(documents, SEQ_LEN, 0)
+    best, alone = BestFit(documents, SEQ_LEN, 0), Padded(documents, SEQ_LEN, 0)
     together = best.batch(np.arange(best.rows_in(1)))
     apart = [alone.batch(np.array([row])) for row in range(len(documents))]
     with torch.no_grad():
@@ -95,7 +107,7 @@ def test_gradients_are_those_of_conversations_alone(documents, model):
             model(*batch.arguments).sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    best, alone = BestFit(documents, SEQ_LEN, 0), Masked(documents, SEQ_LEN, 0)
+    best, alone = BestFit(documents, SEQ_LEN, 0), Padded(documents, SEQ_LEN, 0)
     together = gradients([best.batch(np.arange(best.rows_in(1)))])
     apart = gradients([alone.batch(np.array([row])) for row in range(len(documents))])
     assert (together - apart).norm() < 1e-5 * apart.norm()
@@ -130,7 +142,7 @@ def test_rows_are_packed_once_and_taken_from_the_cache_by_later_runs(documents, 
 def test_evaluation_ends_with_its_epoch(documents):
     best = BestFit(documents, SEQ_LEN, 0, last_epoch=0)
     batch = best.batch(np.array([best.rows_in(1), EMPTY]))
-    assert batch.num_targets == batch.num_tokens == 0
+    assert batch.num_supervised == batch.num_tokens == 0
 
 
 def test_conversations_longer_than_a_row_are_cut_and_counted(documents):
@@ -141,8 +153,8 @@ def test_conversations_longer_than_a_row_are_cut_and_counted(documents):
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the shared data sets are not here")
 def test_real_conversations_fill_rows_to_99_5_percent(tmp_path, tokenizer):
     source = SourceConfig(str(SHARED_DATA / "gsm8k" / "main" / "train.parquet"))
-    source.schema = chattrain.data.config.Schema.gsm8k
-    documents = Mixture([prepare("gsm8k", source, tokenizer, tmp_path)], [source], seed=0)
+    source.schema = Schema.gsm8k
+    documents = Mixture([load_or_tokenize("gsm8k", source, tokenizer, tmp_path)], [source], seed=0)
     best = BestFit(documents, 2048, 0)
     rows = best.rows_in(1)
     assert (documents.lengths - 1).sum() >= 0.995 * rows * 2048 and best.counts.truncated == 0
@@ -180,12 +192,25 @@ def test_the_canary_dies_where_documents_see_each_other(model):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage, collator", [("sft", ["collator=best_fit"]), ("mid", ["collator.isolate_documents=true"]),
-                                             ("sft", ["collator=best_fit", "train.compile=true"])])
+@pytest.mark.parametrize(
+    "stage, collator",
+    [
+        ("sft", ["collator=best_fit"]),
+        ("mid", ["collator.isolate_documents=true"]),
+        ("sft", ["collator=best_fit", "train.compile=true"]),
+    ],
+)
 def test_a_run_trains_on_isolated_documents_and_resumes_to_the_bit(workplace, stage, collator):
     write_talk(workplace)
-    settings = [f"stage={stage}", *TINY, "init.from=scratch", "checkpoint.every=2", "checkpoint.keep=9", "train.max_steps=4",
-                *collator]
+    settings = [
+        f"stage={stage}",
+        *TINY,
+        "init.from=scratch",
+        "checkpoint.every=2",
+        "checkpoint.keep=9",
+        "train.max_steps=4",
+        *collator,
+    ]
     whole = chattrain.run([*settings, "run.name=whole"])
     chattrain.run([*settings, "run.name=parts"])
     (Path("runs") / stage / "parts/checkpoints/step_000004/manifest.json").unlink()

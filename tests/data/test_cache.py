@@ -10,8 +10,10 @@ import pytest
 import tiktoken
 
 from chattrain import chat
-from chattrain.data.cache import Documents, default_cache_dir, prepare
-from chattrain.data.config import Schema, SourceConfig
+from chattrain.chat.native import NativeFormat
+from chattrain.config.data import SourceConfig
+from chattrain.config.words import Schema
+from chattrain.data.cache import TokenizedSource, default_cache_dir, load_or_tokenize
 from chattrain.errors import UserError
 from chattrain.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -19,11 +21,12 @@ BAD = {"messages": [{"role": "assistant", "content": "first"}]}
 
 
 def talk(i: int) -> dict:
-    messages = [{"role": "user", "content": f"What is {i} + 1? " * (i % 4)},
-                {"role": "assistant", "content": f"{i + 1}"},
-                {"role": "user", "content": "Sure?"},
-                {"role": "assistant", "content": [{"type": "python", "text": f"{i}+1"},
-                                                  {"type": "python_output", "text": str(i + 1)}]}]
+    messages = [
+        {"role": "user", "content": f"What is {i} + 1? " * (i % 4)},
+        {"role": "assistant", "content": f"{i + 1}"},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": [{"type": "python", "text": f"{i}+1"}, {"type": "python_output", "text": str(i + 1)}]},
+    ]
     return {"messages": messages[: (2, 3, 4)[i % 3]]}
 
 
@@ -35,110 +38,123 @@ def put(path: Path, rows: list[dict]) -> SourceConfig:
 def bytes_tokenizer(vocab_size: int) -> Tokenizer:
     """A token a byte, with the special tokens at the very end of a vocabulary of that size."""
     special = {name: vocab_size - 9 + i for i, name in enumerate(SPECIAL_TOKENS)}
-    return Tokenizer(tiktoken.Encoding(name="bytes", pat_str=r"\s+|\S+", special_tokens=special,
-                                       mergeable_ranks={bytes([b]): b for b in range(256)}))
+    return Tokenizer(
+        tiktoken.Encoding(
+            name="bytes", pat_str=r"\s+|\S+", special_tokens=special, mergeable_ranks={bytes([b]): b for b in range(256)}
+        )
+    )
 
 
-def same(one: Documents, two: Documents) -> bool:
-    pairs = [(getattr(one, a), getattr(two, a)) for a in ("tokens", "loss_mask", "offsets", "supervised", "rows")]
+def same(one: TokenizedSource, two: TokenizedSource) -> bool:
+    pairs = [(getattr(one, a), getattr(two, a)) for a in ("tokens", "loss_mask", "offsets", "num_supervised", "record_indices")]
     return (one.content_hash, one.skipped) == (two.content_hash, two.skipped) and all(
-        np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+        np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs
+    )
 
 
 @pytest.fixture
 def no_work(monkeypatch):
     """From here on, whatever reads rows or renders them fails."""
+
     def refuse(*_, **__):
         raise AssertionError("done once more")
 
     def forbid():
-        monkeypatch.setattr(chat, "encode_pieces", refuse)
-        monkeypatch.setattr("chattrain.data.cache.open_rows", refuse)
+        monkeypatch.setattr(NativeFormat, "encode", refuse)
+        monkeypatch.setattr("chattrain.data.cache.open_records", refuse)
+
     return forbid
 
 
 def test_the_documents_are_what_rendering_gives(tmp_path, tokenizer):
     rows = [talk(i) for i in range(600)]  # more than one unit of work
-    documents = prepare("mine", put(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", workers=1)
+    documents = load_or_tokenize("mine", put(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", workers=1)
     assert len(documents) == 600 and documents.skipped == 0 and documents.name == "mine"
-    assert documents.rows.tolist() == list(range(600))
+    assert documents.record_indices.tolist() == list(range(600))
     for i, row in enumerate(rows):
         ids, mask = chat.render(row, tokenizer, None)
         tokens, loss_mask = documents[i]
         assert (tokens.tolist(), loss_mask.tolist()) == (ids, mask)
-        assert documents.supervised[i] == sum(mask)
+        assert documents.num_supervised[i] == sum(mask)
     assert documents.offsets[-1] == len(documents.tokens) == len(documents.loss_mask)
 
 
 def test_documents_of_plain_text_are_supervised_but_for_bos(tmp_path, tokenizer):
     source = put(tmp_path / "a.jsonl", [{"text": "one <|bos|>"}, {"text": "two"}])
     source.schema = Schema.text
-    documents = prepare("mine", source, tokenizer, tmp_path / "cache")
+    documents = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
     assert [tokenizer.decode(documents[i][0]) for i in range(2)] == ["<|bos|>one <|bos|>", "<|bos|>two"]
     assert [documents[i][1].tolist()[0] for i in range(2)] == [0, 0]
-    assert documents.supervised.tolist() == [len(documents[i][0]) - 1 for i in range(2)]
+    assert documents.num_supervised.tolist() == [len(documents[i][0]) - 1 for i in range(2)]
 
 
 def test_the_second_call_takes_the_cache_and_reads_and_renders_nothing(tmp_path, tokenizer, no_work):
     source = put(tmp_path / "a.jsonl", [talk(i) for i in range(20)])
-    first = prepare("mine", source, tokenizer, tmp_path / "cache")
+    first = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
     no_work()
-    assert same(prepare("mine", source, tokenizer, tmp_path / "cache"), first)
-    assert prepare("another name", source, tokenizer, tmp_path / "cache").name == "another name"
+    assert same(load_or_tokenize("mine", source, tokenizer, tmp_path / "cache"), first)
+    assert load_or_tokenize("another name", source, tokenizer, tmp_path / "cache").name == "another name"
 
 
 def test_whatever_decides_the_documents_is_part_of_the_key(tmp_path, tokenizer):
     rows = [{"messages": talk(i)["messages"], "text": f"text {i}"} for i in range(60)]
     path = str(put(tmp_path / "a.jsonl", rows).path)
-    sources = [SourceConfig(path), SourceConfig(path, limit=10), SourceConfig(path, limit=11),
-               SourceConfig(path, part="val"), SourceConfig(path, part="train"), SourceConfig(path, schema=Schema.text)]
-    made = [prepare("mine", source, tokenizer, tmp_path / "cache") for source in sources]
+    sources = [
+        SourceConfig(path),
+        SourceConfig(path, limit=10),
+        SourceConfig(path, limit=11),
+        SourceConfig(path, part="val"),
+        SourceConfig(path, part="train"),
+        SourceConfig(path, schema=Schema.text),
+    ]
+    made = [load_or_tokenize("mine", source, tokenizer, tmp_path / "cache") for source in sources]
     assert [len(documents) for documents in made] == [60, 10, 11, 3, 57, 60]
-    other = prepare("mine", sources[0], bytes_tokenizer(300), tmp_path / "cache")
+    other = load_or_tokenize("mine", sources[0], bytes_tokenizer(300), tmp_path / "cache")
     assert len({documents.content_hash for documents in [*made, other]}) == 7
     assert other[3][0].tolist() == chat.render(rows[3], bytes_tokenizer(300), None).ids
 
 
 def test_a_changed_file_is_rendered_anew(tmp_path, tokenizer):
-    before = prepare("mine", put(tmp_path / "a.jsonl", [talk(1), talk(2)]), tokenizer, tmp_path / "cache")
-    after = prepare("mine", put(tmp_path / "a.jsonl", [talk(1), talk(2), talk(3)]), tokenizer, tmp_path / "cache")
+    before = load_or_tokenize("mine", put(tmp_path / "a.jsonl", [talk(1), talk(2)]), tokenizer, tmp_path / "cache")
+    after = load_or_tokenize("mine", put(tmp_path / "a.jsonl", [talk(1), talk(2), talk(3)]), tokenizer, tmp_path / "cache")
     assert (len(before), len(after)) == (2, 3)
     assert before.content_hash != after.content_hash
 
 
 def test_two_processes_give_the_same_bytes_as_one(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("chattrain.data.cache.PARALLEL_ROWS", 4096)
+    monkeypatch.setattr("chattrain.data.cache.PARALLEL_RECORDS", 4096)
     rows = [talk(i) if i % 700 else BAD for i in range(4300)]
     source = put(tmp_path / "a.jsonl", rows)
-    one, two = (prepare("mine", source, tokenizer, tmp_path / f"cache{n}", skip_malformed=True, workers=n)
-                for n in (1, 2))
+    one, two = (
+        load_or_tokenize("mine", source, tokenizer, tmp_path / f"cache{n}", skip_malformed=True, workers=n) for n in (1, 2)
+    )
     assert same(one, two)
     assert one.skipped == 7 and len(one) == 4293
     with pytest.raises(UserError, match="row 0: message 0 is from 'assistant'"):
-        prepare("mine", source, tokenizer, tmp_path / "cache2", workers=2)
+        load_or_tokenize("mine", source, tokenizer, tmp_path / "cache2", workers=2)
 
 
 def test_a_malformed_row_is_refused_with_source_row_reason_and_way_out(tmp_path, tokenizer):
     source = put(tmp_path / "a.jsonl", [talk(0), talk(1), BAD, talk(3)])
     with pytest.raises(UserError) as refusal:
-        prepare("mine", source, tokenizer, tmp_path / "cache")
+        load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
     for part in ("mine", source.path, "row 2", "message 0 is from 'assistant'", "data.on_malformed=skip"):
         assert part in str(refusal.value)
 
 
 def test_malformed_rows_are_left_out_and_counted_when_asked(tmp_path, tokenizer):
     source = put(tmp_path / "a.jsonl", [talk(0), BAD, talk(2), {"text": "x"}, talk(4)])
-    documents = prepare("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
-    assert documents.skipped == 2 and documents.rows.tolist() == [0, 2, 4]
+    documents = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
+    assert documents.skipped == 2 and documents.record_indices.tolist() == [0, 2, 4]
     assert documents[1][0].tolist() == chat.render(talk(2), tokenizer).ids
     with pytest.raises(UserError, match="row 1"):  # what was made with skip is not taken for refuse
-        prepare("mine", source, tokenizer, tmp_path / "cache")
+        load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
 
 
 def test_a_source_without_a_usable_row_is_refused_with_the_first_reasons(tmp_path, tokenizer):
     source = put(tmp_path / "a.jsonl", [BAD, {"text": "x"}])
     with pytest.raises(UserError) as refusal:
-        prepare("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
+        load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
     assert "no usable row" in str(refusal.value)
     assert "row 0: message 0" in str(refusal.value) and "row 1: no column 'messages'" in str(refusal.value)
 
@@ -148,19 +164,19 @@ def test_what_is_killed_half_way_leaves_nothing_and_is_made_whole_later(tmp_path
     source = put(tmp_path / "a.jsonl", [talk(i) for i in range(600)])
     calls = []
 
-    def dies_at_the_second_unit(*arguments, whole=chat.encode_pieces, **named):
+    def dies_at_the_second_unit(*arguments, whole=NativeFormat.encode, **named):
         calls.append(1)
         if len(calls) == 2:
             raise killed
         return whole(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chat, "encode_pieces", dies_at_the_second_unit)
+        patch.setattr(NativeFormat, "encode", dies_at_the_second_unit)
         with pytest.raises(type(killed)):
-            prepare("mine", source, tokenizer, tmp_path / "cache", workers=1)
+            load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", workers=1)
     assert len(calls) == 2
     assert not list((tmp_path / "cache" / "tokens").iterdir())
-    assert len(prepare("mine", source, tokenizer, tmp_path / "cache")) == 600
+    assert len(load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")) == 600
     assert not list((tmp_path / "cache" / "tokens").glob(".*"))
 
 
@@ -168,32 +184,32 @@ def test_two_that_prepare_the_same_source_at_once_both_get_it(tmp_path, tokenize
     source = put(tmp_path / "a.jsonl", [talk(i) for i in range(10)])
     others = []
 
-    def another_is_faster(*arguments, whole=chat.encode_pieces, **named):
-        monkeypatch.setattr(chat, "encode_pieces", whole)
-        others.append(prepare("other", source, tokenizer, tmp_path / "cache"))
+    def another_is_faster(*arguments, whole=NativeFormat.encode, **named):
+        monkeypatch.setattr(NativeFormat, "encode", whole)
+        others.append(load_or_tokenize("other", source, tokenizer, tmp_path / "cache"))
         return whole(*arguments, **named)
 
-    monkeypatch.setattr(chat, "encode_pieces", another_is_faster)
-    assert same(prepare("mine", source, tokenizer, tmp_path / "cache"), others[0])
+    monkeypatch.setattr(NativeFormat, "encode", another_is_faster)
+    assert same(load_or_tokenize("mine", source, tokenizer, tmp_path / "cache"), others[0])
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_tokens_take_two_bytes_while_every_id_fits_and_four_beyond(tmp_path, vocab_size, dtype):
     tokenizer = bytes_tokenizer(vocab_size)
-    documents = prepare("mine", put(tmp_path / "a.jsonl", [talk(2)]), tokenizer, tmp_path / "cache")
+    documents = load_or_tokenize("mine", put(tmp_path / "a.jsonl", [talk(2)]), tokenizer, tmp_path / "cache")
     assert documents.tokens.dtype == dtype
     assert documents[0][0].tolist() == chat.render(talk(2), tokenizer).ids
     assert int(documents.tokens.max()) == vocab_size - 1  # <|output_end|>, the last of all
 
 
 def test_the_arrays_are_mapped_and_not_read_into_memory(tmp_path, tokenizer):
-    documents = prepare("mine", put(tmp_path / "a.jsonl", [talk(0)]), tokenizer, tmp_path / "cache")
+    documents = load_or_tokenize("mine", put(tmp_path / "a.jsonl", [talk(0)]), tokenizer, tmp_path / "cache")
     assert isinstance(documents.tokens, np.memmap) and not documents.tokens.flags.writeable
 
 
 def test_what_was_read_is_the_same_after_its_memory_was_released(tmp_path, tokenizer):
-    documents = prepare("mine", put(tmp_path / "a.jsonl", [talk(i) for i in range(50)]), tokenizer, tmp_path / "cache")
+    documents = load_or_tokenize("mine", put(tmp_path / "a.jsonl", [talk(i) for i in range(50)]), tokenizer, tmp_path / "cache")
     kept = [documents[i] for i in range(50)]
     before = [(ids.tolist(), mask.tolist()) for ids, mask in kept]
     documents.release()

@@ -1,4 +1,4 @@
-"""Packed: one stream, no padding, every token a target. Masked: one conversation a row, targets where the mask says."""
+"""Packed: one stream, no padding, every token a target. Padded: one conversation a row, targets where the mask says."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.data.cache import Documents, prepare
-from chattrain.data.collators import EMPTY, Masked, Packed
-from chattrain.data.config import SourceConfig
+from chattrain.config.data import SourceConfig
+from chattrain.data.cache import TokenizedSource, load_or_tokenize
+from chattrain.data.collators import EMPTY, Packed, Padded
 from chattrain.data.mixture import Mixture
 from chattrain.errors import UserError
 
@@ -24,10 +24,18 @@ masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=11).map(lambda m: 
 
 
 def mixture(masks: list[list[bool]], seed: int = 1) -> Mixture:
-    """Documents of source `a` with these masks; every token of all documents is another number."""
+    """TokenizedSource of source `a` with these masks; every token of all documents is another number."""
     flat, sizes = [m for mask in masks for m in mask], [len(mask) for mask in masks]
-    made = Documents("a", np.arange(len(flat), dtype=np.uint16), np.array(flat, np.uint8), np.cumsum([0, *sizes]),
-                     np.array([sum(mask) for mask in masks]), np.arange(len(masks)), 0, "hash")
+    made = TokenizedSource(
+        "a",
+        np.arange(len(flat), dtype=np.uint16),
+        np.array(flat, np.uint8),
+        np.cumsum([0, *sizes]),
+        np.array([sum(mask) for mask in masks]),
+        np.arange(len(masks)),
+        0,
+        "hash",
+    )
     return Mixture([made], [SourceConfig("a")], seed)
 
 
@@ -57,7 +65,7 @@ def test_packed_rows_one_after_the_other_are_the_token_stream(sizes, seq_len):
     assert targets == tokens[1 : len(targets) + 1]  # and a target once
     assert len(inputs) > 2 * sum(sizes) - seq_len
     batch = collator.batch(np.arange(len(rows)))
-    assert batch.num_tokens == batch.num_targets == len(inputs)
+    assert batch.num_tokens == batch.num_supervised == len(inputs)
 
 
 @many
@@ -83,7 +91,7 @@ def test_a_packed_stream_that_ends_has_ignored_targets_behind_its_end(sizes, seq
     assert pairs[: len(tokens) - 1] == list(pairwise(tokens))
     assert set(pairs[len(tokens) - 1 :]) <= {(PAD, -1)}
     batch = collator.batch(np.arange(n + 2))
-    assert batch.num_tokens == batch.num_targets == len(tokens) - 1
+    assert batch.num_tokens == batch.num_supervised == len(tokens) - 1
 
 
 @many
@@ -103,7 +111,7 @@ def test_half_an_epoch_of_packed_rows_ends_with_the_document_in_the_middle():
 def test_a_tenth_more_than_an_epoch_is_not_rounded_up_by_floating_point():
     documents = text([5] * 10)  # 1.1 x 10 documents are 11, though 1.1 * 10 is 11.000000000000002
     assert Packed(documents, 1, PAD).rows_in(1.1) == 11 * 5 - 1
-    assert Masked(documents, 8, PAD).rows_in(1.1) == 11
+    assert Padded(documents, 8, PAD).rows_in(1.1) == 11
 
 
 def slow_masked(tokens, mask, seq_len: int) -> list[tuple[int, int]]:
@@ -125,9 +133,9 @@ def test_masked_rows_have_targets_where_the_mask_says_and_padding_that_is_ignore
     if not any(usable(mask, seq_len) for mask in masks):
         masks[0][1] = True
         documents = mixture(masks)
-    collator = Masked(documents, seq_len, PAD)
+    collator = Padded(documents, seq_len, PAD)
     n = collator.rows_in(1)
-    order = collator.documents.order(0).tolist()
+    order = collator.mixture.order(0).tolist()
     batch = collator.batch(np.arange(n))
     assert sorted(order) == [i for i, mask in enumerate(masks) if usable(mask, seq_len)]  # each once, the others never
     expected = [slow_masked(*documents.document(i), seq_len) for i in order]
@@ -135,14 +143,14 @@ def test_masked_rows_have_targets_where_the_mask_says_and_padding_that_is_ignore
         assert list(zip(x, y, strict=True)) == row + [(PAD, -1)] * (len(x) - len(row))
         assert len(x) <= seq_len
     assert batch.num_tokens == sum(map(len, expected))
-    assert batch.num_targets == sum(target != -1 for row in expected for _, target in row) >= n
+    assert batch.num_supervised == sum(target != -1 for row in expected for _, target in row) >= n
 
 
 @many
 @given(masks, st.integers(1, 10))
 def test_what_masked_rows_cut_and_leave_out_is_counted(masks, seq_len):
     masks[0][1] = True
-    counts = Masked(mixture(masks), seq_len, PAD).counts
+    counts = Padded(mixture(masks), seq_len, PAD).counts
     kept = [mask for mask in masks if usable(mask, seq_len)]
     cut = [len(mask) - seq_len - 1 for mask in kept if len(mask) > seq_len + 1]
     assert (counts.documents, counts.left_out) == (len(kept), len(masks) - len(kept))
@@ -151,11 +159,11 @@ def test_what_masked_rows_cut_and_leave_out_is_counted(masks, seq_len):
 
 def test_no_usable_conversation_is_a_users_mistake():
     with pytest.raises(UserError, match=r"train.seq_len=3 tokens.*shortest has 6 tokens"):
-        Masked(mixture([[False] * 5 + [True], [False] * 8]), 3, PAD)
+        Padded(mixture([[False] * 5 + [True], [False] * 8]), 3, PAD)
 
 
 def test_masked_epochs_go_on_in_another_order():
-    collator = Masked(text([5] * 30), 8, PAD)
+    collator = Padded(text([5] * 30), 8, PAD)
     epochs = [[x[0] for x, _ in rows_of(collator, range(30 * e, 30 * (e + 1)))] for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -163,30 +171,30 @@ def test_masked_epochs_go_on_in_another_order():
 
 
 def test_a_masked_evaluation_ends_with_its_epoch():
-    collator = Masked(text([5] * 3), 8, PAD, last_epoch=0)
+    collator = Padded(text([5] * 3), 8, PAD, last_epoch=0)
     assert [any(t != -1 for t in y) for _, y in rows_of(collator, range(5))] == [True] * 3 + [False] * 2
 
 
-@pytest.mark.parametrize("kind", [Packed, Masked])
+@pytest.mark.parametrize("kind", [Packed, Padded])
 def test_empty_rows_are_padding_without_targets(kind):
     collator = kind(text([6, 4, 5]), 4, PAD)
     (x, y), _, (x2, y2) = rows_of(collator, [EMPTY, 0, EMPTY])
     assert set(x) == set(x2) == {PAD} and set(y) == set(y2) == {-1}
     alone = collator.batch(np.array([EMPTY, EMPTY]))
-    assert (alone.num_tokens, alone.num_targets) == (0, 0)
+    assert (alone.num_tokens, alone.num_supervised) == (0, 0)
     with_row, row = collator.batch(np.array([EMPTY, 1])), collator.batch(np.array([1]))
-    assert (with_row.num_tokens, with_row.num_targets) == (row.num_tokens, row.num_targets)
+    assert (with_row.num_tokens, with_row.num_supervised) == (row.num_tokens, row.num_supervised)
 
 
 @many
 @given(masks, st.permutations(range(12)), st.integers(0, 4), st.sampled_from([(1, 2), (2, 2), (4, 1), (1, 8)]))
 def test_dealing_keeps_the_rows_of_a_step_and_puts_like_lengths_together(masks, rows, empty, shape):
     masks[0][1] = True
-    collator = Masked(mixture(masks), 6, PAD)
+    collator = Padded(mixture(masks), 6, PAD)
     device_batch_size, world_size = shape
     given_rows = np.array([*rows, *[EMPTY] * empty])
     given_rows = given_rows[: len(given_rows) // (device_batch_size * world_size) * device_batch_size * world_size]
-    dealt = collator.deal(given_rows, device_batch_size, world_size)
+    dealt = collator.split_micro_batches(given_rows, device_batch_size, world_size)
     assert all(len(group) == world_size and 1 <= group.shape[1] <= device_batch_size for group in dealt)
     in_order = [row for group in dealt for row in group.T.flatten()]
     assert sorted(in_order) == sorted(given_rows)
@@ -199,8 +207,8 @@ def test_dealing_keeps_the_rows_of_a_step_and_puts_like_lengths_together(masks, 
 def test_packed_with_the_assistants_mask_is_masked(mask, room):
     """One conversation, packed alone: the same inputs, and the same targets where the masked row has any."""
     seq_len = len(mask) - 1 + room
-    (x, y), = rows_of(Masked(mixture([mask]), seq_len, PAD), [0])
-    (packed_x, packed_y), = rows_of(Packed(mixture([mask]), seq_len, PAD, last_epoch=0), [0])
+    ((x, y),) = rows_of(Padded(mixture([mask]), seq_len, PAD), [0])
+    ((packed_x, packed_y),) = rows_of(Packed(mixture([mask]), seq_len, PAD, last_epoch=0), [0])
     n = len(mask) - 1
     assert x[:n] == packed_x[:n]
     assert y[:n] == [target if on else -1 for target, on in zip(packed_y[:n], mask[1:], strict=True)]
@@ -210,20 +218,24 @@ def test_packed_with_the_assistants_mask_is_masked(mask, room):
 def test_rows_are_described_by_source_and_row():
     documents = text([4] * 5)
     first, second, *_ = (f"a row {i}" for i in documents.order(0))
-    assert Masked(documents, 8, PAD).describe(0) == first
+    assert Padded(documents, 8, PAD).describe(0) == first
     assert Packed(documents, 6, PAD).describe(0) == f"{first} + {second}"  # 4 tokens and 3
     assert Packed(documents, 3, PAD).describe(0) == first
 
 
 def test_from_the_file_to_the_targets_only_the_assistants_words_are_learned(tmp_path, tokenizer):
-    talk = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Tell"},
-            {"role": "user", "content": "Once more"}, {"role": "assistant", "content": "Again"}]
+    talk = [
+        {"role": "user", "content": "Ask"},
+        {"role": "assistant", "content": "Tell"},
+        {"role": "user", "content": "Once more"},
+        {"role": "assistant", "content": "Again"},
+    ]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
     source = SourceConfig(str(tmp_path / "a.jsonl"))
     end = tokenizer.special("<|assistant_end|>")
-    documents = Mixture([prepare("a", source, tokenizer, tmp_path / "cache")], [source], seed=1)
-    (x, y), = rows_of(Masked(documents, 64, pad_id=end), [0])
+    documents = Mixture([load_or_tokenize("a", source, tokenizer, tmp_path / "cache")], [source], seed=1)
+    ((x, y),) = rows_of(Padded(documents, 64, pad_id=end), [0])
     assert tokenizer.decode([t for t in y if t != -1]) == "Tell<|assistant_end|>Again<|assistant_end|>"
     assert tokenizer.decode(x).replace("<|assistant_end|>" * 2, "").endswith("Again<|assistant_end|>")
-    (_, y), = rows_of(Packed(documents, 64, pad_id=end, last_epoch=0), [0])
+    ((_, y),) = rows_of(Packed(documents, 64, pad_id=end, last_epoch=0), [0])
     assert tokenizer.decode([t for t in y if t != -1]).startswith("<|user_start|>Ask<|user_end|><|assistant_start|>")

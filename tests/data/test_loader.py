@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from chattrain.data.cache import Documents
-from chattrain.data.collators import Batch, Masked, Packed
-from chattrain.data.config import SourceConfig
+from chattrain.config.data import SourceConfig
+from chattrain.data.batch import Batch
+from chattrain.data.cache import TokenizedSource
+from chattrain.data.collators import Packed, Padded
 from chattrain.data.loader import Loader, evaluation_batches
 from chattrain.data.mixture import Mixture
 
@@ -32,13 +33,15 @@ def mixture() -> Mixture:
         mask[offsets[:-1]], mask[offsets[:-1] + 1] = 0, 1
         tokens = np.arange(first, first + offsets[-1], dtype=np.uint16)
         supervised = np.add.reduceat(mask, offsets[:-1]).astype(np.int64)
-        caches.append(Documents(name, tokens, mask, offsets, supervised, np.arange(n), 0, name))
+        caches.append(TokenizedSource(name, tokens, mask, offsets, supervised, np.arange(n), 0, name))
         first += int(offsets[-1])
     return Mixture(caches, [SourceConfig("a"), SourceConfig("b")], seed=3)
 
 
-COLLATORS = [pytest.param(lambda last=None: Packed(mixture(), 16, PAD, last), id="packed"),
-             pytest.param(lambda last=None: Masked(mixture(), 64, PAD, last), id="masked")]
+COLLATORS = [
+    pytest.param(lambda last=None: Packed(mixture(), 16, PAD, last), id="packed"),
+    pytest.param(lambda last=None: Padded(mixture(), 64, PAD, last), id="masked"),
+]
 
 
 def rows_in(batches: list[Batch]) -> Counter:
@@ -70,8 +73,7 @@ def test_a_step_is_the_same_rows_for_any_ranks_and_batch_size(make, world_size, 
         assert whole.total() == ROWS_PER_STEP
         assert len({tuple(len(batch.inputs) for batch in share) for share in shares}) == 1  # all ranks have as much to do
         assert all(len(batch.inputs) <= device_batch_size for share in shares for batch in share)
-        assert sum(b.num_targets for share in shares for b in share) == sum(
-            target != -1 for row in whole for _, target in row)
+        assert sum(b.num_supervised for share in shares for b in share) == sum(target != -1 for row in whole for _, target in row)
 
 
 @pytest.mark.parametrize("make", COLLATORS)
@@ -97,7 +99,7 @@ def test_a_step_out_of_turn_is_the_step_in_turn(make):
 
 
 def test_rows_of_like_length_share_a_batch_and_pad_little():
-    arranged = step_of(Masked(mixture(), 64, PAD), 0, 8)
+    arranged = step_of(Padded(mixture(), 64, PAD), 0, 8)
     assert [batch.inputs.shape[1] for batch in arranged] == sorted(batch.inputs.shape[1] for batch in arranged)
     assert sum(batch.inputs.numel() for batch in arranged) < ROWS_PER_STEP * 64
 
@@ -153,7 +155,7 @@ def test_an_evaluation_sees_every_row_once_and_gives_all_ranks_as_many_batches(m
 
 
 def test_an_evaluation_of_fewer_rows_takes_the_first_ones():
-    collator = Masked(mixture(), 64, PAD, last_epoch=0)
+    collator = Padded(mixture(), 64, PAD, last_epoch=0)
     some = rows_in(list(evaluation_batches(collator, 10, 4)))
     assert some == rows_in([collator.batch(np.arange(10))]) and some.total() == 10
 
@@ -170,7 +172,7 @@ def test_a_step_is_described_by_the_source_and_row_of_all_that_is_in_it(make):
 
 
 def test_a_long_description_names_some_and_counts_the_rest():
-    described = Loader(Masked(mixture(), 64, PAD), ROWS_PER_STEP, 8, CPU).describe(0)
+    described = Loader(Padded(mixture(), 64, PAD), ROWS_PER_STEP, 8, CPU).describe(0)
     assert described.endswith(" and 24 more")
     assert described.count(" row ") == 8
     assert {name.split()[0] for name in described.removesuffix(" and 24 more").split(", ")} <= {"a", "b"}

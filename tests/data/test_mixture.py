@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.data.cache import Documents
-from chattrain.data.config import SourceConfig
+from chattrain.config.data import SourceConfig
+from chattrain.data.cache import TokenizedSource
 from chattrain.data.mixture import Mixture, epoch_counts
 
 many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 
 
-def documents(name: str, n: int) -> Documents:
+def documents(name: str, n: int) -> TokenizedSource:
     """n documents; document i has i % 3 + 1 tokens and stands in row 10 i of its source."""
     lengths = np.arange(n) % 3 + 1
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.repeat(np.arange(n), lengths).astype(np.uint16)
-    return Documents(name, tokens, np.ones(len(tokens), np.uint8), offsets, lengths, 10 * np.arange(n), 0, name)
+    return TokenizedSource(name, tokens, np.ones(len(tokens), np.uint8), offsets, lengths, 10 * np.arange(n), 0, name)
 
 
 def mixture(sizes: list[int], seed: int = 1, keep=None, **each) -> Mixture:
@@ -119,8 +119,16 @@ def test_an_epoch_mixes_the_sources():
 def test_a_document_is_that_of_its_source_and_is_called_by_its_row_there():
     mix = mixture([3, 1, 4])
     cells = [(mix.describe(i), mix.document(i)[0].tolist()) for i in range(len(mix))]
-    assert cells == [("a row 0", [0]), ("a row 10", [1, 1]), ("a row 20", [2, 2, 2]), ("b row 0", [0]),
-                     ("c row 0", [0]), ("c row 10", [1, 1]), ("c row 20", [2, 2, 2]), ("c row 30", [3])]
+    assert cells == [
+        ("a row 0", [0]),
+        ("a row 10", [1, 1]),
+        ("a row 20", [2, 2, 2]),
+        ("b row 0", [0]),
+        ("c row 0", [0]),
+        ("c row 10", [1, 1]),
+        ("c row 20", [2, 2, 2]),
+        ("c row 30", [3]),
+    ]
     assert mix.lengths.tolist() == [len(tokens) for _, tokens in cells]
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.data.packing import IGNORE_INDEX, pad_rows, padded_width, shift, split, stretch
+from chattrain.data.packing import IGNORE_INDEX, micro_batch_sizes, pad_rows, padded_width, shift, slice_stream
 
 many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 tokens = st.lists(st.integers(0, 65_535), min_size=1, max_size=20)
@@ -45,7 +45,7 @@ def test_a_stretch_is_made_of_the_tokens_that_stand_there(lengths, data):
     stream = [(document, i) for document, n in enumerate(lengths) for i in range(n)]
     start = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(start, len(stream) + 3))
-    found = stretch(np.cumsum(lengths), start, stop)
+    found = slice_stream(np.cumsum(lengths), start, stop)
     assert [(document, i) for document, a, b in found for i in range(a, b)] == stream[start:stop]
     assert all(a < b for _, a, b in found)
 
@@ -72,14 +72,15 @@ def test_no_split_of_the_rows_costs_less(widths, most_rows, pass_cost):
     def splits(n):
         return [[]] if n == 0 else [[*head, last] for last in range(1, min(n, most_rows) + 1) for head in splits(n - last)]
 
-    counts = split(widths, most_rows, pass_cost)
+    counts = micro_batch_sizes(widths, most_rows, pass_cost)
     assert sum(counts) == len(widths) and max(counts) <= most_rows
     assert cost(counts) == min(map(cost, splits(len(widths))))
 
 
 @many
-@given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(-1, 99)), max_size=6), min_size=1, max_size=5),
-       st.integers(6, 9))
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(-1, 99)), max_size=6), min_size=1, max_size=5), st.integers(6, 9)
+)
 def test_padding_fills_rows_up_and_is_never_a_target(rows, width):
     pairs = [(np.array([x for x, _ in row], np.int64), np.array([y for _, y in row], np.int64)) for row in rows]
     inputs, targets = pad_rows(pairs, width, pad_id=77)

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from chattrain.data.config import Schema, SourceConfig
-from chattrain.data.sources import identity, open_rows
+from chattrain.config.data import SourceConfig
+from chattrain.config.words import Schema
+from chattrain.data.sources import identity, open_records
 from chattrain.errors import UserError
-
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+from tests.conftest import SHARED_DATA
 
 
 def texts(*names: str) -> list[dict]:
@@ -35,12 +35,12 @@ def put(path: Path, rows: list[dict]) -> Path:
 
 
 def rows_of(path, cache: Path, **source) -> list[dict]:
-    rows = open_rows("mine", SourceConfig(path=str(path), schema=Schema.text, **source), cache)
+    rows = open_records("mine", SourceConfig(path=str(path), schema=Schema.text, **source), cache)
     return [row for _, row in rows.read(0, len(rows))]
 
 
 def numbers_of(path, cache: Path, **source) -> list[int]:
-    rows = open_rows("mine", SourceConfig(path=str(path), schema=Schema.text, **source), cache)
+    rows = open_records("mine", SourceConfig(path=str(path), schema=Schema.text, **source), cache)
     return [number for number, _ in rows.read(0, len(rows))]
 
 
@@ -57,7 +57,7 @@ def test_every_kind_of_file_gives_its_rows_in_order(tmp_path, cache, suffix):
 
 
 def test_a_stretch_of_rows_is_numbered_as_in_the_source(tmp_path, cache):
-    rows = open_rows("mine", SourceConfig(path=str(put(tmp_path / "a.jsonl", texts(*"abcdef")))), cache)
+    rows = open_records("mine", SourceConfig(path=str(put(tmp_path / "a.jsonl", texts(*"abcdef")))), cache)
     assert len(rows) == 6
     assert list(rows.read(2, 4)) == [(2, {"text": "c"}), (3, {"text": "d"})]
     assert [number for number, _ in rows.read(4, 99)] == [4, 5]
@@ -72,20 +72,26 @@ def test_json_lines_hold_text_in_one_row_and_parts_in_the_next_and_bare_message_
     assert rows_of(tmp_path / "talk.jsonl", cache) == [{"messages": first, "id": 1}, {"messages": second}]
 
 
-@pytest.mark.parametrize("files, asked, expected", [
-    ({"train-00000-of-00001.parquet": "ab"}, {}, "ab"),
-    ({"train-00001-of-00002.parquet": "cd", "train-00000-of-00002.parquet": "ab"}, {}, "abcd"),
-    ({"data/train-00000-of-00001.parquet": "ab", "data/test-00000-of-00001.parquet": "c"}, {"split": "test"}, "c"),
-    ({"main/train-00000-of-00001.parquet": "a", "socratic/train-00000-of-00001.parquet": "b"}, {"subset": "main"}, "a"),
-    ({"all/test-00000-of-00001.parquet": "a", "law/test-00000-of-00001.parquet": "b"},
-     {"subset": "all", "split": "test"}, "a"),
-    ({"ARC-Easy/test.parquet": "a", "ARC-Hard/test.parquet": "b"}, {"subset": "ARC-Hard", "split": "test"}, "b"),
-    ({"test.parquet": "a"}, {"subset": "all", "split": "test"}, "a"),
-    ({"main/train.parquet": "a"}, {}, "a"),
-    ({"train/one.jsonl": "a", "train/two.jsonl": "b", "test/one.jsonl": "c"}, {}, "ab"),
-    ({"train.jsonl": "a", "test.jsonl": "b", "README.md": ""}, {"split": "test"}, "b"),
-    ({"one.jsonl": "a", "two.jsonl": "b", "notes.txt": ""}, {}, "ab"),
-])
+@pytest.mark.parametrize(
+    "files, asked, expected",
+    [
+        ({"train-00000-of-00001.parquet": "ab"}, {}, "ab"),
+        ({"train-00001-of-00002.parquet": "cd", "train-00000-of-00002.parquet": "ab"}, {}, "abcd"),
+        ({"data/train-00000-of-00001.parquet": "ab", "data/test-00000-of-00001.parquet": "c"}, {"split": "test"}, "c"),
+        ({"main/train-00000-of-00001.parquet": "a", "socratic/train-00000-of-00001.parquet": "b"}, {"subset": "main"}, "a"),
+        (
+            {"all/test-00000-of-00001.parquet": "a", "law/test-00000-of-00001.parquet": "b"},
+            {"subset": "all", "split": "test"},
+            "a",
+        ),
+        ({"ARC-Easy/test.parquet": "a", "ARC-Hard/test.parquet": "b"}, {"subset": "ARC-Hard", "split": "test"}, "b"),
+        ({"test.parquet": "a"}, {"subset": "all", "split": "test"}, "a"),
+        ({"main/train.parquet": "a"}, {}, "a"),
+        ({"train/one.jsonl": "a", "train/two.jsonl": "b", "test/one.jsonl": "c"}, {}, "ab"),
+        ({"train.jsonl": "a", "test.jsonl": "b", "README.md": ""}, {"split": "test"}, "b"),
+        ({"one.jsonl": "a", "two.jsonl": "b", "notes.txt": ""}, {}, "ab"),
+    ],
+)
 def test_a_folder_is_read_in_the_layouts_of_the_hub(tmp_path, cache, files, asked, expected):
     for name, letters in files.items():
         put(tmp_path / name, texts(*letters)) if letters else (tmp_path / name).write_text("read me")
@@ -179,8 +185,16 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, cache, name):
     assert "An error occurred" not in message  # the reason, not that there is one
 
 
-@pytest.mark.parametrize("line, reason", [(b'{"text": "b"', "not JSON"), (b'"b"', "holds str"), (b"7", "holds int"),
-                                          (b'{"text": "\xff"}', "not JSON"), (b"null", "holds NoneType")])
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"text": "b"', "not JSON"),
+        (b'"b"', "holds str"),
+        (b"7", "holds int"),
+        (b'{"text": "\xff"}', "not JSON"),
+        (b"null", "holds NoneType"),
+    ],
+)
 def test_a_bad_line_is_refused_by_file_and_line(tmp_path, cache, line, reason):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
     message = refusal(tmp_path / "a.jsonl", cache)
@@ -196,18 +210,21 @@ def test_an_unknown_generated_task_is_refused_with_the_near_miss(cache):
     assert "spell_word" in refusal("generate:spell_wort", cache)
 
 
-@pytest.mark.parametrize("path, asked, rows, column", [
-    ("mmlu", {"subset": "all", "split": "test"}, 11_250, "choices"),
-    ("arc", {"subset": "ARC-Easy", "split": "test"}, 1_901, "answerKey"),
-    ("arc", {"subset": "ARC-Challenge", "split": "test"}, 938, "answerKey"),
-    ("gsm8k", {"subset": "main", "split": "train"}, 7_473, "answer"),
-    ("sgd", {"split": "dev"}, 2_098, "messages"),
-    ("text/tinyshakespeare.parquet", {}, 498, "text"),
-])
+@pytest.mark.parametrize(
+    "path, asked, rows, column",
+    [
+        ("mmlu", {"subset": "all", "split": "test"}, 11_250, "choices"),
+        ("arc", {"subset": "ARC-Easy", "split": "test"}, 1_901, "answerKey"),
+        ("arc", {"subset": "ARC-Challenge", "split": "test"}, 938, "answerKey"),
+        ("gsm8k", {"subset": "main", "split": "train"}, 7_473, "answer"),
+        ("sgd", {"split": "dev"}, 2_098, "messages"),
+        ("text/tinyshakespeare.parquet", {}, 498, "text"),
+    ],
+)
 def test_real_data_in_the_hubs_layout_opens_whole(cache, path, asked, rows, column):
     if not (SHARED_DATA / path).exists():
         pytest.skip(f"shared/data/{path} is not here")
-    opened = open_rows(path, SourceConfig(path=str(SHARED_DATA / path), **asked), cache)
+    opened = open_records(path, SourceConfig(path=str(SHARED_DATA / path), **asked), cache)
     assert len(opened) == rows
     assert all(row[column] for _, row in opened.read(0, 50))
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 
 from chattrain.chat import render_prompt
-from chattrain.data.config import Schema, SourceConfig
-from chattrain.data.sources import Rows, open_rows
-from chattrain.distributed import Ranks
+from chattrain.config.data import SourceConfig
+from chattrain.config.words import Schema
+from chattrain.data.sources import Records, open_records
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import MultipleChoice, Question, questions
 from chattrain.model.gpt import GPT
+from chattrain.parallel.ranks import Ranks
 from chattrain.tasks import multiple_choice
+from tests.conftest import SHARED_DATA
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 CPU = torch.device("cpu")
 
 
@@ -54,7 +54,7 @@ def model(tokenizer) -> GPT:
 
 
 def asked(rows: list[dict], tokenizer) -> list[Question]:
-    return questions("mine", Rows(rows), tokenizer)
+    return questions("mine", Records(rows), tokenizer)
 
 
 def labels_of(r: dict) -> list[str]:
@@ -189,10 +189,16 @@ def test_a_letter_of_several_tokens_is_refused_with_its_row(tokenizer):
         asked([ROWS[0], bad], tokenizer)
 
 
-@pytest.mark.parametrize("bad", [{"question": "?"}, {"text": "x"},
-                                 {"question": "?", "choices": ["a", "b"], "answer": 2},
-                                 {"question": "?", "choices": ["a", "b"], "answer": None},
-                                 {"question": None, "choices": ["a", "b"], "answer": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"question": "?"},
+        {"text": "x"},
+        {"question": "?", "choices": ["a", "b"], "answer": 2},
+        {"question": "?", "choices": ["a", "b"], "answer": None},
+        {"question": None, "choices": ["a", "b"], "answer": 0},
+    ],
+)
 def test_a_row_that_is_no_question_is_refused_with_its_number(tokenizer, bad):
     with pytest.raises(UserError, match=r"question set mine, row 2: .*question, choices"):
         asked([*ROWS[:2], bad], tokenizer)
@@ -203,7 +209,7 @@ def test_real_questions_are_judged_as_one_at_a_time(model, tokenizer, cache, pat
     if not (SHARED_DATA / path).is_dir():
         pytest.skip(f"shared/data/{path} is not here")
     source = SourceConfig(str(SHARED_DATA / path), Schema.multiple_choice, subset=subset, split="test", limit=40)
-    opened = open_rows(path, source, cache)
+    opened = open_records(path, source, cache)
     rows = [r for _, r in opened.read(0, 40)]
     right = sum(pick == answer_of(r) for pick, r in zip(slow_picks(model, rows, tokenizer), rows, strict=True))
     assert accuracy(model, questions(path, opened, tokenizer)) == right / 40

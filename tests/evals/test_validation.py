@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from chattrain.data.cache import Documents
-from chattrain.data.collators import Masked, Packed
-from chattrain.data.config import SourceConfig
+from chattrain.config.data import SourceConfig
+from chattrain.data.cache import TokenizedSource
+from chattrain.data.collators import Packed, Padded
 from chattrain.data.mixture import Mixture
-from chattrain.distributed import Ranks
 from chattrain.evals.validation import Validation
 from chattrain.model.gpt import GPT
+from chattrain.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")
 VOCAB, SPECIAL = 61, 9  # the last 9 ids are special: they stand for no bytes
@@ -50,7 +50,7 @@ def mixture() -> Mixture:
     mask[offsets[:-1]], mask[offsets[:-1] + 1] = 0, 1
     tokens = rng.integers(0, VOCAB, offsets[-1]).astype(np.uint16)
     supervised = np.add.reduceat(mask, offsets[:-1]).astype(np.int64)
-    made = Documents("a", tokens, mask, offsets, supervised, np.arange(25), 0, "a")
+    made = TokenizedSource("a", tokens, mask, offsets, supervised, np.arange(25), 0, "a")
     return Mixture([made], [SourceConfig("a")], seed=0)
 
 
@@ -58,8 +58,8 @@ def packed() -> Packed:
     return Packed(mixture(), SEQ_LEN, VOCAB - 1, last_epoch=0)
 
 
-def masked() -> Masked:
-    return Masked(mixture(), SEQ_LEN, VOCAB - 1, last_epoch=0)
+def masked() -> Padded:
+    return Padded(mixture(), SEQ_LEN, VOCAB - 1, last_epoch=0)
 
 
 def packed_rows() -> list[tuple[list[int], list[bool]]]:
@@ -126,7 +126,7 @@ def test_ranks_together_measure_the_same_to_the_bit(model, token_bytes, make, wo
 def test_special_tokens_count_no_bytes_and_their_loss_is_no_bits():
     """Each ordinary token costs 3 bits, each special one 100: only val/loss sees the special ones."""
     ids = np.array([60, 1, 2, 59, 58, 3, 4, 57], dtype=np.uint16)
-    made = Documents("a", ids, np.ones(8, np.uint8), np.array([0, 8]), np.array([8]), np.array([0]), 0, "a")
+    made = TokenizedSource("a", ids, np.ones(8, np.uint8), np.array([0, 8]), np.array([8]), np.array([0]), 0, "a")
     collator = Packed(Mixture([made], [SourceConfig("a")], seed=0), 8, pad_id=60, last_epoch=0)
     token_bytes = np.array([2] * (VOCAB - SPECIAL) + [0] * SPECIAL, dtype=np.int32)
     bits = torch.tensor([3.0] * (VOCAB - SPECIAL) + [100.0] * SPECIAL)

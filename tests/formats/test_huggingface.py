@@ -10,19 +10,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chattrain.chat import Malformed, render, render_prompt
+from chattrain.chat import Malformed, chat_format, render, render_prompt
 from chattrain.errors import UserError
 from chattrain.formats import huggingface
 from chattrain.model.generate import generate
-from chattrain.tokenizer import ASSISTANT_END, BOS, SPECIAL_TOKENS, Tokenizer
+from chattrain.tokenizer import SPECIAL_TOKENS, Tokenizer
+from chattrain.tokenizer.special_tokens import ASSISTANT_END, BOS
 from tests.foreign import random_gpt
 
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"n_layer": 3, "n_embd": 64, "n_head": 4}
 SEQ_LEN = 128
-TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "Grüße aus Köln, 東京 and 🙂🙂. ", "12 + 34 = 46\n",
-         "def f(x):\n    return x"]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. " * 3,
+    "Grüße aus Köln, 東京 and 🙂🙂. ",
+    "12 + 34 = 46\n",
+    "def f(x):\n    return x",
+]
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["all heads", "grouped heads"])
@@ -82,9 +87,9 @@ def test_greedy_replies_are_those_of_transformers(model, theirs, tokenizer):
     lengths = []
     for text in [*TEXTS, "a", "x", "The", "How many r are in strawberry?"]:
         prompt = render_prompt({"messages": [{"role": "user", "content": text}]}, tokenizer)
-        ours = list(generate(model, prompt, 24, tokenizer.stop_ids))
+        ours = list(generate(model, prompt, 24, chat_format(tokenizer).stop_ids))
         reply = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
-        assert ours == [token for token in reply if token not in tokenizer.stop_ids]
+        assert ours == [token for token in reply if token not in chat_format(tokenizer).stop_ids]
         lengths.append(len(ours))
     assert max(lengths) == 24  # replies that ended at once would agree by chance
 
@@ -118,8 +123,34 @@ def test_the_tokenizer_adds_nothing_and_decodes_alike(chatty, tokenizer):
         assert chatty.decode(marked, skip_special_tokens=True) == text
 
 
-WORDS = ["hello", " ", "\n", "  \n\n", "Grüße", "東京", "🙂", "🦄\u200d🏽", "\t", "{{ x }}", "{% if %}", "<|", "|>",
-         "<b>&amp;</b>", "é\u0301", "\u2028", "'s", "12", "It's", "\r\n", "\xa0", "<|BOS|>", "\\n", '"', "\x00", "\U000f0000"]
+WORDS = [
+    "hello",
+    " ",
+    "\n",
+    "  \n\n",
+    "Grüße",
+    "東京",
+    "🙂",
+    "🦄\u200d🏽",
+    "\t",
+    "{{ x }}",
+    "{% if %}",
+    "<|",
+    "|>",
+    "<b>&amp;</b>",
+    "é\u0301",
+    "\u2028",
+    "'s",
+    "12",
+    "It's",
+    "\r\n",
+    "\xa0",
+    "<|BOS|>",
+    "\\n",
+    '"',
+    "\x00",
+    "\U000f0000",
+]
 
 
 def text_of(rng: random.Random) -> str:
@@ -143,8 +174,10 @@ def reply_of(rng: random.Random) -> str | list[dict[str, str]]:
 def conversation(seed: int) -> list[dict]:
     rng = random.Random(seed)
     system = [{"role": "system", "content": text_of(rng)}] if rng.random() < 0.4 else []
-    turns = [{"role": "assistant" if i % 2 else "user", "content": reply_of(rng) if i % 2 else text_of(rng)}
-             for i in range(rng.randint(1, 6))]
+    turns = [
+        {"role": "assistant" if i % 2 else "user", "content": reply_of(rng) if i % 2 else text_of(rng)}
+        for i in range(rng.randint(1, 6))
+    ]
     return system + turns
 
 
@@ -172,8 +205,10 @@ def test_many_conversations_at_once_get_the_ids_of_each(chatty, tokenizer):
 
 
 def test_text_before_tool_output_is_supervised_as_ours_where_its_last_character_is_one_token(chatty, tokenizer):
-    messages = [{"role": "user", "content": "?"},
-                {"role": "assistant", "content": [{"type": "text", "text": "🙂 so"}, {"type": "python_output", "text": "🦄"}]}]
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "🙂 so"}, {"type": "python_output", "text": "🦄"}]},
+    ]
     there = chatty.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     assert there["assistant_masks"] == render({"messages": messages}, tokenizer, None).loss_mask
 
@@ -182,11 +217,17 @@ def test_text_before_tool_output_is_supervised_as_ours_where_its_last_character_
 @pytest.mark.parametrize("place", ["system", "user", "assistant", "text", "python", "python_output", "two parts"])
 def test_text_that_looks_like_a_special_token_is_refused_with_its_name(chatty, name, place):
     text = f"a{name}b"
-    reply = {"system": "a", "user": "a", "assistant": text,
-             "two parts": [{"type": "text", "text": text[:4]}, {"type": "text", "text": text[4:]}]}
-    messages = [{"role": "system", "content": text if place == "system" else "s"},
-                {"role": "user", "content": text if place == "user" else "u"},
-                {"role": "assistant", "content": reply.get(place, [{"type": place, "text": text}])}]
+    reply = {
+        "system": "a",
+        "user": "a",
+        "assistant": text,
+        "two parts": [{"type": "text", "text": text[:4]}, {"type": "text", "text": text[4:]}],
+    }
+    messages = [
+        {"role": "system", "content": text if place == "system" else "s"},
+        {"role": "user", "content": text if place == "user" else "u"},
+        {"role": "assistant", "content": reply.get(place, [{"type": place, "text": text}])},
+    ]
     with pytest.raises(Exception, match=r"message . holds the text ") as refused:
         chatty.apply_chat_template(messages)
     assert name in str(refused.value)
@@ -247,7 +288,7 @@ def test_what_transformers_saves_is_read_to_the_bit_also_in_shards(written, thei
     transformers.AutoTokenizer.from_pretrained(written).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").is_file() and len(list(tmp_path.glob("*.safetensors"))) > 2
     read = huggingface.read(tmp_path)
-    assert huggingface.holds(tmp_path) and read.sizes == model.shape
+    assert huggingface.find(tmp_path) and read.sizes == model.shape
     assert same(read.weights, {name: t.detach() for name, t in model.weights().items()})
     assert read.tokenizer.fingerprint() == tokenizer.fingerprint()
 
@@ -259,13 +300,13 @@ def test_weights_in_bf16_are_read_exactly(folder):
 
 
 def test_a_folder_without_config_or_weights_holds_no_model(folder):
-    assert huggingface.holds(folder) and huggingface.model_type(folder) == "nanochat"
+    assert huggingface.find(folder) and huggingface.model_type(folder) == "nanochat"
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    assert not huggingface.holds(folder)
+    assert huggingface.find(folder) is None
     (folder / "model.safetensors.index.json").write_text("{}")
-    assert huggingface.holds(folder)
+    assert huggingface.find(folder)
     (folder / "config.json").unlink()
-    assert not huggingface.holds(folder)
+    assert huggingface.find(folder) is None
 
 
 def change(file: Path, **entries) -> None:
@@ -310,12 +351,21 @@ def test_a_model_that_is_not_ours_is_refused_by_what_differs(folder, what):
         huggingface.read(folder)
 
 
-@pytest.mark.parametrize("entries", [
-    {"rms_norm_eps": 1e-6}, {"rms_norm_eps": ...}, {"head_dim": 16}, {"head_dim": None}, {"rope_parameters": ...},
-    {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 10000}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
-    {"hidden_act": ..., "attention_bias": ..., "tie_word_embeddings": ..., "final_logit_softcapping": ...},
-    {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rms_norm_eps": 1e-6},
+        {"rms_norm_eps": ...},
+        {"head_dim": 16},
+        {"head_dim": None},
+        {"rope_parameters": ...},
+        {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 10000}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+        {"hidden_act": ..., "attention_bias": ..., "tie_word_embeddings": ..., "final_logit_softcapping": ...},
+        {"dtype": "bfloat16"},
+    ],
+)
 def test_a_config_that_says_the_same_in_other_words_is_read(folder, entries):
     before = huggingface.read(folder)
     change(folder / "config.json", **entries)
@@ -367,10 +417,15 @@ def test_tensors_that_are_missing_or_broken_are_named(folder):
         huggingface.read(folder)
 
 
-@pytest.mark.parametrize(("index", "expected"), [
-    ({"weight_map": {"lm_head.weight": "gone.safetensors"}}, "gone.safetensors cannot be read"),
-    ({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "names files outside its folder: ../model.safetensors"),
-    ({"weight_map": {"lm_head.weight": 1}}, "holds no weight_map"), ({}, "holds no weight_map")])
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ({"weight_map": {"lm_head.weight": "gone.safetensors"}}, "gone.safetensors cannot be read"),
+        ({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "names files outside its folder: ../model.safetensors"),
+        ({"weight_map": {"lm_head.weight": 1}}, "holds no weight_map"),
+        ({}, "holds no weight_map"),
+    ],
+)
 def test_a_broken_index_of_shards_is_named(folder, index, expected):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -73,7 +73,7 @@ def test_the_compiled_model_has_the_gradients_of_the_plain_one(isolated):
     inputs = torch.randint(0, 50, (2, 256), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(256).remainder(100).expand(2, 256).contiguous() if isolated else None
     found = []
-    for trunk in (model.features, torch.compile(lambda *args: model.features(*args, in_blocks=True), dynamic=False)):
+    for trunk in (model.features, torch.compile(lambda *args: model.features(*args, use_block_attention=True), dynamic=False)):
         model.zero_grad()
         features = trunk(inputs, None, positions)
         features.square().mul(torch.arange(32)).sum().backward()

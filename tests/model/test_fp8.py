@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from chattrain.compose import compose
+from chattrain.config.compose import compose
 from chattrain.errors import UserError
 from chattrain.model import fp8
 from chattrain.model.gpt import GPT

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from chattrain.model.generate import generate, generate_batch
 from chattrain.model.gpt import GPT
-from chattrain.model.kv_cache import KVCache
 
 
 def random_gpt(n_kv_head: int | None = None) -> GPT:
@@ -49,7 +48,7 @@ def test_no_token_sees_the_future(n_kv_head):
 @pytest.mark.parametrize("n_kv_head", [None, 2, 1])
 def test_the_key_value_cache_changes_no_logit(n_kv_head):
     model, x = random_gpt(n_kv_head), tokens(2, 20)
-    cache = KVCache(model, batch_size=2, max_tokens=20)
+    cache = model.new_cache(torch.zeros(2, dtype=torch.long), max_tokens=20)
     parts = [model.features(part, cache) for part in (x[:, :7], x[:, 7:8], x[:, 8:])]  # prompt, one token, a chunk
     torch.testing.assert_close(torch.cat(parts, dim=1), model.features(x), rtol=1e-4, atol=1e-5)
 

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 import chattrain
-from chattrain import checkpoint
-from chattrain.chat import render_prompt
-from chattrain.data.collators import Batch
+from chattrain.chat import chat_format, render_prompt
+from chattrain.data.batch import Batch
 from chattrain.errors import UserError
 from chattrain.model import hf
 from chattrain.model.generate import generate, generate_batch
+from chattrain.storage import checkpoint
+from chattrain.storage.tensors import read_tensors
 from chattrain.tokenizer import Tokenizer
 from tests import tiny_hf
 from tests.helpers import TINY, command_line, metrics, write_talk
@@ -44,8 +45,17 @@ def reference(folder):
 
 
 def run(stage: str, folder: Path | str, name: str, *overrides: str) -> dict:
-    return chattrain.run([f"stage={stage}", *SETTINGS, f"init.from={folder}", f"run.name={name}", "train.max_steps=4",
-                          "optimizer.lr_scale=100", *overrides])
+    return chattrain.run(
+        [
+            f"stage={stage}",
+            *SETTINGS,
+            f"init.from={folder}",
+            f"run.name={name}",
+            "train.max_steps=4",
+            "optimizer.lr_scale=100",
+            *overrides,
+        ]
+    )
 
 
 @pytest.fixture
@@ -81,9 +91,11 @@ def test_greedy_replies_are_those_of_transformers(model, reference, folder):
     tokenizer = Tokenizer.load(folder)
     for question in ("What is 1 + 2?", "A or B?"):
         prompt = render_prompt({"messages": [{"role": "user", "content": question}]}, tokenizer)
-        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt):]
-        said = list(generate(model, prompt, 20, tokenizer.stop_ids))
-        assert said == [int(token) for token in expected if int(token) not in tokenizer.stop_ids]
+        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[
+            0, len(prompt) :
+        ]
+        said = list(generate(model, prompt, 20, chat_format(tokenizer).stop_ids))
+        assert said == [int(token) for token in expected if int(token) not in chat_format(tokenizer).stop_ids]
 
 
 PROMPTS = [IDS[0, :5].tolist(), IDS[1].tolist(), IDS[2, :1].tolist()]
@@ -167,7 +179,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(talk, folder):
     (last / "manifest.json").unlink()  # as if the plug had been pulled after step 2
     parts = run("sft", folder, "parts")
     assert "(resumed)" in (Path(parts["run_dir"]) / "train.log").read_text()
-    a, b = (checkpoint.read_tensors(Path(s["checkpoint"]) / "model.safetensors") for s in (whole, parts))
+    a, b = (read_tensors(Path(s["checkpoint"]) / "model.safetensors") for s in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -181,8 +193,9 @@ def test_sft_starts_from_the_newest_mid_run_of_that_kind(talk, folder, capsys):
 
 def test_questions_are_answered_and_rows_inspected(talk, folder, capsys):
     demo = [o for o in SETTINGS if not o.startswith("data")] + ["data=demo", f"init.from={folder}", "train.seq_len=256"]
-    result = chattrain.run(["command=evaluate", "stage=sft", *demo, "eval=mmlu_arc", "eval.max_problems=8",
-                            "eval.max_tokens=512"])
+    result = chattrain.run(
+        ["command=evaluate", "stage=sft", *demo, "eval=mmlu_arc", "eval.max_problems=8", "eval.max_tokens=512"]
+    )
     assert 0 <= result["metrics"]["eval/demo_acc"] <= 1
     facts = chattrain.run(["command=inspect", "stage=sft", *SETTINGS, f"init.from={folder}"])
     out = capsys.readouterr().out
@@ -207,9 +220,9 @@ def test_export_of_a_bf16_model_is_bf16_and_training_is_fp32(talk, tmp_path_fact
     folder = tiny_hf.write_model(tmp_path_factory.mktemp("bf16"))
     transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     summary = run("sft", folder, "bf16")
-    saved = checkpoint.read_tensors(Path(summary["checkpoint"]) / "model.safetensors")
+    saved = read_tensors(Path(summary["checkpoint"]) / "model.safetensors")
     made = Path(chattrain.run(["command=export", "stage=sft", *SETTINGS])["folder"])
-    exported = checkpoint.read_tensors(made / "model.safetensors")
+    exported = read_tensors(made / "model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.float32} and {t.dtype for t in exported.values()} == {torch.bfloat16}
     assert all(torch.equal(saved[name].bfloat16(), exported[name]) for name in saved)
 
@@ -238,15 +251,17 @@ def test_our_own_checkpoint_under_model_hf_and_the_reverse_are_refused_with_the_
 
 def test_a_bad_conversation_is_refused_at_the_start_with_the_turn(talk, folder, capsys):
     with Path("talk.jsonl").open("a") as file:
-        file.write(json.dumps({"messages": [{"role": "user", "content": "Stop <|im_end|> here"},
-                                            {"role": "assistant", "content": "x"}]}) + "\n")
+        file.write(
+            json.dumps({"messages": [{"role": "user", "content": "Stop <|im_end|> here"}, {"role": "assistant", "content": "x"}]})
+            + "\n"
+        )
     message = refused(capsys, f"init.from={folder}")
     assert "row 60" in message and "<|im_end|>" in message and not Path("runs").exists()
 
 
 def test_missing_weights_and_broken_files_are_refused(talk, tmp_path_factory, capsys):
     folder = tiny_hf.write_model(tmp_path_factory.mktemp("broken"))
-    tensors = checkpoint.read_tensors(folder / "model.safetensors")
+    tensors = read_tensors(folder / "model.safetensors")
     lost = next(name for name in tensors if "q_proj" in name)
     del tensors[lost]
     checkpoint.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -284,8 +299,7 @@ def test_a_broken_generation_config_is_refused(talk, tmp_path_factory, capsys, c
 
 
 def test_a_prompt_that_cannot_be_rendered_is_refused(talk, folder, capsys):
-    outcome = command_line(capsys, "command=chat", "stage=sft", *SETTINGS, f"init.from={folder}",
-                           'chat.prompt="say <|im_end|>"')
+    outcome = command_line(capsys, "command=chat", "stage=sft", *SETTINGS, f"init.from={folder}", 'chat.prompt="say <|im_end|>"')
     assert outcome.status == 2 and "<|im_end|>" in outcome.message
 
 

@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chattrain.data.collators import Batch
+from chattrain.data.batch import Batch
 from chattrain.errors import UserError
 from chattrain.model.generate import generate
 from chattrain.model.gpt import GPT
@@ -96,8 +96,10 @@ def test_matrix_products_and_attention_run_twice_by_block_and_once_selectively()
         model = gpt(mode)
         with Watch(model) as watch:
             model.loss(batch()).backward()
-        counts[mode] = {kind: sum(n for name, n in watch.calls.items() if kind in name and "backward" not in name)
-                        for kind in ("::mm", "attention", "rsqrt", "rms_norm", "::mul")}
+        counts[mode] = {
+            kind: sum(n for name, n in watch.calls.items() if kind in name and "backward" not in name)
+            for kind in ("::mm", "attention", "rsqrt", "rms_norm", "::mul")
+        }
     assert counts["none"]["attention"] == 3  # one a layer
     for kind in ("::mm", "attention"):
         assert counts["selective"][kind] == counts["none"][kind] < counts["block"][kind]
@@ -152,10 +154,11 @@ def test_compiled_it_holds_less_too_and_gives_the_same_gradients():
 @pytest.mark.parametrize("stage, others", [("mid", []), ("sft", ["collator=best_fit"])])
 def test_a_run_has_the_same_losses_with_and_without(stage, others, workplace):
     write_talk(workplace)
-    runs = [train(stage, mode, "init.from=scratch", "train.max_steps=3", f"train.activation_checkpointing={mode}", *others)
-            for mode in MODES]
-    losses = [[row[name] for row in metrics(run["run_dir"]) for name in ("train/loss", "val/bpb") if name in row]
-              for run in runs]
+    runs = [
+        train(stage, mode, "init.from=scratch", "train.max_steps=3", f"train.activation_checkpointing={mode}", *others)
+        for mode in MODES
+    ]
+    losses = [[row[name] for row in metrics(run["run_dir"]) for name in ("train/loss", "val/bpb") if name in row] for run in runs]
     assert len(losses[0]) > 3 and losses[0] == losses[1] == losses[2]
 
 

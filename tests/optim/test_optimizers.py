@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,18 +10,29 @@ import pytest
 import torch
 from torch import nn
 
+from chattrain.config.words import StateDType
 from chattrain.errors import UserError
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw, muon_adamw, newton_schulz
-from chattrain.optim.config import StateDType
 from chattrain.optim.cores import on_cores
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.muon_adamw import STATE_DTYPES, Muon
-from chattrain.optim.newton_schulz import alike, orthogonalize
+from chattrain.optim.newton_schulz import group_by_shape, orthogonalize
 
-MUON = {"lr_scale": 1.0, "matrix_lr": 0.02, "embed_lr": 0.2, "lm_head_lr": 0.004, "vector_lr": None, "momentum": 0.95,
-        "momentum_start": 0.85, "momentum_warmup_steps": 300, "ns_steps": 5, "betas": [0.8, 0.95], "eps": 1e-10,
-        "weight_decay": 0.0}
+MUON = {
+    "lr_scale": 1.0,
+    "matrix_lr": 0.02,
+    "embed_lr": 0.2,
+    "lm_head_lr": 0.004,
+    "vector_lr": None,
+    "momentum": 0.95,
+    "momentum_start": 0.85,
+    "momentum_warmup_steps": 300,
+    "ns_steps": 5,
+    "betas": [0.8, 0.95],
+    "eps": 1e-10,
+    "weight_decay": 0.0,
+}
 ADAMW = {"lr": 1e-3, "lr_scale": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -56,8 +68,13 @@ def test_adamw_follows_torchs_adamw_for_50_steps():
     ours = adamw.build(model, **ADAMW)
     decayed = [p for n, p in reference.named_parameters() if n.startswith("transformer.h")]
     plain = [p for n, p in reference.named_parameters() if not n.startswith("transformer.h")]
-    theirs = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-                               lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    theirs = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        foreach=False,
+    )
     for step in range(50):
         gradients(model, step)
         gradients(reference, step)
@@ -81,20 +98,19 @@ def test_matrices_of_a_shape_take_the_same_step_together_and_alone(monkeypatch, 
     optimizers = [muon_adamw.build(model, **MUON) for model in (alone, batched)]
     for step in range(5):
         for model, optimizer, most in ((alone, optimizers[0], 1), (batched, optimizers[1], together)):
-            monkeypatch.setattr(newton_schulz, "TOGETHER", {"cpu": most})
+            monkeypatch.setitem(newton_schulz.SETTINGS, "cpu", newton_schulz.MuonSettings(batch=most))
             gradients(model, step)
             optimizer.step()
     for p, q in zip(alone.parameters(), batched.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
-    assert alike([p for p in alone.transformer.h.parameters()], 2)[:2] == [[0, 3], [6, 9]]
+    assert group_by_shape([p for p in alone.transformer.h.parameters()], 2)[:2] == [[0, 3], [6, 9]]
 
 
 @pytest.mark.parametrize("shape", [(500, 500), (200, 900), (500, 300), (192, 192), (193, 400)])
-def test_symmetric_products_in_strips_change_no_direction(monkeypatch, shape):
+def test_symmetric_products_in_strips_change_no_direction(shape):
     update = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     in_strips = orthogonalize(update, 5, torch.float64)
-    monkeypatch.setattr(newton_schulz, "STRIP", {})
-    torch.testing.assert_close(in_strips, orthogonalize(update, 5, torch.float64), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(in_strips, orthogonalize(update, 5, torch.float64, strip=math.inf), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(256, 512), (200, 800), (800, 200), (256, 256)])
@@ -213,8 +229,12 @@ def test_muon_adamw_refuses_vector_parameters_by_name_unless_they_have_a_learnin
         muon_adamw.build(model, **MUON)
     optimizer = muon_adamw.build(model, **MUON | {"vector_lr": 0.01, "lr_scale": 0.5, "weight_decay": 0.1})
     assert optimizer.learning_rates()["lr/vector"] == pytest.approx(0.005)
-    assert {group["name"]: group.get("weight_decay") for group in optimizer.param_groups} == \
-        {"matrix": None, "embed": 0.1, "lm_head": 0.1, "vector": 0.0}
+    assert {group["name"]: group.get("weight_decay") for group in optimizer.param_groups} == {
+        "matrix": None,
+        "embed": 0.1,
+        "lm_head": 0.1,
+        "vector": 0.0,
+    }
 
 
 def test_a_learning_rate_for_vectors_that_are_not_there_is_refused():
@@ -280,8 +300,9 @@ def test_state_saved_and_loaded_goes_on_to_the_same_bits(build, settings):
 
 def test_momentum_in_bf16_takes_half_the_bytes_and_moves_nearly_alike():
     full, half = small_gpt(), small_gpt()
-    one, two = (muon_adamw.build(model, **MUON, momentum_dtype=kind) for model, kind in ((full, StateDType.fp32),
-                                                                                       (half, StateDType.bf16)))
+    one, two = (
+        muon_adamw.build(model, **MUON, momentum_dtype=kind) for model, kind in ((full, StateDType.fp32), (half, StateDType.bf16))
+    )
     start = {name: p.detach().clone() for name, p in full.named_parameters()}
     for step in range(20):
         gradients(full, step)

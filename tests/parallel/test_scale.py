@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from chattrain import distributed, loop, torch_compat
+from chattrain import loop, torch_compat
 from chattrain.data.batch import Batch
-from chattrain.distributed import Ranks
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw, muon_adamw
-from chattrain.parallel import ddp
-from chattrain.parallel.ddp import DDP
+from chattrain.parallel import zero
 from chattrain.parallel.fsdp import FSDP
+from chattrain.parallel.ranks import Group, Ranks
+from chattrain.parallel.zero import ZeroDDP
 from tests.optim.test_optimizers import ADAMW, MUON
 
 CPU = torch.device("cpu")
@@ -30,6 +30,7 @@ WIDE = (2, 2048)
 @pytest.fixture
 def group():
     """Rank `rank` of `world_size`, alone."""
+
     def join(rank: int, world_size: int) -> Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -46,34 +47,41 @@ def stepped(ranks: Ranks, size: tuple[int, int], strategy: str, build=muon_adamw
     """What a rank holds after a step."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = GPT(65_536, size[0], size[1], size[1] // 64)
-        spread = DDP(model, ranks, torch.bfloat16) if strategy == "ddp" else FSDP(model, ranks, torch.bfloat16, CPU)
+        spread = ZeroDDP(model, ranks, torch.bfloat16) if strategy == "ddp" else FSDP(model, ranks, torch.bfloat16, CPU)
         optimizer = build(model, spread, **settings)
         ids = torch.zeros(1, 8, dtype=torch.long)
-        batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_targets=8)
-        spread.before_backward(last=True)
+        batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_supervised=8)
+        spread.set_requires_gradient_sync(last=True)
         with torch.autocast("cpu", torch.bfloat16):
             model.loss(batch).backward()
-        spread.reduce(optimizer)
+        spread.reduce_gradients(optimizer)
         spread.step(optimizer)
         state = {key: value.numel() for key, value in optimizer.state().items() if value.ndim}
         return SimpleNamespace(
-            strategy=spread, sent=ranks.moved_bytes, params=sum(shape.numel() for shape in spread.shapes.values()),
-            mine=sum(p.numel() for p in optimizer.parameters()), state=state, gradients=[p.grad for p in model.parameters()])
+            strategy=spread,
+            sent=ranks.moved_bytes,
+            params=sum(shape.numel() for shape in spread.shapes.values()),
+            mine=sum(p.numel() for p in optimizer.parameters()),
+            state=state,
+            gradients=[p.grad for p in model.parameters()],
+        )
 
 
-@pytest.mark.parametrize("strategy, world_size, size", [
-    ("ddp", 8, D12), ("ddp", 64, D32), ("ddp", 512, TALL), ("fsdp", 8, D12), ("fsdp", 64, WIDE), ("fsdp", 512, WIDE)])
+@pytest.mark.parametrize(
+    "strategy, world_size, size",
+    [("ddp", 8, D12), ("ddp", 64, D32), ("ddp", 512, TALL), ("fsdp", 8, D12), ("fsdp", 64, WIDE), ("fsdp", 512, WIDE)],
+)
 def test_every_parameter_is_owned_once_and_ranks_hold_as_much(group, world_size, size, strategy):
     ranks = [0, world_size - 1]
     held = [stepped(group(rank, world_size), size, strategy) for rank in ranks]
     params, spread = held[0].params, held[0].strategy
     for name, shape in spread.shapes.items():
-        parts = sorted((part.start, part.stop) for part in spread.ranges(name))
+        parts = sorted((part.start, part.stop) for part in spread.owned_slices(name))
         assert parts[0][0] == 0 and parts[-1][1] == shape.numel()
         assert all(before[1] == after[0] for before, after in pairwise(parts))
     owned = [0] * world_size
     for name in spread.shapes:
-        for part in spread.ranges(name):
+        for part in spread.owned_slices(name):
             owned[part.rank] += part.stop - part.start
     assert min(owned) > 0 and max(owned) * world_size <= 1.1 * params
     assert [one.mine for one in held] == [owned[rank] for rank in ranks]
@@ -83,7 +91,7 @@ def test_every_parameter_is_owned_once_and_ranks_hold_as_much(group, world_size,
 
 
 def test_each_rank_of_a_few_has_the_same_work_for_newton_schulz(group):
-    work = stepped(group(0, 8), D12, "ddp").strategy.buckets[-1].plan.costs
+    work = stepped(group(0, 8), D12, "ddp").strategy.buckets[-1].layout.costs
     assert len(work) == 8 and max(work) * 8 <= 1.1 * sum(work)
 
 
@@ -98,12 +106,14 @@ def test_a_step_sends_no_byte_more_than_reduce_scatter_and_all_gather_must(group
             nonlocal sent
             sent += bytes_of(arguments, dist.get_world_size(named.get("group")))
             return collective(*arguments, **named)
+
         return call
 
     for owner, name, of in [
-            (torch_compat, "reduce_scatter_single", lambda a, n: a[1].nbytes * (n - 1) / n),
-            (torch_compat, "all_gather_single", lambda a, n: a[0].nbytes * (n - 1) / n),
-            (dist, "all_reduce", lambda a, n: a[0].nbytes * 2 * (n - 1) / n)]:
+        (torch_compat, "reduce_scatter_single", lambda a, n: a[1].nbytes * (n - 1) / n),
+        (torch_compat, "all_gather_single", lambda a, n: a[0].nbytes * (n - 1) / n),
+        (dist, "all_reduce", lambda a, n: a[0].nbytes * 2 * (n - 1) / n),
+    ]:
         monkeypatch.setattr(owner, name, counting(getattr(owner, name), of))
     one = stepped(group(world_size - 1, world_size), size, "ddp", build, settings)
     least = 2 * (world_size - 1) / world_size * 4 * one.params
@@ -120,42 +130,42 @@ def test_gradients_leave_while_backward_runs_and_in_the_last_micro_batch_only(gr
     ranks = group(1, 4)
     seen: list[tuple[str, int]] = []
     on_their_way: list[int] = []
-    reduce_scatter = distributed.Group.reduce_scatter
+    reduce_scatter = Group.reduce_scatter
 
     def send(self, whole):
         seen.append(("sent", len(seen)))
         on_their_way.append(1 + sum(bucket.wait is not None for bucket in spread.buckets))
         return reduce_scatter(self, whole)
 
-    monkeypatch.setattr(distributed.Group, "reduce_scatter", send)
+    monkeypatch.setattr(Group, "reduce_scatter", send)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = GPT(65_536, 6, 384, 6)
-        spread = DDP(model, ranks, torch.float32)
+        spread = ZeroDDP(model, ranks, torch.float32)
         optimizer = muon_adamw.build(model, spread, **MUON)
         for i in (5, 0):
             model.transformer.h[i].mlp.c_fc.weight.register_hook(lambda grad, i=i: seen.append((f"block {i}", len(seen))))
         ids = torch.zeros(1, 8, dtype=torch.long)
         for last in (False, True):
-            spread.before_backward(last)
-            model.loss(Batch(inputs=ids, targets=ids, num_tokens=8, num_targets=8)).backward()
+            spread.set_requires_gradient_sync(last)
+            model.loss(Batch(inputs=ids, targets=ids, num_tokens=8, num_supervised=8)).backward()
             seen.append(("backward is over", len(seen)))
-        spread.reduce(optimizer)
+        spread.reduce_gradients(optimizer)
     events = [name for name, _ in seen]
     first, second = events[: events.index("backward is over")], events[events.index("backward is over") + 1 :]
     assert "sent" not in first
     assert second.index("sent") < second.index("block 0") and second.count("sent") == len(spread.buckets) >= 2
     assert second[-1] == "backward is over"
-    assert max(on_their_way) == ddp.SUMMED_AT_ONCE  # the others' gradients have been given back
+    assert max(on_their_way) == zero.MAX_IN_FLIGHT  # the others' gradients have been given back
 
 
 def test_new_weights_are_waited_for_where_forward_needs_them(group):
     ranks = group(1, 4)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = GPT(65_536, 6, 384, 6)
-        spread = DDP(model, ranks, torch.float32)
+        spread = ZeroDDP(model, ranks, torch.float32)
         optimizer = muon_adamw.build(model, spread, **MUON)
         ids = torch.zeros(1, 8, dtype=torch.long)
-        batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_targets=8)
+        batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_supervised=8)
         waiting: list[int] = []
 
         def count(*_):
@@ -164,12 +174,12 @@ def test_new_weights_are_waited_for_where_forward_needs_them(group):
         for block in model.blocks:
             block.register_forward_pre_hook(count)  # after what the strategy does there
         for _ in range(2):
-            spread.before_backward(last=True)
+            spread.set_requires_gradient_sync(last=True)
             model.loss(batch).backward()
-            spread.reduce(optimizer)
+            spread.reduce_gradients(optimizer)
             spread.step(optimizer)
         sent = sum(b.gathered is not None for b in spread.buckets)
-        spread.settle()
+        spread.wait_for_weights()
     first, second = waiting[:6], waiting[6:]
     assert first == [0] * 6 and sent == len(spread.buckets) >= 2
     assert second[0] > second[-1] >= 1  # the head's come after the last block
@@ -179,13 +189,13 @@ def test_new_weights_are_waited_for_where_forward_needs_them(group):
 def test_fsdp_brings_no_more_than_a_few_matrices_together_on_a_rank(group, monkeypatch):
     """Rank 2 of 8 gets its eighth of the matrices, one at a time, and of the others the rows that it steps."""
     received: list[int] = []
-    exchange = Ranks.exchange
+    all_to_all = Ranks.all_to_all
 
     def counted(ranks, pieces, sizes):
         received.append(sum(sizes))
-        return exchange(ranks, pieces, sizes)
+        return all_to_all(ranks, pieces, sizes)
 
-    monkeypatch.setattr(Ranks, "exchange", counted)
+    monkeypatch.setattr(Ranks, "all_to_all", counted)
     one = stepped(group(2, 8), D12, "fsdp")
     there, back = received[::2], received[1::2]
     matrices = sum(shape.numel() for name, shape in one.strategy.shapes.items() if ".h." in name)
@@ -197,13 +207,18 @@ def test_a_step_of_the_loop_runs_on_any_rank(group):
     ranks = group(5, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = GPT(512, 2, 64, 2)
-        spread = DDP(model, ranks, torch.float32)
+        spread = ZeroDDP(model, ranks, torch.float32)
         ids = torch.zeros(1, 8, dtype=torch.long)
-        batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_targets=8)
+        batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_supervised=8)
         alone = SimpleNamespace(sum=lambda values: values, at=lambda place: None)
-        parts = SimpleNamespace(ranks=alone, stop_asked=lambda: False, loss_of=model.loss, strategy=spread,
-                                optimizer=muon_adamw.build(model, spread, **MUON), max_grad_norm=1.0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "read", lambda *_: None)
-            result = loop.train_step(parts, [batch, batch], 0)
+        parts = SimpleNamespace(
+            ranks=alone,
+            stop_asked=lambda: False,
+            loss_of=model.loss,
+            strategy=spread,
+            optimizer=muon_adamw.build(model, spread, **MUON),
+            max_grad_norm=1.0,
+            checks_each_step=False,
+        )
+        result = loop.train_step(parts, [batch, batch], 0)
     assert result.tokens == 16 and result.grad_norm.shape == ()

@@ -13,7 +13,7 @@ import pytest
 
 import chattrain
 from chattrain.tasks import demo_choice
-from chattrain.tasks.generated import DEFAULT_SIZES, NAMES, rows
+from chattrain.tasks.generated import DEFAULT_SIZES, NAMES, records
 from chattrain.tasks.prose import MIN_CHARACTERS
 from chattrain.tasks.small_talk import EVERYDAY, POLITE, SHORT, identity
 from chattrain.tasks.words import common_words, draw, split_of
@@ -21,8 +21,8 @@ from chattrain.tasks.words import common_words, draw, split_of
 CHATS = [name for name, schema in NAMES.items() if schema == "messages"]
 DIGEST = """
 import hashlib, json
-from chattrain.tasks.generated import NAMES, rows
-text = json.dumps([rows(name, split, size=60) for name in NAMES for split in ("train", "val")])
+from chattrain.tasks.generated import NAMES, records
+text = json.dumps([records(name, split, size=60) for name in NAMES for split in ("train", "val")])
 print(hashlib.sha256(text.encode()).hexdigest())
 """
 
@@ -34,7 +34,7 @@ def texts_of(message: dict) -> list[str]:
 
 def questions(name: str, split: str) -> set[str]:
     """What the user asks in the rows of a split; for prose, the documents."""
-    found = rows(name, split)
+    found = records(name, split)
     if name == "prose":
         return {row["text"] for row in found}
     if name == "demo_choice":
@@ -44,7 +44,7 @@ def questions(name: str, split: str) -> set[str]:
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_rows_are_the_same_in_every_process(hash_seed):
-    here = json.dumps([rows(name, split, size=60) for name in NAMES for split in ("train", "val")])
+    here = json.dumps([records(name, split, size=60) for name in NAMES for split in ("train", "val")])
     source = str(Path(chattrain.__file__).parents[1])
     environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": source}
     there = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
@@ -53,7 +53,7 @@ def test_rows_are_the_same_in_every_process(hash_seed):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_does_not_depend_on_how_many_are_asked_for(name):
-    assert rows(name, "train", size=7) == rows(name, "train", size=50)[:7]
+    assert records(name, "train", size=7) == records(name, "train", size=50)[:7]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,12 +66,12 @@ def test_training_and_validation_share_no_question(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "prose"])
 @pytest.mark.parametrize("split", DEFAULT_SIZES)
 def test_without_a_size_each_split_has_its_usual_number_of_rows(name, split):
-    assert len(rows(name, split)) == DEFAULT_SIZES[split]
+    assert len(records(name, split)) == DEFAULT_SIZES[split]
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_turns_alternate_from_user_to_assistant(name):
-    for row in rows(name, "train", size=500) + rows(name, "val"):
+    for row in records(name, "train", size=500) + records(name, "val"):
         roles = [message["role"] for message in row["messages"]]
         if roles[0] == "system":
             roles = roles[1:]
@@ -80,7 +80,7 @@ def test_turns_alternate_from_user_to_assistant(name):
 
 
 def test_prose_is_long_enough_and_each_document_is_there_once():
-    texts = [row["text"] for split in ("train", "val") for row in rows("prose", split)]
+    texts = [row["text"] for split in ("train", "val") for row in records("prose", split)]
     assert len(set(texts)) == len(texts)
     assert min(map(len, texts)) >= MIN_CHARACTERS
     assert 1_000_000 < sum(map(len, texts)) < 4_000_000
@@ -95,7 +95,7 @@ def test_words_are_plain_lower_case_english():
 
 
 def test_a_spelled_word_has_the_letters_of_the_word():
-    for row in rows("spell_word", "train"):
+    for row in records("spell_word", "train"):
         question, answer = (message["content"] for message in row["messages"])
         word, letters = answer.split(":")
         assert "".join(letters.split(",")) == word
@@ -103,7 +103,7 @@ def test_a_spelled_word_has_the_letters_of_the_word():
 
 
 def test_the_counted_letters_agree_by_hand_in_python_and_at_the_end():
-    for row in rows("count_letters", "train"):
+    for row in records("count_letters", "train"):
         by_hand, call, output, end = row["messages"][1]["content"]
         kinds = [part["type"] for part in (by_hand, call, output, end)]
         assert kinds == ["text", "python", "python_output", "text"]
@@ -120,7 +120,7 @@ def test_the_counted_letters_agree_by_hand_in_python_and_at_the_end():
 
 def test_sums_are_right_and_ask_what_they_answer():
     with_tool = 0
-    for row in rows("arithmetic", "train"):
+    for row in records("arithmetic", "train"):
         question, answer = row["messages"][0]["content"], row["messages"][1]["content"]
         final = answer if isinstance(answer, str) else answer[-1]["text"]
         a, sign, b, value = re.fullmatch(r"(\d+) ([-+*]) (\d+) = (\d+)", final).groups()
@@ -135,14 +135,14 @@ def test_sums_are_right_and_ask_what_they_answer():
 
 
 def test_small_talk_has_many_conversations_of_one_to_three_turns():
-    talks = [row["messages"] for row in rows("small_talk", "train")]
+    talks = [row["messages"] for row in records("small_talk", "train")]
     assert len({json.dumps(talk) for talk in talks}) >= 3_000
     turns = Counter(sum(message["role"] == "user" for message in talk) for talk in talks)
     assert set(turns) == {1, 2, 3} and min(turns.values()) > 200
 
 
 def test_small_talk_replies_follow_the_system_message():
-    for row in rows("small_talk", "train"):
+    for row in records("small_talk", "train"):
         if row["messages"][0]["role"] != "system":
             continue
         system = row["messages"][0]["content"]
@@ -155,7 +155,7 @@ def test_small_talk_replies_follow_the_system_message():
 
 def test_small_talk_recalls_the_name_that_the_user_gave():
     recalled = 0
-    for row in rows("small_talk", "train"):
+    for row in records("small_talk", "train"):
         for i, message in enumerate(row["messages"]):
             if message["role"] == "assistant" and (told := re.match(r"Your name is (\w+)", message["content"])):
                 assert re.search(rf"\b{told[1]}\b", row["messages"][i - 3]["content"])
@@ -198,7 +198,7 @@ def value_asked_for(question: str) -> str:
 
 @pytest.mark.parametrize("split", DEFAULT_SIZES)
 def test_a_question_with_choices_has_exactly_one_right_answer(split):
-    for row in rows("demo_choice", split):
+    for row in records("demo_choice", split):
         assert set(row) == {"question", "choices", "answer", "subject"}
         assert len(set(row["choices"])) == 4
         assert right_choices(row["question"], row["choices"]) == [row["choices"][row["answer"]]], row
@@ -210,7 +210,7 @@ def test_the_kinds_of_words_do_not_overlap():
 
 
 def test_every_skill_is_asked_about_as_often_as_its_share_says():
-    asked = Counter(row["subject"] for row in rows("demo_choice", "train"))
+    asked = Counter(row["subject"] for row in records("demo_choice", "train"))
     assert set(asked) == set(demo_choice.SHARES)
     total = sum(demo_choice.SHARES.values())
     for subject, share in demo_choice.SHARES.items():
@@ -219,7 +219,7 @@ def test_every_skill_is_asked_about_as_often_as_its_share_says():
 
 
 def test_the_place_of_the_answer_is_uniform_and_tells_nothing():
-    for split, found in ((split, rows("demo_choice", split)) for split in DEFAULT_SIZES):
+    for split, found in ((split, records("demo_choice", split)) for split in DEFAULT_SIZES):
         for subject in [None, *demo_choice.SHARES]:
             places = Counter(row["answer"] for row in found if subject in (None, row["subject"]))
             n = sum(places.values())
@@ -232,21 +232,21 @@ def test_a_words_file_replaces_the_words(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("\n".join([*words, "Upper", "o'clock", ""]))
     for split in DEFAULT_SIZES:
-        spelled = rows("spell_word", split, words_file=str(file))
+        spelled = records("spell_word", split, words_file=str(file))
         assert {row["messages"][1]["content"].split(":")[0] for row in spelled} <= set(words)
-        counted = rows("count_letters", split, size=20, words_file=str(file))
+        counted = records("count_letters", split, size=20, words_file=str(file))
         assert all(row["messages"][1]["content"][1]["text"][1:4] in words for row in counted)
 
 
 def test_a_words_file_that_cannot_serve_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"words_file=.*cannot be read.*one word a line"):
-        rows("spell_word", "train", words_file=str(tmp_path / "absent.txt"))
+        records("spell_word", "train", words_file=str(tmp_path / "absent.txt"))
     empty = tmp_path / "empty.txt"
     empty.write_text("42\n")
     with pytest.raises(ValueError, match=r"words_file=.*no line that is one lower-case word"):
-        rows("spell_word", "train", words_file=str(empty))
+        records("spell_word", "train", words_file=str(empty))
     with pytest.raises(ValueError, match=r"arithmetic takes no words_file.*spell_word"):
-        rows("arithmetic", "train", words_file=str(empty))
+        records("arithmetic", "train", words_file=str(empty))
 
 
 def test_a_pool_too_small_for_a_validation_share_is_refused_instead_of_searched_forever():
@@ -256,16 +256,16 @@ def test_a_pool_too_small_for_a_validation_share_is_refused_instead_of_searched_
 
 def test_an_unknown_name_is_refused_with_the_near_miss():
     with pytest.raises(ValueError, match=r"'spel_word'; did you mean 'spell_word'.*small_talk"):
-        rows("spel_word", "train")
+        records("spel_word", "train")
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"no split 'test'; known are train, val"):
-        rows("prose", "test")
+        records("prose", "test")
 
 
 def test_a_size_that_cannot_be_had_is_refused():
     with pytest.raises(ValueError, match=r"size=-1"):
-        rows("small_talk", "train", size=-1)
+        records("small_talk", "train", size=-1)
     with pytest.raises(ValueError, match=r"prose has \d+ documents for val, not 1000000"):
-        rows("prose", "val", size=1_000_000)
+        records("prose", "val", size=1_000_000)

@@ -1,4 +1,4 @@
-"""command=export: a trained model as a folder that other programs load (format=hf: Hugging Face transformers)."""
+"""command=export: write a trained model as a folder for other programs (format=hf: Hugging Face transformers)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from chattrain import checkpoint
-from chattrain.commands.evaluate import find_checkpoint
 from chattrain.config import Config
 from chattrain.errors import UserError
-from chattrain.files import replace_folder
 from chattrain.formats import huggingface
-from chattrain.tokenizer import Tokenizer
-from chattrain.tracking import setup_logging
+from chattrain.setup.start import find_checkpoint
+from chattrain.storage import checkpoint
+from chattrain.storage.files import read_json, replace_folder
+from chattrain.storage.tensors import read_tensors
+from chattrain.tokenizer import AnyTokenizer, Tokenizer
+from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
 
-MARK = "chattrain_export.json"  # says that the folder is an export and may be replaced by the next one
+EXPORT_FILE = "chattrain_export.json"  # marks the folder as an export, which a later export may replace
 
 
 def main(cfg: Config) -> dict:
-    """Write the checkpoint that init.from means (auto: of the newest finished run of this stage) to export.dir.
+    """Write the model of the checkpoint of init.from (auto: of the newest finished run of this stage) to export.dir.
 
     Returns {"folder", "checkpoint"}. Raises UserError where the folder holds anything but an earlier export.
     """
@@ -36,11 +37,11 @@ def main(cfg: Config) -> dict:
         folder = _target(cfg, source)
         if folder.is_file():
             raise UserError(f"export.dir={folder} is a file; name a folder")
-        if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        if folder.exists() and any(folder.iterdir()) and not (folder / EXPORT_FILE).is_file():
             raise UserError(f"export.dir={folder} is in use and holds no earlier export; name another folder")
         replace_folder(folder, lambda scratch: _write(scratch, source))
         kind = checkpoint.load_state(source).model.get("model_type", huggingface.MODEL_TYPE)
-        log.info("%s (model type %s) is exported to", source, kind)
+        log.info("exported %s (model type %s) to", source, kind)
         print(folder)
         return {"folder": str(folder), "checkpoint": str(source)}
     finally:
@@ -52,26 +53,27 @@ def _target(cfg: Config, source: Path) -> Path:
     if cfg.export.dir:
         return Path(cfg.export.dir).expanduser().resolve()
     if source.parent.name != "checkpoints":
-        raise UserError(f"{source} belongs to no run of ours; say where to write with export.dir=<folder>")
+        raise UserError(f"{source} is in no run folder; name the folder to write with export.dir=<folder>")
     return source.parents[1] / cfg.format.name / source.name
 
 
 def _write(folder: Path, source: Path) -> None:
     state = checkpoint.load_state(source)
-    weights = checkpoint.read_tensors(source / "model.safetensors")
+    weights = read_tensors(source / "model.safetensors")
     tokenizer = Tokenizer.load(source)
     if "model_type" in state.model:
-        _write_as_it_came(folder, source, weights, tokenizer)
+        _write_hf_model(folder, source, weights, tokenizer)
     else:
         seq_len = yaml.safe_load((source / "config.yaml").read_text())["train"]["seq_len"]
+        assert isinstance(tokenizer, Tokenizer)  # the GPT is trained with no other
         huggingface.write(folder, state.model, weights, tokenizer, seq_len)
-    (folder / MARK).write_text(json.dumps({"checkpoint": str(source), "stage": state.stage, "step": state.step}, indent=1))
+    (folder / EXPORT_FILE).write_text(json.dumps({"checkpoint": str(source), "stage": state.stage, "step": state.step}, indent=1))
 
 
-def _write_as_it_came(folder: Path, source: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
-    """A model of model=hf: the files it came with, the weights in the number format that its config.json names."""
-    if isinstance(tokenizer, Tokenizer):  # of nanochat's architecture, trained through transformers
-        huggingface.write_tokenizer(folder, tokenizer, huggingface.read_json(source / "config.json")["max_position_embeddings"])
+def _write_hf_model(folder: Path, source: Path, weights: dict[str, torch.Tensor], tokenizer: AnyTokenizer) -> None:
+    """A model trained with model=hf: the files that it came with, and weights in the number format that its config.json names."""
+    if isinstance(tokenizer, Tokenizer):  # the nanochat architecture, trained as model=hf
+        huggingface.write_tokenizer(folder, tokenizer, read_json(source / "config.json")["max_position_embeddings"])
     else:
         tokenizer.save(folder)
     for name in ("config.json", "generation_config.json"):
@@ -79,5 +81,6 @@ def _write_as_it_came(folder: Path, source: Path, weights: dict[str, torch.Tenso
             shutil.copyfile(source / name, folder / name)
     config = json.loads((folder / "config.json").read_text())
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )

@@ -1,4 +1,4 @@
-"""command=plan: what a run would take on other devices: memory, steps, tokens, traffic, time and money. Starts no training."""
+"""command=plan: what a run would need on other devices: memory, steps, tokens, traffic, time and money. Starts no training."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from dataclasses import asdict
 from typing import Any
 
 from chattrain.config import Config
+from chattrain.config.model import GPTConfig
 from chattrain.errors import UserError
-from chattrain.init import Start
-from chattrain.model.config import GPTConfig
 from chattrain.planning import cost, show
 from chattrain.planning.data import count, shape_of
 from chattrain.planning.hardware import hardware_of
 from chattrain.planning.memory import Memory, largest, step_memory
 from chattrain.planning.work import workload
-from chattrain.prepare import RunData, choose_tokenizer, find_start, open_data, report_counts
-from chattrain.tracking import setup_logging
+from chattrain.setup.data import RunData, open_data, report_counts
+from chattrain.setup.start import Start, find_start
+from chattrain.setup.tokenizer import choose_tokenizer
+from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
-MOST_ROWS = 1024  # rows of a forward pass that are tried, at most
+MAX_ROWS = 1024  # the largest train.device_batch_size that is tried
 
 
 def main(cfg: Config) -> dict:
-    """Print the plan for plan.world_size devices, and give its figures. Memory is measured on shapes, time is an estimate.
+    """Print the plan for plan.world_size devices and return its figures. Memory is measured on tensors without data; time is an
+    estimate.
 
     Raises UserError for what cannot be planned: a Hugging Face model without its folder, fp8, a batch that does not divide.
     """
@@ -31,7 +33,7 @@ def main(cfg: Config) -> dict:
     try:
         hardware = hardware_of(cfg.plan)
         start = _start(cfg)
-        cfg.eval.validation = cfg.eval.multiple_choice = False  # only the training rows are looked at
+        cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are planned
         data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
         report_counts(data.train, data.num_steps)
         counts = count(data, cfg.train.device_batch_size, cfg.plan.world_size)
@@ -42,17 +44,29 @@ def main(cfg: Config) -> dict:
         hours = cost.hours_of(work, step)
         price = cfg.plan.price_per_gpu_hour
         facts = {
-            "device": hardware.name, "world_size": cfg.plan.world_size, "strategy": work.strategy,
-            "parameters": groups, "parameters_total": sum(groups.values()),
-            "memory": asdict(memory), "usable_bytes": int(hardware.usable), "fits": memory.peak <= hardware.usable,
-            "largest_device_batch_size": fits, "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
+            "device": hardware.name,
+            "world_size": cfg.plan.world_size,
+            "strategy": work.strategy,
+            "parameters": groups,
+            "parameters_total": sum(groups.values()),
+            "memory": asdict(memory),
+            "usable_bytes": int(hardware.usable),
+            "fits": memory.peak <= hardware.usable,
+            "largest_device_batch_size": fits,
+            "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
             **_batch(cfg, data, fits),
-            "flops_per_token": work.flops_a_token, "num_steps": data.num_steps, "tokens": counts.tokens,
-            "supervised_tokens": counts.supervised, "supervised_exact": counts.exact,
-            "bytes_sent_per_step": step.bytes_sent, "seconds_per_step": step.seconds, "hours": hours,
+            "flops_per_token": work.flops_a_token,
+            "num_steps": data.num_steps,
+            "tokens": counts.tokens,
+            "supervised_tokens": counts.supervised,
+            "supervised_exact": counts.exact,
+            "bytes_sent_per_step": step.bytes_sent,
+            "seconds_per_step": step.seconds,
+            "hours": hours,
             "cost": None if price is None else hours * cfg.plan.world_size * price,
             "communication_dominates_from": cost.dominated_from(rows),
-            "scaling": [show.scaling_row(work, row, price) for row in rows]}
+            "scaling": [show.scaling_row(work, row, price) for row in rows],
+        }
         show.plan(facts, step, cfg)
         return facts
     finally:
@@ -60,38 +74,38 @@ def main(cfg: Config) -> dict:
 
 
 def _start(cfg: Config) -> Start:
-    """Where the run would start. A plan needs no weights: where there are none yet, it says so and goes on with the sizes."""
+    """What the run would start from. A plan needs only sizes: where there are no weights yet, it warns and plans without."""
     level = log.level
-    log.setLevel(logging.WARNING)  # which runs it is not would be a line for each
+    log.setLevel(logging.WARNING)  # find_start would log a line for each run that it skips
     try:
         return find_start(cfg)
     except UserError as error:
         if not isinstance(cfg.model, GPTConfig):
             raise
-        log.warning("%s. The plan goes on without weights, as it needs only their sizes", error)
+        log.warning("%s. The plan needs only the sizes of weights, so it is made without them", error)
         return Start(None, "nothing")
     finally:
         log.setLevel(level)
 
 
 def _memory(cfg: Config, data: RunData, start: Start, limit: float) -> tuple[Memory, int]:
-    """Memory with train.device_batch_size rows, and the most rows a forward pass that keep within the limit."""
-    isolated, varies, mine = cfg.collator.isolates, cfg.collator.varies, data.rows_per_step // cfg.plan.world_size
-    found: dict[int, Memory] = {}
+    """Memory at train.device_batch_size, and the largest device_batch_size whose peak is within `limit` bytes."""
+    isolated, varies, rank_rows = cfg.collator.isolates, cfg.collator.varies, data.rows_per_step // cfg.plan.world_size
+    measured: dict[int, Memory] = {}
 
     def measure(rows: int) -> int:
-        if rows not in found:
-            shape = shape_of(data.train, isolated, varies, rows, repeats=rows < mine)
-            found[rows] = step_memory(cfg, data.tokenizer.vocab_size, start.checkpoint, shape, cfg.plan.world_size)
-        return found[rows].peak
+        if rows not in measured:
+            shape = shape_of(data.train, isolated, varies, rows, repeats=rows < rank_rows)
+            measured[rows] = step_memory(cfg, data.tokenizer.vocab_size, start.checkpoint, shape, cfg.plan.world_size)
+        return measured[rows].peak
 
-    asked = cfg.train.device_batch_size
-    measure(asked)
-    return found[asked], largest(measure, limit, asked, max(asked, min(mine, MOST_ROWS)))
+    batch_size = cfg.train.device_batch_size
+    measure(batch_size)
+    return measured[batch_size], largest(measure, limit, batch_size, max(batch_size, min(rank_rows, MAX_ROWS)))
 
 
 def _batch(cfg: Config, data: RunData, fits: int) -> dict[str, Any]:
-    """The most rows that fit and divide a rank's share of the step, and how many micro-batches they make of it."""
-    mine = data.rows_per_step // cfg.plan.world_size
-    rows = max((b for b in range(1, min(fits, mine) + 1) if mine % b == 0), default=None)
-    return {"suggested_device_batch_size": rows, "grad_accum_steps": mine // rows if rows else None}
+    """The largest device_batch_size that fits and divides a rank's rows of a step, and how many micro-batches that makes."""
+    rank_rows = data.rows_per_step // cfg.plan.world_size
+    rows = max((b for b in range(1, min(fits, rank_rows) + 1) if rank_rows % b == 0), default=None)
+    return {"suggested_device_batch_size": rows, "grad_accum_steps": rank_rows // rows if rows else None}

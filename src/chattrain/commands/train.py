@@ -1,13 +1,14 @@
-"""command=train: the default."""
+"""command=train, the default: train one stage."""
 
 from chattrain import runner
 from chattrain.config import Config
-from chattrain.names import is_first
-from chattrain.tracking import setup_logging
+from chattrain.setup.names import is_main_process
+from chattrain.tracking.console import setup_logging
 
 
 def main(cfg: Config) -> dict:
-    close_log = setup_logging(None, console=is_first(), resume=False)
+    """Returns the summary of the run."""
+    close_log = setup_logging(None, console=is_main_process(), resume=False)
     try:
         return runner.train(cfg)
     finally:

@@ -1,1 +1,1 @@
-"""text -> conversation -> tokens and mask -> cached arrays -> rows -> Batch; each arrow is one module, and none goes back."""
+"""From records to batches: sources -> cache -> mixture -> packing -> collators -> loader. docs/data.md follows one record."""

@@ -1,4 +1,4 @@
-"""What every collator yields and the loop takes.
+"""The micro-batch that every collator returns and the training loop consumes.
 
 B rows, T tokens.
 """
@@ -15,39 +15,46 @@ from chattrain.data.packing import cu_seqlens_of, pad_rows, positions_of
 
 
 class Batch(NamedTuple):
-    """One micro-batch. inputs and targets are (B, T) int64, already shifted; IGNORE_INDEX where there is no target."""
+    """One micro-batch. inputs and targets are (B, T) int64, already shifted. Targets without loss are IGNORE_INDEX."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    num_tokens: int  # inputs that are no padding
-    num_targets: int  # targets that are not ignored
-    positions: torch.Tensor | None = None  # (B, T) int64, from 0 in each document, where documents are isolated
-    cu_seqlens: torch.Tensor | None = None  # (documents + 1,) int32, where each begins in the flattened batch; see packing
-    supervised: torch.Tensor | None = None  # (N,) int64, places of targets in the flattened batch; None: all of it
+    num_tokens: int  # inputs other than padding
+    num_supervised: int  # targets other than IGNORE_INDEX
+    # With isolated documents only: positions (B, T) int64 count from 0 in each document, cu_seqlens (documents + 1,) int32 are
+    # the documents' starts in the flattened batch (packing.cu_seqlens_of).
+    positions: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    target_indices: torch.Tensor | None = None  # (num_supervised,) int64, in the flattened batch; None: every target has loss
 
     @property
     def arguments(self) -> tuple[torch.Tensor, ...]:
-        """What the model is called with for the losses of single targets."""
+        """Arguments of the model's forward, which returns the loss of each target."""
         return (self.inputs, self.targets, *([] if self.positions is None else [self.positions]))
 
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """The batch with every tensor changed."""
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with the function applied to every tensor."""
         tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
-        return self._replace(**{name: change(tensor) for name, tensor in tensors.items()})
+        return self._replace(**{name: function(tensor) for name, tensor in tensors.items()})
 
     def to(self, device: torch.device) -> Batch:
-        pinned = device.type == "cuda"  # elsewhere an asynchronous copy may read memory that is gone
-        return self.each(lambda tensor: tensor.to(device, non_blocking=pinned))
+        """The batch on the device. On CUDA the copy is asynchronous if the batch is in pinned memory."""
+        non_blocking = device.type == "cuda"  # on other devices, the source may be freed before the copy has read it
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
-def as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int,
-              sizes: list[list[int]] | None = None) -> Batch:
-    """The (inputs, targets) of each row, padded to the width. `sizes`: of each row's documents, where they are isolated."""
+def as_batch(pairs: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int, sizes: list[list[int]] | None = None) -> Batch:
+    """The Batch of rows given as (inputs, targets), padded to `width`. `sizes`: with isolated documents, the tokens of each
+    document in each row; None: documents are not isolated."""
     inputs, targets = pad_rows(pairs, width, pad_id)
-    positions = None if sizes is None else np.stack([positions_of(row, width) for row in sizes])
-    places = np.flatnonzero(targets >= 0)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), num_tokens=sum(len(x) for x, _ in pairs),
-                 num_targets=len(places),
-                 positions=None if positions is None else torch.from_numpy(positions),
-                 cu_seqlens=None if positions is None else torch.from_numpy(cu_seqlens_of(positions)),
-                 supervised=torch.from_numpy(places) if len(places) < targets.size else None)
+    positions = None if sizes is None else np.stack([positions_of(row_sizes, width) for row_sizes in sizes])
+    indices = np.flatnonzero(targets >= 0)
+    return Batch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(targets),
+        num_tokens=sum(len(x) for x, _ in pairs),
+        num_supervised=len(indices),
+        positions=None if positions is None else torch.from_numpy(positions),
+        cu_seqlens=None if positions is None else torch.from_numpy(cu_seqlens_of(positions)),
+        target_indices=torch.from_numpy(indices) if len(indices) < targets.size else None,
+    )

@@ -1,6 +1,7 @@
-"""Rendered and tokenised once: documents of one source as memory-mapped arrays under a key of all that decides them.
+"""The token cache: each source is rendered and tokenised once, and kept as memory-mapped arrays.
 
-A cache folder is whole or absent: it is written beside its place and renamed. Two processes may prepare the same one.
+The folder's name is a hash of everything that the tokens depend on: source, limit, schema, tokenizer, renderer. It is complete
+or absent: it is written under a temporary name and then renamed. Two processes may fill the same cache at the same time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from mmap import MADV_DONTNEED, mmap
@@ -20,42 +21,51 @@ from pathlib import Path
 
 import numpy as np
 
-from chattrain import chat
-from chattrain.data.config import SourceConfig
-from chattrain.data.sources import identity, open_rows
+from chattrain.chat import Malformed, chat_format
+from chattrain.config.data import SourceConfig
+from chattrain.data.sources import Records, identity, open_records
 from chattrain.errors import UserError
-from chattrain.files import make_folder
-from chattrain.tasks import document
-from chattrain.tokenizer import Tokenizer
+from chattrain.storage.files import make_folder
+from chattrain.tasks import record_to_segments
+from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
 FORMAT_VERSION = 2
-ARRAYS = ("tokens", "loss_mask", "offsets", "supervised", "rows")
-CHUNK_ROWS = 512  # rows a unit of work
-PARALLEL_ROWS = 32 * CHUNK_ROWS  # fewer rows are rendered in the two seconds or so that processes take to start
+# Field of TokenizedSource -> name of its .npy file.
+ARRAYS = {
+    "tokens": "tokens",
+    "loss_mask": "loss_mask",
+    "offsets": "offsets",
+    "num_supervised": "supervised",
+    "record_indices": "rows",
+}
+CHUNK_RECORDS = 512  # records that a process renders at a time
+PARALLEL_RECORDS = 32 * CHUNK_RECORDS  # with fewer records, starting the processes (about 2 s) takes longer than rendering
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Tokenised documents of one source, memory-mapped. Document i is tokens[offsets[i]:offsets[i + 1]]."""
+class TokenizedSource:
+    """The tokenised documents of one source, memory-mapped. Document i is tokens[offsets[i] : offsets[i + 1]]."""
 
     name: str
     tokens: np.ndarray  # (tokens,) uint16 or uint32
     loss_mask: np.ndarray  # (tokens,) uint8, 1 where supervised
     offsets: np.ndarray  # (documents + 1,) int64
-    supervised: np.ndarray  # (documents,) int64, supervised tokens of each
-    rows: np.ndarray  # (documents,) int64, row number in the source, for messages
-    skipped: int  # malformed rows left out
-    content_hash: str  # of tokens, mask and offsets
+    num_supervised: np.ndarray  # (documents,) int64, supervised tokens of each document
+    record_indices: np.ndarray  # (documents,) int64, index of each document's record in the source, for messages
+    skipped: int  # malformed records left out
+    content_hash: str  # of tokens, loss_mask and offsets
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        where = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[where], self.loss_mask[where]
+        """(tokens, loss_mask) of document i."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[span], self.loss_mask[span]
 
     def release(self) -> None:
-        """Unmap what was read: it stays in the system's page cache, and this process does not grow with what it has seen."""
+        """Drop the pages that were read from this process's memory, so that it does not grow. The system's page cache keeps
+        them, so reading them again costs no disk access."""
         for array in (self.tokens, self.loss_mask):
             if isinstance(array.base, mmap):
                 array.base.madvise(MADV_DONTNEED)
@@ -66,64 +76,86 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("CHATTRAIN_CACHE", "~/.cache/chattrain")).expanduser()
 
 
-def prepare(name: str, source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool = False,
-            workers: int | None = None) -> Documents:
-    """Documents of the source, from the cache or made now.
+def load_or_tokenize(
+    name: str,
+    source: SourceConfig,
+    tokenizer: AnyTokenizer,
+    cache_dir: Path,
+    skip_malformed: bool = False,
+    workers: int | None = None,
+) -> TokenizedSource:
+    """The source's documents, from the cache if it holds them; otherwise they are rendered, tokenised and cached first.
 
-    Raises UserError with source, row and reason for a malformed row (or leaves it out, counted, with skip_malformed),
-    and for a source with no usable row.
+    `workers`: processes that tokenise; None: one a core. Raises UserError for a malformed record, with its source, number and
+    reason (with skip_malformed the record is left out and counted instead), and for a source without a usable record.
     """
     key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed)
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
-        rows = open_rows(name, source, cache_dir)
-        chunks = render_all(name, source, rows, tokenizer, cache_dir, skip_malformed, workers)
+        records = open_records(name, source, cache_dir)
+        chunks = render_all(name, source, records, tokenizer, cache_dir, skip_malformed, workers)
         make_folder(folder, lambda scratch: _write(scratch, name, source, chunks, _token_dtype(tokenizer)))
     return _open(name, folder)
 
 
-def _key(rows: list, source: SourceConfig, tokenizer: Tokenizer, skip_malformed: bool) -> str:
-    decides = [FORMAT_VERSION, chat.RENDER_VERSION, rows, source.schema.name, source.limit, source.part,
-               tokenizer.fingerprint(), skip_malformed]
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
+def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, skip_malformed: bool) -> str:
+    inputs = [
+        FORMAT_VERSION,
+        chat_format(tokenizer).version,
+        source_identity,
+        source.schema.name,
+        source.limit,
+        source.part,
+        tokenizer.fingerprint(),
+        skip_malformed,
+    ]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
 
 
-def _open(name: str, folder: Path) -> Documents:
+def _open(name: str, folder: Path) -> TokenizedSource:
     meta = json.loads((folder / "meta.json").read_text())
-    arrays = {f: np.load(folder / f"{f}.npy", mmap_mode="r") for f in ARRAYS}
-    return Documents(name=name, skipped=meta["skipped"], content_hash=meta["content_hash"], **arrays)
+    arrays = {field: np.load(folder / f"{file}.npy", mmap_mode="r") for field, file in ARRAYS.items()}
+    return TokenizedSource(name=name, skipped=meta["skipped"], content_hash=meta["content_hash"], **arrays)
 
 
 def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
-    skipped, examples, hashes = 0, [], hashlib.sha256()
-    lengths, supervised, numbers = [0], [], []
+    """Write a cache folder. Tokens and masks go to disk chunk by chunk, so that memory does not grow with the source."""
+    skipped, reasons, content_hash = 0, [], hashlib.sha256()
+    lengths, num_supervised, record_indices = [0], [], []
     with (folder / "tokens.raw").open("wb") as tokens, (folder / "loss_mask.raw").open("wb") as masks:
         for chunk in chunks:
             tokens.write(chunk.tokens)
             masks.write(chunk.loss_mask)
-            hashes.update(chunk.tokens + chunk.loss_mask)
+            content_hash.update(chunk.tokens + chunk.loss_mask)
             lengths += chunk.lengths
-            supervised += chunk.supervised
-            numbers += chunk.rows
+            num_supervised += chunk.num_supervised
+            record_indices += chunk.record_indices
             skipped += len(chunk.malformed)
-            examples = (examples + chunk.malformed)[:3]
-    if not numbers:
-        raise UserError(f"data source {name} ({source.path}) has no usable row; the first reasons: "
-                        + "; ".join(f"row {row}: {reason}" for row, reason in examples))
+            reasons = (reasons + chunk.malformed)[:3]
+    if not record_indices:
+        raise UserError(
+            f"data source {name} ({source.path}) has no usable row; the first reasons: "
+            + "; ".join(f"row {i}: {reason}" for i, reason in reasons)
+        )
     offsets = np.cumsum(lengths, dtype=np.int64)
-    hashes.update(offsets.tobytes())
+    content_hash.update(offsets.tobytes())
     _raw_to_npy(folder / "tokens", dtype, int(offsets[-1]))
     _raw_to_npy(folder / "loss_mask", np.dtype(np.uint8), int(offsets[-1]))
-    np.save(folder / "offsets.npy", offsets)
-    np.save(folder / "supervised.npy", np.array(supervised, dtype=np.int64))
-    np.save(folder / "rows.npy", np.array(numbers, dtype=np.int64))
-    meta = {"skipped": skipped, "content_hash": hashes.hexdigest()[:24], "source": source.path,
-            "documents": len(numbers), "tokens": int(offsets[-1])}
+    np.save(folder / f"{ARRAYS['offsets']}.npy", offsets)
+    np.save(folder / f"{ARRAYS['num_supervised']}.npy", np.array(num_supervised, dtype=np.int64))
+    np.save(folder / f"{ARRAYS['record_indices']}.npy", np.array(record_indices, dtype=np.int64))
+    meta = {
+        "skipped": skipped,
+        "content_hash": content_hash.hexdigest()[:24],
+        "source": source.path,
+        "documents": len(record_indices),
+        "tokens": int(offsets[-1]),
+    }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def _raw_to_npy(stem: Path, dtype: np.dtype, length: int) -> None:
-    """Put NumPy's header before the raw values, by copying: sizes are known only at the end."""
+    """Copy raw values to a .npy file. Its header holds the length, which is known only after all values are written."""
     header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype)) | {"shape": (length,)}
     with stem.with_suffix(".npy").open("wb") as out, stem.with_suffix(".raw").open("rb") as raw:
         np.lib.format.write_array_header_1_0(out, header)
@@ -131,42 +163,57 @@ def _raw_to_npy(stem: Path, dtype: np.dtype, length: int) -> None:
     stem.with_suffix(".raw").unlink()
 
 
-def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
+def _token_dtype(tokenizer: AnyTokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 @dataclass
 class Chunk:
-    """Rendered rows in the form that goes to disk."""
+    """The documents of up to CHUNK_RECORDS records, in the form that goes to disk."""
 
     tokens: bytes
     loss_mask: bytes
-    lengths: list[int]
-    supervised: list[int]
-    rows: list[int]
-    malformed: list[tuple[int, str]]
+    lengths: list[int]  # tokens of each document
+    num_supervised: list[int]  # supervised tokens of each document
+    record_indices: list[int]
+    malformed: list[tuple[int, str]]  # (index of the record, reason)
 
 
-def render_all(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, cache_dir: Path, skip_malformed: bool,
-               workers: int | None) -> Iterator[Chunk]:
-    """Chunks in the order of the rows, from this process or a pool, with a progress bar on a terminal."""
+def render_all(
+    name: str,
+    source: SourceConfig,
+    records: Records,
+    tokenizer: AnyTokenizer,
+    cache_dir: Path,
+    skip_malformed: bool,
+    workers: int | None,
+) -> Iterator[Chunk]:
+    """Chunks in the order of the records, made by this process or a pool of them. Shows a progress bar on a terminal."""
     from rich.progress import track
 
-    starts = range(0, len(rows), CHUNK_ROWS)
+    starts = range(0, len(records), CHUNK_RECORDS)
     processes = min(workers or os.cpu_count() or 1, len(starts))
 
-    def shown(chunks):
-        return track(chunks, f"tokenising {name}", total=len(starts), disable=not sys.stderr.isatty(), transient=True,
-                     console=_stderr_console())
+    def with_progress_bar(chunks: Iterator[Chunk]) -> Iterable[Chunk]:
+        return track(
+            chunks,
+            f"tokenising {name}",
+            total=len(starts),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+            console=_stderr_console(),
+        )
 
-    if processes == 1 or len(rows) < PARALLEL_ROWS:
-        yield from shown(_render(name, source, rows.read(s, s + CHUNK_ROWS), tokenizer, skip_malformed) for s in starts)
+    if processes == 1 or len(records) < PARALLEL_RECORDS:
+        yield from with_progress_bar(
+            _render(name, source, records.read(s, s + CHUNK_RECORDS), tokenizer, skip_malformed) for s in starts
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             work = ((name, source, cache_dir, folder, s, skip_malformed) for s in starts)
-            yield from shown(pool.map(_render_in_worker, work))
+            yield from with_progress_bar(pool.map(_render_in_worker, work))
 
 
 def _stderr_console():
@@ -175,33 +222,42 @@ def _stderr_console():
     return Console(stderr=True)
 
 
-_opened: dict[str, tuple] = {}  # of this worker: rows and tokenizer under the folder that belongs to one `prepare`
+# In a worker: the open records and the tokenizer, by the temporary folder of the `load_or_tokenize` that they belong to.
+_opened: dict[str, tuple[Records, AnyTokenizer]] = {}
 
 
-def _render_in_worker(work: tuple) -> Chunk:
+def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool]) -> Chunk:
     name, source, cache_dir, folder, start, skip_malformed = work
     if folder not in _opened:
         _opened.clear()
-        _opened[folder] = open_rows(name, source, cache_dir), Tokenizer.load(folder)
-    rows, tokenizer = _opened[folder]
-    return _render(name, source, rows.read(start, start + CHUNK_ROWS), tokenizer, skip_malformed)
+        _opened[folder] = open_records(name, source, cache_dir), Tokenizer.load(folder)
+    records, tokenizer = _opened[folder]
+    return _render(name, source, records.read(start, start + CHUNK_RECORDS), tokenizer, skip_malformed)
 
 
-def _render(name: str, source: SourceConfig, rows: Iterator[tuple[int, dict]], tokenizer: Tokenizer,
-            skip_malformed: bool) -> Chunk:
-    documents, numbers, malformed = [], [], []
-    for number, row in rows:
+def _render(
+    name: str, source: SourceConfig, records: Iterator[tuple[int, dict]], tokenizer: AnyTokenizer, skip_malformed: bool
+) -> Chunk:
+    documents, record_indices, malformed = [], [], []
+    form = chat_format(tokenizer)
+    for i, record in records:
         try:
-            documents.append(document(row, source.schema.name, tokenizer))
-            numbers.append(number)
-        except chat.Malformed as error:
+            documents.append(record_to_segments(record, source.schema.name, form))
+            record_indices.append(i)
+        except Malformed as error:
             if not skip_malformed:
-                raise UserError(f"data source {name} ({source.path}), row {number}: {error}; mend the row, choose "
-                                "its schema (data.schema), or leave such rows out with data.on_malformed=skip") from None
-            malformed.append((number, str(error)))
-    rendered = chat.encode_pieces(documents, tokenizer, max_tokens=None)
+                raise UserError(
+                    f"data source {name} ({source.path}), row {i}: {error}; mend the row, choose "
+                    "its schema (data.schema), or leave such rows out with data.on_malformed=skip"
+                ) from None
+            malformed.append((i, str(error)))
+    rendered = form.encode(documents)
     dtype = _token_dtype(tokenizer)
-    return Chunk(tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
-                  loss_mask=b"".join(bytes(r.loss_mask) for r in rendered),
-                  lengths=[len(r.ids) for r in rendered], supervised=[sum(r.loss_mask) for r in rendered],
-                  rows=numbers, malformed=malformed)
+    return Chunk(
+        tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
+        loss_mask=b"".join(bytes(r.loss_mask) for r in rendered),
+        lengths=[len(r.ids) for r in rendered],
+        num_supervised=[sum(r.loss_mask) for r in rendered],
+        record_indices=record_indices,
+        malformed=malformed,
+    )

@@ -1,9 +1,11 @@
-"""The micro-batches of a step for this rank, made and moved to the device while it works on the step before."""
+"""The micro-batches of a step for one rank. While a step trains, a thread collates the next one and copies it to the device."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,76 +15,87 @@ from chattrain.data.collators import EMPTY, Collator
 
 
 class Loader:
-    """Step -> micro-batches. Step s holds rows s x rows_per_step and following, whatever the number of ranks.
+    """Returns the micro-batches of any step. Step s has the rows s * rows_per_step to (s + 1) * rows_per_step - 1.
 
-    The collator deals them to ranks and micro-batches, so that 1 x 8 rows, 8 x 1 rows and 2 ranks see the same step.
-    `waited_s` counts the seconds that `step` has waited for batches, the first of a process with them.
+    The collator splits these rows over ranks and micro-batches, so a step has the same rows whether it is 1 x 8 rows, 8 x 1
+    rows, or on 2 ranks. `waited_s`: seconds that `step` has waited for batches in total, the first step included.
     """
 
-    def __init__(self, collator: Collator, rows_per_step: int, device_batch_size: int, device: torch.device,
-                 rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        collator: Collator,
+        rows_per_step: int,
+        device_batch_size: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.collator, self.rows_per_step, self.device_batch_size = collator, rows_per_step, device_batch_size
         self.device, self.rank, self.world_size = device, rank, world_size
         self.waited_s = 0.0
         cuda = device.type == "cuda"
-        # A thread begins on GPU 0, where every rank would take memory for a context.
-        on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if cuda else {}
+        # A new thread uses GPU 0 by default; every rank would allocate a CUDA context there.
+        on_device: dict[str, Any] = {"initializer": torch.cuda.set_device, "initargs": (device,)} if cuda else {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader", **on_device)
-        self._ahead: tuple[int, Future] | None = None
+        self._prefetched: tuple[int, Future] | None = None  # (step, its micro-batches)
         self._stream = torch.cuda.Stream(device) if cuda else None
 
     def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step, on the device. The next step's are begun in the background."""
+        """This rank's micro-batches of a step, on the device. Starts collating the next step in the background."""
         begun = time.perf_counter()
-        if self._ahead is None or self._ahead[0] != step:
-            self._ahead = (step, self._thread.submit(self._make, step))
-        batches, moved = self._ahead[1].result()
+        if self._prefetched is None or self._prefetched[0] != step:
+            self._prefetched = (step, self._thread.submit(self._collate, step))
+        batches, copied = self._prefetched[1].result()
         self.waited_s += time.perf_counter() - begun
-        self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
-        if moved is not None:
-            self._take_over(batches, moved)
+        self._prefetched = (step + 1, self._thread.submit(self._collate, step + 1))
+        if copied is not None:
+            self._wait_for_copies(batches, copied)
         return batches
 
     def rows(self, step: int) -> np.ndarray:
-        """Row numbers of a step, over all ranks."""
+        """(rows_per_step,): the row indices of a step, over all ranks."""
         return np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
 
     def describe(self, step: int) -> str:
-        named = list(dict.fromkeys(self.collator.describe(int(row)) for row in self.rows(step)))
-        return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        """The documents of a step for messages: those of its first 8 different rows, and how many more there are."""
+        names = list(dict.fromkeys(self.collator.describe(int(row)) for row in self.rows(step)))
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, step: int) -> tuple[list[Batch], torch.cuda.Event | None]:
-        """A step's batches on the device; on CUDA they are there when the event is. Runs in the thread."""
-        groups = self.collator.deal(self.rows(step), self.device_batch_size, self.world_size)
+    def _collate(self, step: int) -> tuple[list[Batch], torch.Event | None]:
+        """A step's batches on the device, and on CUDA the event after which their copies are complete. Runs in the thread."""
+        groups = self.collator.split_micro_batches(self.rows(step), self.device_batch_size, self.world_size)
         batches = [self.collator.batch(rows[self.rank]) for rows in groups]
-        self.collator.documents.release()
+        self.collator.mixture.release()
         if self._stream is None:
             return [batch.to(self.device) for batch in batches], None
-        with torch.cuda.stream(self._stream):  # the copies run beside the step before
-            batches = [batch.each(torch.Tensor.pin_memory).to(self.device) for batch in batches]
+        with torch.cuda.stream(self._stream):  # a stream of their own, so that the copies overlap with the previous step
+            batches = [batch.map_tensors(torch.Tensor.pin_memory).to(self.device) for batch in batches]
             return batches, self._stream.record_event()
 
-    def _take_over(self, batches: list[Batch], moved: torch.cuda.Event) -> None:
-        """The caller's stream waits for the copies, and their memory is not used anew before that stream is done with it."""
+    def _wait_for_copies(self, batches: list[Batch], copied: torch.Event) -> None:
+        """Make the caller's stream wait for the copies. Their memory is not reused before that stream has finished with it."""
         stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(moved)
+        stream.wait_event(copied)
         for batch in batches:
             for value in batch:
                 if isinstance(value, torch.Tensor):
                     value.record_stream(stream)
 
 
-def evaluation_batches(collator: Collator, num_rows: int, device_batch_size: int, rank: int = 0, world_size: int = 1):
-    """Every row once, in batches for this rank, which follow from the rows alone: rank r of w gets numbers r, r + w, ... of them.
+def evaluation_batches(
+    collator: Collator, num_rows: int, device_batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """This rank's batches of rows 0 to num_rows - 1. The batches do not depend on world_size; rank r of w takes every w-th,
+    starting with batch r.
 
-    Rows of EMPTY fill up the last batch, and give all ranks the same number of batches.
+    EMPTY rows fill the last batch and give all ranks the same number of batches.
     """
     rows = np.concatenate([np.arange(num_rows), np.full(-num_rows % device_batch_size, EMPTY)])
-    groups = [group[0] for group in collator.deal(rows, device_batch_size, 1)]
+    groups = [group[0] for group in collator.split_micro_batches(rows, device_batch_size, 1)]
     groups += [np.full(len(groups[-1]), EMPTY)] * (-len(groups) % world_size)
     for group in groups[rank::world_size]:
         yield collator.batch(group)
-    collator.documents.release()
+    collator.mixture.release()

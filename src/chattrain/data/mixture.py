@@ -1,4 +1,4 @@
-"""Several sources as one: which documents an epoch holds, and in which order. A function of (seed, epoch) alone."""
+"""Several sources as one data set: the documents of an epoch and their order, which depend on (seed, epoch) only."""
 
 from __future__ import annotations
 
@@ -10,38 +10,45 @@ from pathlib import Path
 
 import numpy as np
 
-from chattrain.data.cache import Documents
-from chattrain.data.config import SourceConfig
-from chattrain.files import make_folder
+from chattrain.config.data import SourceConfig
+from chattrain.data.cache import TokenizedSource
+from chattrain.storage.files import make_folder
 
 
 def epoch_counts(sizes: list[int], sources: list[SourceConfig]) -> list[int]:
-    """Documents of each source in one epoch of the mixture.
+    """The number of documents that each source contributes to one epoch of the mixture. `sizes`: documents of each source.
 
-    Without weights a source appears `epochs` times. With weights the shares follow them: the source that runs short
-    first (at its `epochs`) sets the size, larger ones are thinned out.
+    Without weights, each source is repeated `epochs` times. With weights, the counts are proportional to the weights, and the
+    epoch is as large as it can be without repeating any source more than `epochs` times; the other sources are subsampled.
 
     >>> epoch_counts([100, 10], [SourceConfig("a"), SourceConfig("b", epochs=2)])
     [100, 20]
     >>> epoch_counts([100, 10], [SourceConfig("a", weight=3), SourceConfig("b", weight=1)])
     [30, 10]
     """
-    full = [n * source.epochs for n, source in zip(sizes, sources, strict=True)]
-    if sources[0].weight is None:
-        return [max(1, round(f)) for f in full]
-    unit = min(f / source.weight for f, source in zip(full, sources, strict=True))
-    return [max(1, round(unit * source.weight)) for source in sources]
+    most = [n * source.epochs for n, source in zip(sizes, sources, strict=True)]
+    weights = [source.weight for source in sources if source.weight is not None]  # all have one, or none: DataConfig.check
+    if not weights:
+        return [max(1, round(n)) for n in most]
+    unit = min(n / weight for n, weight in zip(most, weights, strict=True))
+    return [max(1, round(unit * weight)) for weight in weights]
 
 
 class Mixture:
-    """Documents of all sources under one numbering, and the order of every epoch.
+    """The documents of all sources under common indices, and their order in each epoch.
 
-    `lengths` (documents,) int64 counts tokens. `keep` (documents,) bool leaves documents out for good. `folder`: where what is
-    worked out from them is kept from run to run; None: nowhere.
+    `lengths` (documents,) int64: tokens of each document. `keep` (documents,) bool: documents that epochs may use; None: all.
+    `folder`: cache for arrays computed from the mixture, see `load_or_compute`; None: no cache.
     """
 
-    def __init__(self, caches: list[Documents], sources: list[SourceConfig], seed: int, keep: np.ndarray | None = None,
-                 folder: Path | None = None):
+    def __init__(
+        self,
+        caches: list[TokenizedSource],
+        sources: list[SourceConfig],
+        seed: int,
+        keep: np.ndarray | None = None,
+        folder: Path | None = None,
+    ):
         self.caches, self.sources, self.seed, self.folder = caches, sources, seed, folder
         self.starts = np.cumsum([0] + [len(c) for c in caches])
         self.lengths = np.concatenate([np.diff(c.offsets) for c in caches])
@@ -57,38 +64,50 @@ class Mixture:
         return len(self.lengths)
 
     def restricted(self, keep: np.ndarray) -> Mixture:
+        """The same mixture, using only the documents where `keep` (documents,) is true."""
         return Mixture(self.caches, self.sources, self.seed, keep, self.folder)
 
-    def worked_out(self, key: list, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of `make`, which follow from these documents and their sources, the seed and the key: memory-mapped where
-        an earlier run has made them."""
+    def load_or_compute(self, key: list, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays that `compute` returns, memory-mapped from `folder` if an earlier run has saved them.
+
+        They may depend only on the documents, their sources, the seed and the key: a hash of these names the cache folder.
+        """
         if self.folder is None:
-            return make()
-        decides = [[c.content_hash, s.epochs, s.weight] for c, s in zip(self.caches, self.sources, strict=True)]
-        folder = self.folder / hashlib.sha256(json.dumps([decides, self.seed, key]).encode()).hexdigest()[:24]
+            return compute()
+        sources = [[c.content_hash, s.epochs, s.weight] for c, s in zip(self.caches, self.sources, strict=True)]
+        folder = self.folder / hashlib.sha256(json.dumps([sources, self.seed, key]).encode()).hexdigest()[:24]
         if not folder.is_dir():
-            made = make()
-            make_folder(folder, lambda scratch: [np.save(scratch / f"{name}.npy", array) for name, array in made.items()])
+            arrays = compute()
+
+            def save(scratch: Path) -> None:
+                for name, array in arrays.items():
+                    np.save(scratch / f"{name}.npy", array)
+
+            make_folder(folder, save)
         return {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, loss_mask) of document i."""
-        source = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.caches[source][i - self.starts[source]]
+        cache, at = self._find(i)
+        return cache[at]
 
     def release(self) -> None:
-        """Keep nothing of what was read in this process's memory."""
+        """Drop the pages that were read from this process's memory, see TokenizedSource.release."""
         for cache in self.caches:
             cache.release()
 
     def describe(self, i: int) -> str:
-        """`source row number` of document i, for messages."""
+        """Source and record of document i for messages, as `<source> row <index>`."""
+        cache, at = self._find(i)
+        return f"{cache.name} row {cache.record_indices[at]}"
+
+    def _find(self, i: int) -> tuple[TokenizedSource, int]:
+        """(source of document i, its index in that source)."""
         source = int(np.searchsorted(self.starts, i, side="right")) - 1
-        cache = self.caches[source]
-        return f"{cache.name} row {cache.rows[i - self.starts[source]]}"
+        return self.caches[source], i - int(self.starts[source])
 
     def _order(self, epoch: int) -> np.ndarray:
-        """(epoch_size,) document numbers in the order of this epoch."""
+        """(epoch_size,) int64: document indices in the order of this epoch."""
         rng = np.random.default_rng([self.seed, epoch])
         drawn = []
         for source, count in self.counts.items():

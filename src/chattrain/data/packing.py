@@ -1,6 +1,6 @@
-"""Rows out of documents, as pure functions on arrays.
+"""Documents to rows, as pure functions on arrays.
 
-T tokens a row. Targets are shifted: targets[t] is the token after inputs[t], or IGNORE_INDEX where it carries no loss.
+B rows, T tokens a row. Targets are shifted: targets[t] is the token after inputs[t], or IGNORE_INDEX if it carries no loss.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 IGNORE_INDEX = -1
-WIDTH_UNIT = 8  # tokens; widths of padded rows are multiples of it
+WIDTH_UNIT = 8  # tokens; padded rows are multiples of 8 wide, which suits the matrix products of a GPU
 
 
 def shift(ids: np.ndarray, loss_mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of one stretch of tokens; with a loss mask, unsupervised targets are ignored.
+    """(inputs, targets), int64, of consecutive tokens. With a loss mask, unsupervised targets are IGNORE_INDEX.
 
     >>> shift(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1]))
     (array([5, 6, 7]), array([-1,  7,  8]))
@@ -26,30 +26,30 @@ def shift(ids: np.ndarray, loss_mask: np.ndarray | None = None) -> tuple[np.ndar
     return ids[:-1], targets
 
 
-def stretch(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Which documents tokens start to stop of a stream come from, as (document, from, to) within each.
+def slice_stream(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """Tokens start to stop of a stream, as slices (document, begin, end) of the documents that it is made of.
 
-    `ends` (documents,) are the cumulative lengths of the documents in the order of the stream.
+    `ends` (documents,): cumulative lengths of the documents in the order of the stream.
 
-    >>> stretch(np.array([3, 5, 9]), 2, 7)
+    >>> slice_stream(np.array([3, 5, 9]), 2, 7)
     [(0, 2, 3), (1, 0, 2), (2, 0, 2)]
     """
-    out = []
+    slices = []
     i = int(np.searchsorted(ends, start, side="right"))
     while start < stop and i < len(ends):
-        begin = int(ends[i - 1]) if i else 0
-        upto = min(stop, int(ends[i]))
-        out.append((i, start - begin, upto - begin))
-        start, i = upto, i + 1
-    return out
+        offset = int(ends[i - 1]) if i else 0
+        end = min(stop, int(ends[i]))
+        slices.append((i, start - offset, end - offset))
+        start, i = end, i + 1
+    return slices
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """(items,) the row that each item goes to. Sizes are from 1 to the capacity.
+    """(items,) int64: the index of the row that each item is packed into. Sizes are from 1 to `capacity`.
 
-    A row begins with the largest item that is left and takes the largest that fits, until one or two items fill it exactly,
-    which best-fit decreasing would find by chance only. It is closed when nothing that is left fits. Of equal sizes the
-    first item comes first; rows are numbered from 0.
+    A row starts with the largest remaining item and keeps taking the largest item that fits. As soon as one or two items fill
+    it exactly, it takes those: plain best-fit decreasing finds exact fits only by chance. A row is closed when no remaining
+    item fits. Items of equal size are taken in their order.
 
     >>> best_fit(np.array([3, 5, 2, 4, 1]), 6)
     array([2, 0, 1, 1, 0])
@@ -57,44 +57,44 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     by_size = np.argsort(sizes, kind="stable")
     counts = np.bincount(sizes, minlength=capacity + 1)
     ends = np.cumsum(counts)
-    rows = np.empty(len(sizes), dtype=np.int64)
-    there = counts > 0  # (capacity + 1,) sizes that are left
-    row, free, left = 0, capacity, len(sizes)
-    while left:
-        taken = _fill(there, counts, free) or _largest(there, free)
-        if not taken:
+    row_of = np.empty(len(sizes), dtype=np.int64)
+    available = counts > 0  # (capacity + 1,) bool: does any remaining item have this size?
+    row, free, remaining = 0, capacity, len(sizes)
+    while remaining:
+        chosen = _exact_fit(available, counts, free) or _largest_fit(available, free)
+        if not chosen:
             row, free = row + 1, capacity
-        for size in taken:
-            rows[by_size[ends[size] - counts[size]]] = row
+        for size in chosen:
+            row_of[by_size[ends[size] - counts[size]]] = row
             counts[size] -= 1
-            there[size] = counts[size] > 0
-            free, left = free - size, left - 1
-    return rows
+            available[size] = counts[size] > 0
+            free, remaining = free - size, remaining - 1
+    return row_of
 
 
-def _fill(there: np.ndarray, counts: np.ndarray, free: int) -> list[int]:
-    """One or two sizes that are left and fill what is free exactly, the largest possible; [] where there are none."""
-    if not free or there[free]:
+def _exact_fit(available: np.ndarray, counts: np.ndarray, free: int) -> list[int]:
+    """One or two available sizes whose sum is exactly `free`, with the largest possible first; [] if there are none."""
+    if not free or available[free]:
         return [free] if free else []
-    pairs = np.flatnonzero(there[1:free] & there[free - 1 : 0 : -1]) + 1
-    for size in pairs[::-1].tolist():  # of a size and its partner, the larger comes first
+    pairs = np.flatnonzero(available[1:free] & available[free - 1 : 0 : -1]) + 1
+    for size in pairs[::-1].tolist():  # each pair is found from both sides; reversed, the larger size comes first
         if 2 * size != free or counts[size] > 1:
             return [size, free - size]
     return []
 
 
-def _largest(there: np.ndarray, free: int) -> list[int]:
-    """The largest size that is left and fits; [] where there is none."""
-    size = free - int(there[free::-1].argmax())
-    return [size] if there[size] else []
+def _largest_fit(available: np.ndarray, free: int) -> list[int]:
+    """The largest available size up to `free`; [] if there is none."""
+    size = free - int(available[free::-1].argmax())
+    return [size] if available[size] else []
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents of each row of an epoch: row r has documents[ends[r] : ends[r + 1]]."""
+    """The documents of each row of an epoch: row r has documents[ends[r] : ends[r + 1]]."""
 
-    documents: np.ndarray
-    ends: np.ndarray
+    documents: np.ndarray  # (documents,) int64, indices in the mixture
+    ends: np.ndarray  # (rows + 1,) int64, from 0
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -104,7 +104,8 @@ class Rows:
 
 
 def positions_of(sizes: list[int], width: int) -> np.ndarray:
-    """(width,) each token's place in its document, for documents of these sizes in a row; what is left over is one more.
+    """(width,): the position of each token in its document, in a row of documents of these sizes. The padding after them is
+    one more document.
 
     >>> positions_of([3, 2], 7)
     array([0, 1, 2, 0, 1, 0, 1])
@@ -113,9 +114,9 @@ def positions_of(sizes: list[int], width: int) -> np.ndarray:
 
 
 def cu_seqlens_of(positions: np.ndarray, unit: int = 64) -> np.ndarray:
-    """(documents + 1,) int32: where the documents of these positions (B, T) begin in the flattened rows, and their end.
+    """(documents + 1,) int32: where each document of positions (B, T) starts in the flattened rows, then B x T.
 
-    Filled up with empty documents to a multiple of `unit`, so that torch.compile meets few sizes.
+    Empty documents are appended until the length is 1 + a multiple of `unit`, so that torch.compile sees few sizes.
 
     >>> cu_seqlens_of(np.array([[0, 1, 0], [0, 1, 2]]), unit=4)
     array([0, 2, 3, 6, 6], dtype=int32)
@@ -125,7 +126,7 @@ def cu_seqlens_of(positions: np.ndarray, unit: int = 64) -> np.ndarray:
 
 
 def padded_width(length: int, seq_len: int) -> int:
-    """The width that rows of up to `length` tokens are padded to: a multiple of 8, which the products of a GPU want, or seq_len.
+    """The width that rows of up to `length` tokens are padded to: the next multiple of WIDTH_UNIT, at most seq_len.
 
     >>> [padded_width(n, 200) for n in (1, 33, 64, 197)]
     [8, 40, 64, 200]
@@ -133,31 +134,33 @@ def padded_width(length: int, seq_len: int) -> int:
     return min(-(-max(length, 1) // WIDTH_UNIT) * WIDTH_UNIT, seq_len)
 
 
-def split(widths: np.ndarray, most_rows: int, pass_cost: float) -> list[int]:
-    """How many rows each micro-batch gets of rows in ascending order of their widths, at most `most_rows`.
+def micro_batch_sizes(widths: np.ndarray, most_rows: int, pass_cost: float) -> list[int]:
+    """Split rows, sorted by ascending width, into micro-batches of at most `most_rows`. Returns the rows of each.
 
-    The split with the fewest tokens, padding included, where a micro-batch itself costs as much as `pass_cost` tokens. A row is
-    alone only where it must be: torch.compile compiles anew for a size of 1.
+    Dynamic programming finds the split with the least cost: tokens, padding included, and `pass_cost` tokens for each
+    micro-batch. A micro-batch of a single row is avoided where possible, because torch.compile recompiles for a size of 1.
 
-    >>> split(np.array([8, 8, 8, 64, 72]), most_rows=4, pass_cost=20)
+    >>> micro_batch_sizes(np.array([8, 8, 8, 64, 72]), most_rows=4, pass_cost=20)
     [3, 2]
     """
-    least, begin = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=np.int64)
-    alone = float(widths.sum()) + pass_cost * len(widths) if most_rows > 1 else 0.0
+    # Of the first n rows: the least cost, and the first row of the last micro-batch.
+    least_cost, first_row = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=np.int64)
+    single_row_cost = float(widths.sum()) + pass_cost * len(widths) if most_rows > 1 else 0.0  # more than any split costs
     for end in range(1, len(widths) + 1):
         begins = np.arange(max(0, end - most_rows), end)
-        costs = least[begins] + (end - begins) * float(widths[end - 1]) + pass_cost + alone * (end - begins == 1)
-        begin[end] = begins[costs.argmin()]
-        least[end] = costs.min()
+        costs = least_cost[begins] + (end - begins) * float(widths[end - 1]) + pass_cost
+        costs += single_row_cost * (end - begins == 1)
+        first_row[end] = begins[costs.argmin()]
+        least_cost[end] = costs.min()
     counts, end = [], len(widths)
     while end:
-        counts.append(int(end - begin[end]))
-        end = begin[end]
+        counts.append(int(end - first_row[end]))
+        end = first_row[end]
     return counts[::-1]
 
 
 def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, width) inputs filled up with pad_id and targets filled up with IGNORE_INDEX.
+    """(inputs, targets), each (B, width) int64, padded with pad_id and with IGNORE_INDEX. Raises ValueError for a longer row.
 
     >>> inputs, targets = pad_rows([(np.array([1, 2]), np.array([2, 3])), (np.array([4]), np.array([5]))], 3, pad_id=9)
     >>> inputs.tolist(), targets.tolist()

@@ -1,28 +1,43 @@
-"""Where rows come from: hub names, local files and folders (through `datasets`), and the generated tasks."""
+"""Sources of records: names on the Hugging Face hub, local files and folders, generated tasks.
+
+A record is what a source holds, as a dict: a conversation, a question, a text. Messages for users call it a row.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from chattrain.data.config import SourceConfig
+from chattrain.config.data import SourceConfig
 from chattrain.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl", ".json": "jsonl"}
 GENERATE = "generate:"
-HOLD_OUT_EVERY = 20  # documents, where one source serves training and validation
-LIMIT_SEED = 42  # a limit takes the first rows of this shuffle, as nanochat does
+HOLD_OUT_EVERY = 20  # every 20th record is held out for validation where one source serves both (`part`)
+LIMIT_SEED = 42  # seed of the shuffle whose first records a limit takes, as in nanochat
 
 
-class Rows:
-    """Rows of one source that were asked for: `len`, and `read(i, j)` gives rows i to j as (row number, dict)."""
+class Table(Protocol):
+    """All records of a source, by index."""
 
-    def __init__(self, table: Sequence, indices: np.ndarray | None = None):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> dict: ...
+
+
+class Records:
+    """The selected records of one source. `indices` (records,) int64: their indices in the table; None: all of it."""
+
+    def __init__(self, table: Table, indices: np.ndarray | None = None):
         self.table = table
         self.indices = np.arange(len(table)) if indices is None else indices
 
@@ -30,51 +45,57 @@ class Rows:
         return len(self.indices)
 
     def read(self, start: int, stop: int) -> Iterator[tuple[int, dict]]:
+        """Selected records start to stop, each as (index in the table, record)."""
         for i in self.indices[start:stop]:
             yield int(i), self.table[int(i)]
 
 
-def open_rows(name: str, source: SourceConfig, cache_dir: Path) -> Rows:
-    """Open a source. Raises UserError where it is missing, empty, of an unknown kind, or cannot be loaded."""
+def open_records(name: str, source: SourceConfig, cache_dir: Path) -> Records:
+    """Open a source and select its `part` and `limit`. Raises UserError if it is missing, empty, of an unknown format, or
+    cannot be loaded."""
     if source.path.startswith(GENERATE):
-        table = _generated(source)
+        table = _generate(source)
     elif _is_local(name, source):
-        table = _local(name, _files(source), cache_dir)
+        table = _load_local(name, _files(source), cache_dir)
     else:
-        table = _hub(name, source, cache_dir)
+        table = _load_from_hub(name, source, cache_dir)
     if not len(table):
         raise UserError(f"data source {name} ({source.path}) is empty; name one with rows")
     indices = np.arange(len(table))
-    if source.part is not None:  # before the limit, so that what is held out is the same whatever the limits
+    if source.part is not None:  # before the limit, so that the limit does not change which records are held out
         held_out = np.arange(len(indices)) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         indices = indices[held_out if source.part == "val" else ~held_out]
         if not len(indices):
-            raise UserError(f"data source {name} ({source.path}) has {len(table)} rows, too few to keep every "
-                            f"{HOLD_OUT_EVERY}th for validation; give data.val_path")
+            raise UserError(
+                f"data source {name} ({source.path}) has {len(table)} rows, too few to keep every "
+                f"{HOLD_OUT_EVERY}th for validation; give data.val_path"
+            )
     if source.limit is not None and source.limit < len(indices) and not source.path.startswith(GENERATE):
         indices = np.random.default_rng(LIMIT_SEED).permutation(indices)[: source.limit]
-    return Rows(table, indices)
+    return Records(table, indices)
 
 
 def identity(name: str, source: SourceConfig, cache_dir: Path) -> list:
-    """What tells this source's rows from any other's, without reading them: part of the cache's key."""
+    """What the source's records depend on, without reading them: paths, sizes and times of its files. Part of the cache key."""
     if source.path.startswith(GENERATE):
         from chattrain.tasks.generated import GENERATOR_VERSION
 
-        words = _stamps([_word_list(source)]) if source.words else None
+        words = _stamps([_word_list(source.words)]) if source.words else None
         return [source.path, source.split, GENERATOR_VERSION, words, list(sys.version_info[:3])]
     if _is_local(name, source):
         return _stamps(_files(source))
-    files = [Path(f["filename"]) for f in _hub(name, source, cache_dir).cache_files]
+    files = [Path(f["filename"]) for f in _load_from_hub(name, source, cache_dir).cache_files]
     return [source.path, source.subset, source.split, _stamps(files)]
 
 
 def _stamps(files: list[Path]) -> list:
+    """[path, bytes, time of the last change in ns] of each file."""
     return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def _is_local(name: str, source: SourceConfig) -> bool:
-    """Raises UserError for what looks like a path and is not there."""
+    """Whether `path` exists on this machine; else it is a name on the hub. Raises UserError if it looks like a path and does
+    not exist."""
     path = Path(source.path).expanduser()
     if path.exists():
         return True
@@ -84,52 +105,55 @@ def _is_local(name: str, source: SourceConfig) -> bool:
 
 
 def _files(source: SourceConfig) -> list[Path]:
+    """The files of a local source. Raises UserError if a folder has none for the split."""
     path = Path(source.path).expanduser()
-    if _is_saved(path):
+    if _is_saved_dataset(path):
         return sorted(f for f in path.iterdir() if f.is_file())
     return [path] if path.is_file() else find_split(path, source.subset, source.split)
 
 
-def _word_list(source: SourceConfig) -> Path:
-    words = Path(source.words).expanduser()
-    if not words.is_file():
-        raise UserError(f"no word list {source.words}; give a text file with one word a line")
-    return words
+def _word_list(words: str) -> Path:
+    file = Path(words).expanduser()
+    if not file.is_file():
+        raise UserError(f"no word list {words}; give a text file with one word a line")
+    return file
 
 
-def _generated(source: SourceConfig) -> Sequence:
+def _generate(source: SourceConfig) -> list[dict]:
     from chattrain.tasks import generated
 
-    words = str(_word_list(source)) if source.words else None
+    words = str(_word_list(source.words)) if source.words else None
     try:
-        return generated.rows(source.path.removeprefix(GENERATE), source.split, source.limit, words)
+        return generated.records(source.path.removeprefix(GENERATE), source.split, source.limit, words)
     except ValueError as error:
         raise UserError(f"{source.path}: {error}") from error
 
 
-def _is_saved(path: Path) -> bool:
-    """A folder that `Dataset.save_to_disk` made."""
+def _is_saved_dataset(path: Path) -> bool:
+    """Whether the folder was written by `Dataset.save_to_disk`."""
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
-def _local(name: str, files: list[Path], cache_dir: Path) -> Sequence:
-    if _is_saved(files[0].parent) and len(files) > 1:
+def _load_local(name: str, files: list[Path], cache_dir: Path) -> Table:
+    if _is_saved_dataset(files[0].parent) and len(files) > 1:
         import datasets
 
-        return datasets.load_from_disk(str(files[0].parent))
-    kinds = {BUILDERS.get(f.suffix) for f in files}
-    if None in kinds or len(kinds) > 1:
-        raise UserError(f"data source {name}: {files[0]} is of no kind that can be read; "
-                        f"known are {', '.join(BUILDERS)} (one kind a source)")
-    if kinds == {"jsonl"}:
+        return cast("Dataset", datasets.load_from_disk(str(files[0].parent)))
+    builders = {BUILDERS.get(f.suffix) for f in files}
+    builder = builders.pop()
+    if builder is None or builders:
+        raise UserError(
+            f"data source {name}: {files[0]} cannot be read; known formats are {', '.join(BUILDERS)} (one kind a source)"
+        )
+    if builder == "jsonl":
         return JsonLines(files)
-    if kinds == {"parquet"} and not _parquet_rows(files):
+    if builder == "parquet" and not _num_parquet_rows(files):
         return []
-    return _load_dataset(name, kinds.pop(), cache_dir, data_files=[str(f) for f in files], split="train")
+    return _load_dataset(name, builder, cache_dir, data_files=[str(f) for f in files], split="train")
 
 
-def _parquet_rows(files: list[Path]) -> int:
-    """Rows in all files, or 1 where a file cannot be read: the library then says why."""
+def _num_parquet_rows(files: list[Path]) -> int:
+    """Rows in all files; 1 if a file cannot be read, so that `datasets` opens it and its error says why."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -138,54 +162,58 @@ def _parquet_rows(files: list[Path]) -> int:
         return 1
 
 
-def _hub(name: str, source: SourceConfig, cache_dir: Path):
+def _load_from_hub(name: str, source: SourceConfig, cache_dir: Path) -> Dataset:
     return _load_dataset(name, source.path, cache_dir, subset=source.subset, split=source.split)
 
 
-def _load_dataset(name: str, path: str, cache_dir: Path, subset: str | None = None, **arguments):
+def _load_dataset(name: str, path: str, cache_dir: Path, subset: str | None = None, **arguments: Any) -> Dataset:
+    """One split, through the library `datasets`. Raises UserError if it cannot be loaded."""
     import datasets
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what they end in is said below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warnings for retries; the error below says how they ended
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, subset, cache_dir=str(cache_dir / "datasets"), **arguments)
-    except Exception as error:  # the library raises a dozen kinds; each means that the data cannot be had
+    except Exception as error:  # the library raises many types of error; all of them mean that the data cannot be loaded
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = arguments.get("data_files", [path])[0]
-        raise UserError(f"data source {name}: cannot load {where}: {reason}; check the name and the network, "
-                        "or give a local file or folder") from error
+        first = arguments.get("data_files", [path])[0]
+        raise UserError(
+            f"data source {name}: cannot load {first}: {reason}; check the name and the network, or give a local file or folder"
+        ) from error
 
 
 def find_split(folder: Path, subset: str | None, split: str) -> list[Path]:
-    """Data files of one split in a folder that is laid out as on the hub, or that just holds files.
+    """The data files of one split, in a folder with the hub's file layout or in one that just holds files.
 
-    Looked for in <folder>/<subset> and <folder>: `<split>.parquet`, `<split>-00000-of-00001.parquet`, the same in
-    `data/`, any file in `<split>/`; and where no file is named after a split, all files (for `train`).
+    Searches <folder>/<subset>, then <folder>, for `<split>.parquet`, `<split>-00000-of-00001.parquet`, the same names in
+    `data/`, and any file in `<split>/`. Then searches each subfolder, if no subset is given. If no file is named after a
+    split, `train` takes all files. Raises UserError if there is no such split or subset, or if several subfolders have one.
     """
     roots = [folder / subset, folder] if subset and (folder / subset).is_dir() else [folder]
     if subset and len(roots) == 1 and subset not in ("all", "main", "default"):
         raise UserError(f"{folder} has no folder {subset}; it holds {_listing(folder)}")
     for root in roots:
-        if found := _files_of_split(root, split):
-            return found
-    inside = {r: _files_of_split(r, split) for r in sorted(folder.iterdir()) if r.is_dir() and not subset}
-    inside = {r: found for r, found in inside.items() if found}
-    if len(inside) == 1:
-        return next(iter(inside.values()))
-    if inside:
-        raise UserError(f"{folder} has several data sets: {', '.join(r.name for r in inside)}; name one of these folders")
-    loose = sorted(f for f in folder.iterdir() if f.suffix in BUILDERS)
-    named = [f for f in loose if f.name.startswith(("train", "test", "val", "dev"))]
-    if split == "train" and loose and not named:
-        return loose
+        if files := _files_of_split(root, split):
+            return files
+    by_subfolder = {r: _files_of_split(r, split) for r in sorted(folder.iterdir()) if r.is_dir() and not subset}
+    by_subfolder = {r: files for r, files in by_subfolder.items() if files}
+    if len(by_subfolder) == 1:
+        return next(iter(by_subfolder.values()))
+    if by_subfolder:
+        names = ", ".join(r.name for r in by_subfolder)
+        raise UserError(f"{folder} has several data sets: {names}; name one of these folders")
+    files = sorted(f for f in folder.iterdir() if f.suffix in BUILDERS)
+    named_after_split = [f for f in files if f.name.startswith(("train", "test", "val", "dev"))]
+    if split == "train" and files and not named_after_split:
+        return files
     raise UserError(f"{folder} has no {split} split; it holds {_listing(folder)}. Name the file itself")
 
 
 def _files_of_split(root: Path, split: str) -> list[Path]:
     for pattern in (f"{split}.*", f"{split}-*", f"data/{split}[.-]*", f"{split}/*"):
-        if found := sorted(f for f in root.glob(pattern) if f.suffix in BUILDERS):
-            return found
+        if files := sorted(f for f in root.glob(pattern) if f.suffix in BUILDERS):
+            return files
     return []
 
 
@@ -194,10 +222,10 @@ def _listing(folder: Path) -> str:
 
 
 class JsonLines:
-    """Rows of JSON Lines files, read where they lie.
+    """The records of JSON Lines files, read from the files on access; only byte offsets are kept in memory.
 
-    Not through Arrow: a column there has one type, and a conversation's content may be a string in one row and a list
-    of parts in the next. A line that is a bare list is taken as a conversation's messages.
+    Arrow is not used because each of its columns has one type, while a conversation's content may be a string in one record and
+    a list of parts in the next. A line that is a bare list is read as the messages of a conversation.
     """
 
     def __init__(self, files: list[Path]):
@@ -220,11 +248,11 @@ class JsonLines:
             stream.seek(offset)
             line = stream.readline()
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{self.files[f]} line {number} is not JSON: {error}") from error
-        if isinstance(row, list):
-            return {"messages": row}
-        if not isinstance(row, dict):
-            raise UserError(f"{self.files[f]} line {number} holds {type(row).__name__}, not an object")
-        return row
+        if isinstance(record, list):
+            return {"messages": record}
+        if not isinstance(record, dict):
+            raise UserError(f"{self.files[f]} line {number} holds {type(record).__name__}, not an object")
+        return record

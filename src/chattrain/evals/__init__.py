@@ -1,1 +1,1 @@
-"""Measurements of a model: validation loss and bits per byte, multiple-choice accuracy. The same on any number of ranks."""
+"""Evaluations of a model: validation loss, bits per byte, multiple-choice accuracy. All are the same on any number of ranks."""

@@ -1,7 +1,8 @@
-"""Accuracy on lettered questions: which letter does the model find likeliest at the answer's place?
+"""Accuracy on multiple-choice questions: which letter is likeliest as the answer's first token?
 
-Only the letters of the question compete, and only at the answer position, so the head is computed for them alone. Questions
-of like length share a pass, which is as wide as its longest. The prompt is `chat.py`'s, up to and with `<|assistant_start|>`.
+Only the logits of the question's letters at the answer position are compared, so the head is computed for them only. Questions of
+similar length share a forward pass, which is as wide as its longest question. The prompt is rendered by `chat`, up to and
+including `<|assistant_start|>`.
 """
 
 from __future__ import annotations
@@ -12,40 +13,43 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from chattrain.chat import Malformed, render_choices
 from chattrain.data.packing import pad_rows
-from chattrain.data.sources import Rows
-from chattrain.distributed import Ranks
+from chattrain.data.sources import Records
 from chattrain.errors import UserError
+from chattrain.model.causal_lm import CausalLM
+from chattrain.parallel.ranks import Ranks
 from chattrain.tasks import multiple_choice
-from chattrain.tokenizer import Tokenizer
+from chattrain.tokenizer import AnyTokenizer
 
 
 class Question(NamedTuple):
-    ids: list[int]  # the prompt
-    letter_ids: list[int]  # token of each choice's letter
-    answer: int  # index of the right choice
+    ids: list[int]  # token ids of the prompt
+    letter_ids: list[int]  # token id of each choice's letter
+    answer: int  # index of the correct choice
 
 
-def questions(name: str, rows: Rows, tokenizer: Tokenizer) -> list[Question]:
-    """The rows as questions. Raises UserError with the row where one does not fit."""
+def questions(name: str, records: Records, tokenizer: AnyTokenizer) -> list[Question]:
+    """The records of a question set as questions. Raises UserError that names the first record that is no question."""
     out = []
-    for number, row in rows.read(0, len(rows)):
+    for number, record in records.read(0, len(records)):
         try:
-            _, _, letters, answer = multiple_choice.question(row)
-            ids, tokens = render_choices(multiple_choice.conversation(row), letters, tokenizer)
+            _, _, letters, answer = multiple_choice.question(record)
+            ids, tokens = render_choices(multiple_choice.conversation(record), letters, tokenizer)
         except (KeyError, ValueError, TypeError, Malformed) as error:
-            raise UserError(f"question set {name}, row {number}: {error!r}; a row needs question, choices and "
-                            "answer (or answerKey)") from error
+            raise UserError(
+                f"question set {name}, row {number}: {error!r}; a row needs question, choices and answer (or answerKey)"
+            ) from error
         out.append(Question(ids, tokens, answer))
     return out
 
 
 def passes(sizes: list[int], capacity: int) -> list[tuple[int, int]]:
-    """(start, stop) of the items of each pass. `sizes` fall; a pass is as wide as its first item, and its items times its
-    width are at most the capacity, or it is one item. So passes cost about the same, which shares them evenly among ranks.
+    """Split items of descending sizes into passes: (start, stop) of each.
+
+    A pass is as wide as its first item. Its number of items times its width is at most the capacity, unless it is a single item.
+    So all passes cost about the same, and ranks get equal work.
 
     >>> passes([9, 4, 4, 3, 2, 2], 8)
     [(0, 1), (1, 3), (3, 5), (5, 6)]
@@ -58,40 +62,41 @@ def passes(sizes: list[int], capacity: int) -> list[tuple[int, int]]:
 
 
 class MultipleChoice:
-    """eval/<name>_acc: share of questions of one set whose right letter has the highest logit (ties: the first).
+    """eval/<name>_acc: fraction of a set's questions whose correct letter has the highest logit (ties: the first letter).
 
-    A pass holds as many tokens as `batch_size` questions of average length.
+    A forward pass holds as many tokens as `batch_size` questions of average length.
     """
 
-    def __init__(self, name: str, asked: list[Question], batch_size: int, pad_id: int, device: torch.device, ranks: Ranks):
+    def __init__(self, name: str, questions: list[Question], batch_size: int, pad_id: int, device: torch.device, ranks: Ranks):
         self.name, self.pad_id, self.device, self.ranks = name, pad_id, device, ranks
-        self.questions = sorted(asked, key=lambda q: -len(q.ids))
+        self.questions = sorted(questions, key=lambda q: -len(q.ids))
         sizes = [len(q.ids) for q in self.questions]
         self.passes = passes(sizes, batch_size * sum(sizes) // len(sizes))
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, autocast: AbstractContextManager) -> dict[str, float]:
-        right, ranks = 0, self.ranks
-        # Weights that are sharded over ranks come together in every pass, so all ranks have as many.
-        idle = [self.passes[-1]] * (-len(self.passes) % ranks.world_size)
+    def __call__(self, model: CausalLM, autocast: AbstractContextManager) -> dict[str, float]:
+        """Accuracy over all ranks, by the metric's name."""
+        correct, ranks = 0, self.ranks
+        # Every pass gathers sharded weights, so all ranks must run equally many: repeats of the last pass are not counted.
+        repeats = [self.passes[-1]] * (-len(self.passes) % ranks.world_size)
         with autocast:  # around all passes, so that weights are cast once
-            for number, (start, stop) in enumerate([*self.passes, *idle]):
+            for number, (start, stop) in enumerate([*self.passes, *repeats]):
                 if number % ranks.world_size == ranks.rank:
-                    counts = number < len(self.passes)
-                    right += self._right(model, self.questions[start:stop]) * counts
-        (right,) = self.ranks.sum([right])
-        return {f"eval/{self.name}_acc": right / len(self.questions)}
+                    counted = number < len(self.passes)
+                    correct += self._num_correct(model, self.questions[start:stop]) * counted
+        (total,) = self.ranks.sum([correct])
+        return {f"eval/{self.name}_acc": total / len(self.questions)}
 
-    def _right(self, model: nn.Module, batch: list[Question]) -> int:
-        """Right answers in a batch of B questions, of at most L choices."""
+    def _num_correct(self, model: CausalLM, batch: list[Question]) -> int:
+        """Number of correct answers in a batch of B questions with at most L choices."""
         width = max(len(q.ids) for q in batch)
         empty = np.empty(0, np.int64)
         inputs, _ = pad_rows([(np.array(q.ids), empty) for q in batch], width, self.pad_id)
         last = torch.tensor([len(q.ids) - 1 for q in batch], device=self.device)
         L = max(len(q.letter_ids) for q in batch)
         letters = torch.tensor([q.letter_ids + [0] * (L - len(q.letter_ids)) for q in batch], device=self.device)
-        there = torch.tensor([[i < len(q.letter_ids) for i in range(L)] for q in batch], device=self.device)
+        exists = torch.tensor([[i < len(q.letter_ids) for i in range(L)] for q in batch], device=self.device)
         logits = model.choice_logits(torch.from_numpy(inputs).to(self.device), last, letters)
-        logits = logits.masked_fill(~there, float("-inf"))
+        logits = logits.masked_fill(~exists, float("-inf"))
         answers = torch.tensor([q.answer for q in batch], device=self.device)
         return int((logits.argmax(dim=1) == answers).sum())

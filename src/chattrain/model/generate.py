@@ -1,7 +1,7 @@
-"""Replies, token by token, with a key-value cache; several prompts at once.
+"""Generation of replies, token by token, with a key-value cache; several prompts at once.
 
-Shorter prompts are padded at the left, and no token sees padding, so that the next token of all stands in one column. A reply
-is the same alone and in any company, to rounding: each row draws from a generator of its own.
+Shorter prompts are padded on the left, so that the next token of every row is in the same column; no token attends to padding.
+Each row draws from its own generator, so a reply is the same, to rounding, whichever prompts share its batch.
 """
 
 from __future__ import annotations
@@ -9,22 +9,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+
+from chattrain.model.causal_lm import CausalLM
 
 
-def generate(model: nn.Module, prompt: list[int], max_tokens: int, stop_ids: set[int], temperature: float = 0.0,
-             top_k: int | None = None, seed: int = 0) -> Iterator[int]:
-    """Token ids after the prompt until a stop id (which is not yielded) or `max_tokens`.
+def generate(
+    model: CausalLM,
+    prompt: list[int],
+    max_tokens: int,
+    stop_ids: set[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield the token ids after the prompt, until a stop id (which is not yielded) or for `max_tokens` tokens.
 
-    temperature 0 takes the likeliest token; above, tokens are drawn from the top_k likeliest (None: all).
+    temperature 0 takes the likeliest token; otherwise tokens are drawn from the top_k likeliest (None: all).
     """
     for (token,) in _columns(model, [prompt], max_tokens, stop_ids, temperature, top_k, seed):
-        yield token
+        if token is not None:  # a single reply has not ended while there are columns
+            yield token
 
 
-def generate_batch(model: nn.Module, prompts: list[list[int]], max_tokens: int, stop_ids: set[int], temperature: float = 0.0,
-                   top_k: int | None = None, seed: int = 0) -> list[list[int]]:
-    """What `generate` yields for each prompt alone, computed together; the prompts may differ in length."""
+def generate_batch(
+    model: CausalLM,
+    prompts: list[list[int]],
+    max_tokens: int,
+    stop_ids: set[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The reply to each prompt, as `generate` yields it, computed together. The prompts may differ in length."""
     replies: list[list[int]] = [[] for _ in prompts]
     if prompts:
         for column in _columns(model, prompts, max_tokens, stop_ids, temperature, top_k, seed):
@@ -35,9 +51,16 @@ def generate_batch(model: nn.Module, prompts: list[list[int]], max_tokens: int, 
 
 
 @torch.inference_mode()
-def _columns(model: nn.Module, prompts: list[list[int]], max_tokens: int, stop_ids: set[int], temperature: float,
-             top_k: int | None, seed: int) -> Iterator[list[int | None]]:
-    """The next token of each reply, None where the reply has ended; until all have, or have `max_tokens`."""
+def _columns(
+    model: CausalLM,
+    prompts: list[list[int]],
+    max_tokens: int,
+    stop_ids: set[int],
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> Iterator[list[int | None]]:
+    """Yield the next token of each reply, None where it has ended, until all have ended or have `max_tokens` tokens."""
     device = next(model.parameters()).device
     generators = [torch.Generator(device=device).manual_seed(seed) for _ in prompts]
     width = max(len(prompt) for prompt in prompts)
@@ -47,15 +70,15 @@ def _columns(model: nn.Module, prompts: list[list[int]], max_tokens: int, stop_i
     ended = [False] * len(prompts)
     for _ in range(max_tokens):
         tokens = _draw(model.next_logits(inputs, cache), temperature, top_k, generators)
-        ended = [over or token in stop_ids for over, token in zip(ended, tokens, strict=True)]
+        ended = [done or token in stop_ids for done, token in zip(ended, tokens, strict=True)]
         if all(ended):
             return
-        yield [None if over else token for over, token in zip(ended, tokens, strict=True)]
+        yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
         inputs = torch.tensor(tokens, device=device)[:, None]
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_k: int | None, generators: list[torch.Generator]) -> list[int]:
-    """A token for each row of logits (B, V)."""
+    """Draw a token for each row of logits (B, V); at temperature 0 the likeliest."""
     if temperature <= 0:
         return logits.argmax(dim=1).tolist()
     if top_k is not None:

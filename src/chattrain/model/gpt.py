@@ -1,36 +1,35 @@
 """The model: nanochat's GPT of December 2025.
 
 Rotary embeddings (https://arxiv.org/abs/2104.09864), RMSNorm without parameters, on queries and keys too and after the
-embedding, squared ReLU (https://arxiv.org/abs/2109.08668), no biases, untied head, logits capped softly at 15,
+embedding, squared ReLU (https://arxiv.org/abs/2109.08668), no biases, untied head, logits with a soft cap at 15,
 grouped-query attention (https://arxiv.org/abs/2305.13245) as an option. Parameter names are nanochat's.
 
-B rows, T tokens, V vocabulary, C = n_embd channels, H heads of D channels.
+B rows, T tokens, V vocabulary, C = n_embd channels, H heads of D channels, L choices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chattrain import checkpoint
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
-from chattrain.model.attention import attention, block_attention, document_mask, has_varlen, varlen_attention
+from chattrain.model.attention import Attend, attention, choose_attention, has_varlen
+from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import compile_each
-from chattrain.model.head import summed_loss
+from chattrain.model.head import HeadSettings, head_settings, summed_loss
 from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
+from chattrain.storage.tensors import fill_model, unique_tensors
 
 ROPE_BASE = 10_000.0
 LOGIT_CAP = 15.0
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, T, H, D) to what the heads give (B, T, H, D)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -38,9 +37,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of x (B, T, H, D) by the angles of their positions; cos and sin are (T, 1, D/2).
+    """Rotate channel pairs (i, i + D/2) of x (B, T, H, D) by the angles of their positions.
 
-    They take the number format of x: bf16 under autocast, as in the reference, and exact in fp32.
+    cos and sin, (T, 1, D/2) or (B, T, 1, D/2), are cast to the dtype of x: bf16 under autocast, as in the reference.
     """
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -57,7 +56,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        return self.mix(attend(self.queries(x, cos, sin), *self.keys_and_values(x, cos, sin)))
+        return self.project(attend(self.queries(x, cos, sin), *self.keys_and_values(x, cos, sin)))
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, H, D)"""
@@ -67,8 +66,8 @@ class Attention(nn.Module):
         """(B, T, H, D) each"""
         return norm(rotate(self._heads(self.c_k(x)), cos, sin)), self._heads(self.c_v(x))
 
-    def mix(self, y: Tensor) -> Tensor:
-        """What the heads give (B, T, H, D), as (B, T, C)."""
+    def project(self, y: Tensor) -> Tensor:
+        """The output projection: (B, T, H, D) to (B, T, C)."""
         return self.c_proj(y.flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -95,43 +94,50 @@ class Block(nn.Module):
         x = x + self.attn(norm(x), cos, sin, attend)
         return x + self.mlp(norm(x))
 
-    def at(self, x: Tensor, cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
-        """What `forward` makes of the tokens at places (B,) alone, (B, C); of the others it needs keys and values only."""
+    def at(self, x: Tensor, cos: Tensor, sin: Tensor, indices: Tensor) -> Tensor:
+        """`forward`'s output (B, C) at the token indices (B,) alone. The other tokens only need keys and values."""
         k, v = self.attn.keys_and_values(norm(x), cos, sin)
-        x = x[torch.arange(len(x), device=x.device), places][:, None]  # (B, 1, C)
-        seen = torch.arange(k.size(1), device=x.device) <= places[:, None]  # (B, T)
-        q = self.attn.queries(norm(x), cos[places][:, None], sin[places][:, None])
-        x = x + self.attn.mix(attention(q, k, v, seen[:, None, None]))
+        x = x[torch.arange(len(x), device=x.device), indices][:, None]  # (B, 1, C)
+        seen = torch.arange(k.size(1), device=x.device) <= indices[:, None]  # (B, T)
+        q = self.attn.queries(norm(x), cos[indices][:, None], sin[indices][:, None])
+        x = x + self.attn.project(attention(q, k, v, seen[:, None, None]))
         return (x + self.mlp(norm(x)))[:, 0]
 
 
-class GPT(nn.Module):
+class Transformer(nn.Module):
+    """Embedding and blocks; a module of its own for nanochat's parameter names."""
+
+    def __init__(self, vocab_size: int, n_layer: int, n_embd: int, n_head: int, n_kv_head: int):
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, n_embd)
+        self.h = nn.ModuleList(Block(n_embd, n_head, n_kv_head) for _ in range(n_layer))
+
+
+class GPT(CausalLM):
     """`model(inputs, targets)` gives the loss of every target, `model(inputs)` the logits.
 
-    Sizes: n_embd is split over n_head heads; n_kv_head (null: n_head) key and value heads serve them in groups.
+    n_embd channels are split over n_head query heads, which share n_kv_head (None: n_head) key and value heads in groups.
     """
+
+    block_forward_methods: ClassVar[tuple[str, ...]] = ("at",)
 
     def __init__(self, vocab_size: int, n_layer: int, n_embd: int, n_head: int, n_kv_head: int | None = None):
         super().__init__()
         self.n_layer, self.n_head, self.n_kv_head = n_layer, n_head, n_kv_head or n_head
         self.head_dim = n_embd // n_head
         self.n_embd, self.vocab_size = n_embd, vocab_size
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(vocab_size, n_embd),
-            "h": nn.ModuleList(Block(n_embd, n_head, self.n_kv_head) for _ in range(n_layer)),
-        })
+        self.transformer = Transformer(vocab_size, n_layer, n_embd, n_head, self.n_kv_head)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.trunk, self.compiles, self.in_blocks = self.features, False, False  # see compile_trunk
-
-    files: ClassVar[dict[str, str]] = {}  # texts that a checkpoint carries beside the weights: none
+        self.trunk, self.compiles, self.use_block_attention = self.features, False, False  # see compile_trunk
+        self.head_settings: HeadSettings | None = None  # None: those of the device
+        self.files = {}
 
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
-        return checkpoint.each_once(self)
+        return unique_tensors(self)
 
     @property
     def shape(self) -> dict[str, int]:
-        """The arguments that make a model of this shape."""
+        """The arguments of a GPT of this shape."""
         return {name: getattr(self, name) for name in ("vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head")}
 
     @torch.no_grad()
@@ -146,33 +152,41 @@ class GPT(nn.Module):
                 fan_out, fan_in = p.shape
                 p.normal_(std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
 
-    def features(self, inputs: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-                 cu_seqlens: Tensor | None = None, in_blocks: bool = False) -> Tensor:
-        """(B, T) token ids to (B, T, C): what the head reads. positions (B, T): see `forward`; cu_seqlens says the same to
-        FlashAttention, which takes part under autocast on CUDA; None where there is none, see `varlen`."""
-        first = cache.length if cache is not None else 0
-        cos, sin = self._rotary(first, inputs.size(1), inputs.device)
-        mask = cache.mask(inputs.size(1)) if cache is not None else None
+    def features(
+        self,
+        inputs: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        use_block_attention: bool = False,
+    ) -> Tensor:
+        """Token ids (B, T) to the input of the head (B, T, C). Attention is within documents if positions (B, T) are given.
+
+        cu_seqlens and use_block_attention: see `choose_attention`. With a cache, inputs follow the tokens in it and are added.
+        """
+        length = inputs.size(1)
+        cos, sin = self._rotary(cache.length if cache is not None else 0, length, inputs.device)
         if positions is not None:
             cos, sin = cos[positions], sin[positions]  # (B, T, 1, D/2)
-        if in_blocks:
-            attend = partial(block_attention, positions=positions)
-        elif cu_seqlens is not None and torch.is_autocast_enabled("cuda"):
-            attend = partial(varlen_attention, cu_seqlens=cu_seqlens)
+        if cache is None:
+            attends = [choose_attention(positions, cu_seqlens, use_block_attention)] * self.n_layer
         else:
-            attend = partial(attention, mask=None if positions is None else document_mask(positions))
+            mask = cache.mask(length)
+            attends = [partial(cache.attend, layer, mask) for layer in range(self.n_layer)]
         x = norm(self.transformer.wte(inputs))
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, cos, sin, attend if cache is None else partial(cache.attend, layer, mask))
+        for block, attend in zip(self.transformer.h, attends, strict=True):
+            x = block(x, cos, sin, attend)
         if cache is not None:
-            cache.length += inputs.size(1)
+            cache.length += length
         return norm(x)
 
-    def _features_in_blocks(self, inputs: Tensor, cache: None, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        return self.features(inputs, positions=positions, in_blocks=True)
+    def _features_by_block_attention(
+        self, inputs: Tensor, cache: None, positions: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        return self.features(inputs, positions=positions, use_block_attention=True)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(..., C) to fp32 (..., V), capped softly: 15 tanh(x / 15)."""
+        """Features (..., C) to logits, fp32 (..., V), with the soft cap 15 tanh(x / 15)."""
         return soft_cap(self.lm_head(features))
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -187,65 +201,62 @@ class GPT(nn.Module):
         return losses.view(targets.shape)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum in nats of the losses of the batch's targets. The head is computed for the supervised places alone."""
+        """The sum of the losses of the batch's targets, in nats. The head is computed for supervised tokens only."""
         cu_seqlens = batch.cu_seqlens if self.varlen else None
         if self.compiles and cu_seqlens is not None:
-            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one compilation for all numbers of documents
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one compilation for any number of documents
         features = self.trunk(batch.inputs, None, batch.positions, cu_seqlens).flatten(0, 1)
+        settings = self.head_settings or head_settings(features.device.type, self.compiles)
         targets = batch.targets.flatten()
-        if batch.supervised is not None:
-            features, targets = features[batch.supervised], targets[batch.supervised]
-        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self.compiles)
+        if batch.target_indices is not None:
+            features, targets = features[batch.target_indices], targets[batch.target_indices]
+        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, settings)
 
     @property
     def varlen(self) -> bool:
-        """Is FlashAttention told where documents begin? Asked outside of what is compiled."""
+        """Does the trunk get cu_seqlens? Decided outside the compiled graph, as it asks the driver."""
         return has_varlen(self.lm_head.weight.device, self.head_dim)
 
     def checkpoint_activations(self, selective: bool) -> None:
-        """Trade time for memory, see `recompute`. Before `compile_trunk`."""
-        recompute(self.transformer.h, selective)
+        recompute(self.blocks, selective)
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """What forward runs through one after another."""
-        return list(self.transformer.h)
+    def blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.transformer.h))
 
     def compile_trunk(self, dynamic: bool, by_block: bool = False) -> None:
-        """Compile what `loss` runs. dynamic: for batches of any shape at once, else for each shape on its own. by_block: a block
-        at a time, so that between them gradients leave and weights arrive."""
-        self.in_blocks, self.compiles = self.lm_head.weight.device.type == "cpu", True
-        features = self._features_in_blocks if self.in_blocks else self.features
+        self.use_block_attention, self.compiles = self.lm_head.weight.device.type == "cpu", True
+        features = self._features_by_block_attention if self.use_block_attention else self.features
         self.trunk = features if by_block else torch.compile(features, dynamic=dynamic)
         if by_block:
             compile_each(self.blocks, dynamic)
 
     def seen(self, inputs: Tensor, cache: None, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """The trunk, for checks of it."""
         return self.trunk(inputs, cache, positions, cu_seqlens if self.varlen else None)
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
-        """Logits, fp32 (B, L), that the tokens choices (B, L) come after positions (B,) of inputs (B, T).
+        """Logits, fp32 (B, L), of the tokens choices (B, L) as successors of positions (B,) in inputs (B, T).
 
-        The head is computed for these tokens alone, and in fp32: bf16 would make ties. The last block is computed at these
-        positions alone, but for its keys and values.
+        The head is computed for these tokens only, and in fp32, as bf16 would make ties. In the last block all tokens get keys
+        and values, and only these positions the rest.
         """
         cos, sin = self._rotary(0, inputs.size(1), inputs.device)
-        *blocks, last = self.transformer.h
+        *blocks, last = self.blocks
+        attend = choose_attention(use_block_attention=self.use_block_attention)
         x = norm(self.transformer.wte(inputs))
         for block in blocks:
-            x = block(x, cos, sin, block_attention if self.in_blocks else attention)
+            x = block(x, cos, sin, attend)
         features = norm(last.at(x, cos, sin, positions))  # (B, C)
         with torch.autocast(inputs.device.type, enabled=False):
             return soft_cap(torch.einsum("bc,blc->bl", features.float(), self.lm_head.weight[choices].float()))
 
     def new_cache(self, padding: Tensor, max_tokens: int) -> KVCache:
-        """Room for max_tokens a row, of which the first padding (B,) are none of the row's own."""
-        return KVCache(self, len(padding), max_tokens, padding)
+        """An empty key-value cache of max_tokens a row; the first padding (B,) tokens of each row are padding."""
+        shape = (self.n_layer, len(padding), max_tokens, self.n_kv_head, self.head_dim)
+        return KVCache(shape, self.lm_head.weight.dtype, padding)
 
     def next_logits(self, inputs: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) of the token after inputs (B, T), which stand behind what the cache holds."""
         return self.logits(self.features(inputs, cache)[:, -1])
 
     def _rotary(self, first: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -256,20 +267,20 @@ class GPT(nn.Module):
         return angles.cos(), angles.sin()
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
+        """FLOPs of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
         matmul_weights = sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight.numel()
         return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * seq_len
 
 
 def build(vocab_size: int, start: Path | None, seed: int, **sizes: int) -> GPT:
-    """The model on the CPU, with the weights of the checkpoint `start`, or random ones that follow from the seed alone."""
+    """The model on the CPU, with the weights of the checkpoint `start`; if None, random ones that depend on the seed only."""
     with torch.device("meta"):
         model = GPT(vocab_size, **sizes)
     model.to_empty(device="cpu")
     if start is None:
         model.init_weights(torch.Generator().manual_seed(seed))
     else:
-        checkpoint.load_model(start, model)
+        fill_model(start / "model.safetensors", model)
     return model
 
 

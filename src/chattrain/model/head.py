@@ -1,56 +1,73 @@
-"""Head and loss in one, in chunks: logits of all tokens are never there at once.
+"""Head and loss in one pass, chunk by chunk, so that the logits of all tokens never exist at once.
 
-A head of V tokens on N features wants N x V logits, their exponentials and their gradients; at 4,096 tokens and a vocabulary of
-65,536 that is a gigabyte each. Here a chunk of rows goes through head, soft cap, cross-entropy and the gradients of all of them
-before the next one begins, as in Liger (https://arxiv.org/abs/2410.10989). The gradients wait for backward, which multiplies
-them by that of the sum.
+A head of V tokens on N features has N x V logits, their exponentials and their gradients; at 4,096 tokens and a vocabulary of
+65,536 each of the three takes a gigabyte. Here one chunk of rows goes through head, soft cap, cross-entropy and gradients before
+the next begins, as in Liger (https://arxiv.org/abs/2410.10989). The gradients are kept until backward, which multiplies them by
+the gradient of the sum.
 
 N tokens, C channels, V vocabulary, R rows of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits of a chunk, R x V: what a CPU's last cache holds, 1 GiB on a GPU
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits a chunk, R x V: a CPU's last-level cache; 1 GiB on a GPU
 
 
-def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, compile: bool) -> Tensor:
-    """Sum of the cross-entropies in nats, see `sum_dtype`, of features (N, C) against targets (N,), all of them token ids.
+@dataclass(frozen=True)
+class HeadSettings:
+    """How head and loss are computed. All settings give the same result, to rounding."""
 
-    Logits are cap x tanh(x / cap) of features times weight (V, C). Under autocast the matrix products are in its format.
+    chunk_elements: int  # logits a chunk, R x V
+    loss_and_gradient: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # from a chunk's logits, targets and the cap
+    dynamic: bool = False  # is that function compiled once for any number of rows?
+
+
+def head_settings(device_type: str, compiled: bool) -> HeadSettings:
+    """The settings of training on a type of device."""
+    chunk_elements = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cpu"])
+    return HeadSettings(chunk_elements, _compiled() if compiled else _loss_and_gradient, dynamic=compiled)
+
+
+def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
+    """Sum of the cross-entropies of features (N, C) against targets (N,), in nats, of dtype `sum_dtype`.
+
+    Targets are token ids; none is ignored. Logits are cap x tanh(x / cap), where x is features times weight (V, C) transposed.
+    Under autocast the matrix products are in its dtype.
     """
-    return _SummedLoss.apply(features, weight, targets, cap, compile)
+    return _SummedLoss.apply(features, weight, targets, cap, settings)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """fp64 for sums over thousands of tokens, so that they do not depend on how these are dealt to passes and ranks. MPS has
-    none."""
+    """fp64 for sums over thousands of tokens, so that they do not depend on how tokens are split over passes and ranks. MPS has
+    no fp64, so it uses fp32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, cap: float, compile: bool) -> Tensor:
+    def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
         device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, w = features.detach().to(dtype), weight.detach().to(dtype)
         total = torch.zeros((), dtype=sum_dtype(x.device), device=x.device)
         grad_x = torch.empty_like(x)
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-        chunk_of = _compiled() if compile else _loss_and_gradient
-        size = max(64, CHUNK_ELEMENTS.get(device, 1 << 22) // len(w))
+        size = max(64, settings.chunk_elements // len(w))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(x), size):
                 rows = x[start : start + size]
-                logits, wanted = rows @ w.T, targets[start : start + size]
-                if compile:
-                    for tensor in (logits, wanted):
-                        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one compilation for all numbers of rows
-                loss, grad = chunk_of(logits, wanted, cap)
+                logits, row_targets = rows @ w.T, targets[start : start + size]
+                if settings.dynamic:
+                    for tensor in (logits, row_targets):
+                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                loss, grad = settings.loss_and_gradient(logits, row_targets, cap)
                 total += loss
                 grad_x[start : start + size] = grad @ w
                 grad_w += grad.T @ rows
@@ -65,16 +82,16 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Of logits (R, V) before the cap: the summed loss, see `sum_dtype`, and its gradient on them, in their format."""
-    turned = torch.tanh(logits.float() / cap)
-    capped = turned * cap
+    """From logits (R, V) before the cap and targets (R,): the summed loss, see `sum_dtype`, and its gradient on the logits."""
+    tanh = torch.tanh(logits.float() / cap)
+    capped = tanh * cap
     log_sum = capped.logsumexp(dim=1, keepdim=True)
     loss = (log_sum[:, 0] - capped.gather(1, targets[:, None])[:, 0]).sum(dtype=sum_dtype(logits.device))
-    hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
-    grad = ((capped - log_sum).exp() - hit.float()) * (1 - turned * turned)
+    one_hot = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
+    grad = ((capped - log_sum).exp() - one_hot.float()) * (1 - tanh * tanh)
     return loss, grad.to(logits.dtype)
 
 
 @lru_cache(maxsize=1)
-def _compiled():
+def _compiled() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
     return torch.compile(_loss_and_gradient)

@@ -1,6 +1,6 @@
-"""Activation checkpointing (https://arxiv.org/abs/1604.06174): backward computes again what forward did not keep.
+"""Activation checkpointing (https://arxiv.org/abs/1604.06174): backward recomputes the activations that forward did not save.
 
-Numbers stay what they are, to the bit where nothing is compiled: the same operations run on the same inputs a second time.
+Losses and gradients do not change, to the bit without torch.compile: the same operations run twice on the same inputs.
 """
 
 from __future__ import annotations
@@ -14,41 +14,43 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._scaled_mm.default}
-ATTENTION = ("attention", "attn")  # parts of its operations' names: each device and kind of mask has its own
+ATTENTION = ("attention", "attn")  # substrings of attention operators' names, which differ between devices and masks
 
 
 def recompute(blocks: Iterable[nn.Module], selective: bool) -> None:
-    """From now on a forward pass through one of these modules keeps its inputs alone for backward, which runs it once more.
+    """Make each module save only its inputs in forward, in place; backward runs its forward again.
 
-    selective: it keeps the results of matrix products and of attention too, which cost time; only element-wise work, which
-    costs memory, is done twice. Passes without gradients (evaluation, generation) stay what they are.
+    selective: the outputs of matrix products and attention, which take time, are saved too; only element-wise operations, which
+    take memory, run twice. Passes without gradients (evaluation, generation) are unaffected.
     """
     for block in blocks:
-        block.forward = (_keeping_products if selective else _keeping_inputs)(block.forward)
+        block.forward = (_save_products if selective else _save_inputs)(block.forward)
 
 
-def _keeping_inputs(forward: Callable) -> Callable:
-    def called(*arguments: Any, **named: Any) -> Any:
+def _save_inputs(forward: Callable) -> Callable:
+    def called(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*arguments, **named)
-        # Nothing here draws random numbers, and their state on a GPU is not to be had without waiting for it.
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+            return forward(*args, **kwargs)
+        # No operation here draws random numbers, and reading a GPU's random state would wait for the GPU.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
     return called
 
 
-def _keeping_products(forward: Callable) -> Callable:
-    def called(*arguments: Any, **named: Any) -> Any:
+def _save_products(forward: Callable) -> Callable:
+    def called(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*arguments, **named)
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **named)
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **kwargs)
+
     return called
 
 
-def _contexts() -> tuple:
-    """Of forward and of its second run: a function of the module, because torch.compile takes no other."""
+def _contexts() -> tuple[Any, Any]:
+    """Contexts of forward and of its second run. A module-level function, as torch.compile accepts no other."""
     return create_selective_checkpoint_contexts(_policy)
 
 
-def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    kept = operation in PRODUCTS or any(part in str(operation) for part in ATTENTION)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    saved = operation in PRODUCTS or any(part in str(operation) for part in ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

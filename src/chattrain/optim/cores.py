@@ -1,4 +1,5 @@
-"""Independent pieces of work on a CPU, several at a time: products of small matrices use one core better than many."""
+"""Independent tasks on a CPU, several at a time: products of small matrices are faster on one core each than on many cores
+one by one."""
 
 from __future__ import annotations
 
@@ -10,46 +11,50 @@ from typing import TypeVar
 
 import torch
 
-Piece = TypeVar("Piece")
-MOST = 8  # pieces at a time: each keeps memory of its own
+Item = TypeVar("Item")
+MAX_THREADS = 8  # each needs memory for its intermediate tensors
 
 
-def on_cores(work: Callable[[Piece], None], pieces: list[Piece]) -> None:
-    """work(piece) of all pieces, begun in their order, in threads that share the cores that torch computes with; a single piece
-    in the caller's. What is local to a thread (grad mode, autocast) is not the caller's.
+def on_cores(work: Callable[[Item], None], items: list[Item]) -> None:
+    """Call work(item) for all items, started in their order, in a thread pool that shares torch's cores.
 
-    Raises what the first piece to fail raises, when no piece is under way any more; what had not begun is left out.
+    A single item runs in the caller's thread. Thread-local state (grad mode, autocast) of the caller does not apply in the
+    pool. If a call raises, items that have not started are skipped; the first error, in the order of items, is raised after
+    the running calls have ended.
     """
     cores = torch.get_num_threads()
-    if cores == 1 or len(pieces) == 1:
-        for piece in pieces:
-            work(piece)
+    if cores == 1 or len(items) == 1:
+        for item in items:
+            work(item)
         return
-    begun = [_threads(cores).submit(work, piece) for piece in pieces]
+    futures = [_pool(cores).submit(work, item) for item in items]
     try:
-        wait(begun, return_when=FIRST_EXCEPTION)
+        wait(futures, return_when=FIRST_EXCEPTION)
     finally:
-        for one in begun:
-            one.cancel()
-        wait(begun)
-    for one in begun:
-        if not one.cancelled():
-            one.result()
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
 @cache
-def _threads(cores: int) -> ThreadPoolExecutor:
-    """All started at once: torch takes the number that each sets for itself for that of later threads, too, until it is reset."""
-    number = min(cores, MOST)
-    threads = ThreadPoolExecutor(number, "on_cores", initializer=_take, initargs=(cores // number,))
-    started = Barrier(number + 1)
-    for _ in range(number):
-        threads.submit(started.wait)
+def _pool(cores: int) -> ThreadPoolExecutor:
+    """A pool whose threads have all started.
+
+    torch.set_num_threads in a thread also sets the default of threads that start later, so it is reset after all have started.
+    """
+    num_threads = min(cores, MAX_THREADS)
+    pool = ThreadPoolExecutor(num_threads, "on_cores", initializer=_set_num_threads, initargs=(cores // num_threads,))
+    started = Barrier(num_threads + 1)
+    for _ in range(num_threads):
+        pool.submit(started.wait)
     started.wait()
     torch.set_num_threads(cores)
-    return threads
+    return pool
 
 
-def _take(cores: int) -> None:
-    torch.get_num_threads()  # at its first question a thread gets the number of the process, whatever it has set before
+def _set_num_threads(cores: int) -> None:
+    torch.get_num_threads()  # a thread's first call applies the process's default, which would overwrite an earlier set
     torch.set_num_threads(cores)

@@ -5,19 +5,21 @@ from __future__ import annotations
 from torch import nn
 
 from chattrain.errors import UserError
+from chattrain.optim.trainable import TrainableModel
 
+Groups = dict[str, list[tuple[str, nn.Parameter]]]  # group -> (name, parameter) pairs
 GROUPS = ("matrix", "vector", "embed", "lm_head")
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """(name, parameter) pairs by group: the head's weight (an embedding tied to it included), then embeddings, then 2-D
-    weights as `matrix` and smaller ones as `vector`.
+def parameter_groups(model: TrainableModel) -> Groups:
+    """(name, parameter) pairs by group: `lm_head` is the head's weight (also where an embedding is tied to it), `embed` the
+    other embeddings, `matrix` the other 2-D weights, `vector` what has fewer dimensions.
 
     Raises UserError if a parameter fits no group.
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in GROUPS}
+    groups: Groups = {name: [] for name in GROUPS}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = id(model.lm_head.weight)
+    head = id(model.lm_head.get_parameter("weight"))
     for name, p in model.named_parameters():
         if id(p) == head:
             groups["lm_head"].append((name, p))
@@ -28,6 +30,8 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
         elif p.ndim < 2:
             groups["vector"].append((name, p))
         else:
-            raise UserError(f"{name} of shape {tuple(p.shape)} fits no parameter group: models with stacked experts or "
-                            "convolutions are not trained here")
+            raise UserError(
+                f"{name} of shape {tuple(p.shape)} fits no parameter group: models with stacked experts or "
+                "convolutions cannot be trained"
+            )
     return groups

@@ -1,104 +1,151 @@
-"""Muon on the matrices of the blocks, AdamW on all else: nanochat's optimizer."""
+"""nanochat's optimizer: Muon on the matrices of the blocks, AdamW on all other parameters."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from chattrain.config.words import StateDType
 from chattrain.errors import UserError
-from chattrain.optim.config import StateDType
 from chattrain.optim.groups import parameter_groups
 from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.newton_schulz import Orthogonalizer
-from chattrain.parallel.alone import Alone
+from chattrain.optim.partition import Partition
+from chattrain.optim.trainable import TrainableModel
 
 STATE_DTYPES = {StateDType.fp32: torch.float32, StateDType.bf16: torch.bfloat16}
-WIDTH_OF_TUNING = 768  # n_embd at which embed_lr and lm_head_lr were tuned
+TUNED_N_EMBD = 768  # n_embd at which embed_lr and lm_head_lr were tuned
 
 
 def momentum_at(step: int, start: float, end: float, warmup_steps: int) -> float:
-    """Linear from start to end over the first steps.
+    """Muon's momentum: linear from start to end over the first warmup_steps, then constant.
 
     >>> [round(momentum_at(s, 0.85, 0.95, 300), 3) for s in (0, 150, 300, 1000)]
     [0.85, 0.9, 0.95, 0.95]
     """
-    share = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
-    return (1 - share) * start + share * end
+    progress = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
+    return (1 - progress) * start + progress * end
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum whose update is orthogonalized, for 2-D parameters.
+    """SGD with Nesterov momentum whose update is orthogonalized, for 2-D parameters
+    (https://kellerjordan.github.io/posts/muon/).
 
-    A matrix of r rows and c columns moves by lr x sqrt(max(1, r / c)) along the orthogonalized update. The momentum
-    warms up with the optimizer's own steps. Between steps it is kept in `momentum_dtype`; a step computes in the gradient's.
-    `orthogonalizer` gives the directions: where ranks hold rows of a matrix each, it brings them together.
+    A matrix of r rows and c columns moves by lr x sqrt(max(1, r / c)) along the orthogonalized update. The momentum warms up
+    over the optimizer's own steps. The momentum buffer is stored in `momentum_dtype`; a step computes in the gradient's dtype.
+    `orthogonalizer` computes the directions. If each rank holds some rows of a matrix, it brings them together.
     """
 
     STATE = ("step", "momentum_buffer")
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, momentum_start: float = 0.85,
-                 momentum_warmup_steps: int = 300, ns_steps: int = 5, momentum_dtype: torch.dtype = torch.float32,
-                 orthogonalizer: Orthogonalizer | None = None):
+    def __init__(
+        self,
+        params,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        momentum_start: float = 0.85,
+        momentum_warmup_steps: int = 300,
+        ns_steps: int = 5,
+        momentum_dtype: torch.dtype = torch.float32,
+        orthogonalizer: Orthogonalizer | None = None,
+    ):
         self.orthogonalizer = orthogonalizer or Orthogonalizer()
-        super().__init__(params, {"lr": lr, "momentum": momentum, "momentum_start": momentum_start,
-                                  "momentum_warmup_steps": momentum_warmup_steps, "ns_steps": ns_steps,
-                                  "momentum_dtype": momentum_dtype})
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "momentum_start": momentum_start,
+                "momentum_warmup_steps": momentum_warmup_steps,
+                "ns_steps": ns_steps,
+                "momentum_dtype": momentum_dtype,
+            },
+        )
 
     def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            self.orthogonalizer.in_turns(params, partial(self._update, group, params))
+            self.orthogonalizer.for_each_batch(params, partial(self._update, group, params))
 
     @torch.no_grad()
-    def _update(self, group: dict, params: list[Tensor], places: list[int]) -> None:
-        params = [params[place] for place in places]
-        updates = [self._momentum(p, p.grad, group).to(self.orthogonalizer.dtype) for p in params]
-        moves = self.orthogonalizer(params, updates, group["ns_steps"])
-        for p, move in zip(params, moves, strict=True):
+    def _update(self, group: dict, params: list[Tensor], indices: list[int]) -> None:
+        """Step params[i] for each i in `indices`."""
+        batch = [params[i] for i in indices]
+        updates = [self._nesterov_update(p, p.grad, group).to(self.orthogonalizer.dtype) for p in batch if p.grad is not None]
+        directions = self.orthogonalizer(batch, updates, group["ns_steps"])
+        for p, direction in zip(batch, directions, strict=True):
             rows, columns = self.orthogonalizer.shape(p)
-            p.add_(move, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+            p.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-    def _momentum(self, p: Tensor, grad: Tensor, group: dict) -> Tensor:
-        """Move the momentum on by the gradient; returns what Nesterov's step follows."""
+    def _nesterov_update(self, p: Tensor, grad: Tensor, group: dict) -> Tensor:
+        """Update the momentum buffer with the gradient; returns Nesterov's update."""
         state = self.state[p]
         if not state:
             state["step"] = 0.0
             state["momentum_buffer"] = torch.zeros_like(grad, dtype=group["momentum_dtype"])
-        momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"],
-                               group["momentum_warmup_steps"])
+        momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"], group["momentum_warmup_steps"])
         state["step"] += 1
-        buffer = state["momentum_buffer"].to(grad.dtype).lerp_(grad, 1 - momentum)  # in place, unless it is kept in bf16
+        buffer = state["momentum_buffer"].to(grad.dtype)  # the buffer itself if it has the gradient's dtype, else a copy
+        buffer.lerp_(grad, 1 - momentum)
         state["momentum_buffer"].copy_(buffer)
         return grad.lerp(buffer, momentum)
 
 
-def build(model: nn.Module, strategy: Alone | None = None, *, lr_scale: float, matrix_lr: float, embed_lr: float,
-          lm_head_lr: float, vector_lr: float | None, momentum: float, momentum_start: float, momentum_warmup_steps: int,
-          ns_steps: int, betas: list[float], eps: float, weight_decay: float,
-          momentum_dtype: StateDType = StateDType.fp32) -> NamedOptimizer:
-    """Learning rates of embeddings and head are scaled by (n_embd / 768)^-0.5, all by lr_scale. `strategy` says what of the
-    model this process steps: all, unless there are several.
+def build(
+    model: TrainableModel,
+    strategy: Partition | None = None,
+    *,
+    lr_scale: float,
+    matrix_lr: float,
+    embed_lr: float,
+    lm_head_lr: float,
+    vector_lr: float | None,
+    momentum: float,
+    momentum_start: float,
+    momentum_warmup_steps: int,
+    ns_steps: int,
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+    momentum_dtype: StateDType = StateDType.fp32,
+) -> NamedOptimizer:
+    """Learning rates of embeddings and head are scaled by (n_embd / 768)^-0.5, all of them by lr_scale. `strategy` None: this
+    process steps all parameters.
 
-    Raises UserError where the model has vector parameters and there is no learning rate for them, or the reverse.
+    Raises UserError if the model has vector parameters without a learning rate for them, or the reverse.
     """
     groups = parameter_groups(model)
     if bool(groups["vector"]) != (vector_lr is not None):
-        raise UserError(f"optimizer.vector_lr=null, but the model has {groups['vector'][0][0]}: give a learning rate for such "
-                        "norms and biases, or use optimizer=adamw" if groups["vector"] else
-                        f"optimizer.vector_lr={vector_lr} has no effect: the model has no norms and biases to learn")
-    width = (model.n_embd / WIDTH_OF_TUNING) ** -0.5
-    rates = {"embed": embed_lr * width, "lm_head": lm_head_lr * width, "vector": vector_lr}
+        raise UserError(
+            f"optimizer.vector_lr=null, but the model has {groups['vector'][0][0]}: give a learning rate for such "
+            "norms and biases, or use optimizer=adamw"
+            if groups["vector"]
+            else f"optimizer.vector_lr={vector_lr} has no effect: the model has no norms and biases to learn"
+        )
+    width_scale = (model.n_embd / TUNED_N_EMBD) ** -0.5
+    rates = {"embed": embed_lr * width_scale, "lm_head": lm_head_lr * width_scale, "vector": vector_lr}
     used = [name for name, members in groups.items() if members]
-    strategy = strategy or Alone()
-    groups = strategy.share(groups, whole=("matrix",))
+    groups = strategy.partition_params(groups, whole=("matrix",)) if strategy else groups
     params = {name: [p for _, p in members] for name, members in groups.items()}
     adamw = torch.optim.AdamW(
-        [{"name": name, "params": params[name], "lr": lr * lr_scale, "weight_decay": 0.0 if name == "vector" else weight_decay}
-         for name, lr in rates.items() if name in used],
-        betas=tuple(betas), eps=eps, fused=model.lm_head.weight.device.type in ("cuda", "cpu"))
-    muon = Muon([{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}], momentum=momentum,
-                momentum_start=momentum_start, momentum_warmup_steps=momentum_warmup_steps, ns_steps=ns_steps,
-                momentum_dtype=STATE_DTYPES[momentum_dtype], orthogonalizer=strategy.orthogonalizer())
+        [
+            {"name": name, "params": params[name], "lr": lr * lr_scale, "weight_decay": 0.0 if name == "vector" else weight_decay}
+            for name, lr in rates.items()
+            if name in used and lr is not None
+        ],
+        betas=(betas[0], betas[1]),
+        eps=eps,
+        fused=model.lm_head.get_parameter("weight").device.type in ("cuda", "cpu"),
+    )
+    muon = Muon(
+        [{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}],
+        momentum=momentum,
+        momentum_start=momentum_start,
+        momentum_warmup_steps=momentum_warmup_steps,
+        ns_steps=ns_steps,
+        momentum_dtype=STATE_DTYPES[momentum_dtype],
+        orthogonalizer=strategy.orthogonalizer() if strategy else None,
+    )
     return NamedOptimizer([muon, adamw], groups)

@@ -1,28 +1,27 @@
-"""One or more torch optimizers as one, with state by parameter name."""
+"""Several torch optimizers as one, with state by parameter name."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what torch.optim.AdamW keeps; others name theirs in STATE
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # entries of torch.optim.AdamW's state; other optimizers declare theirs as STATE
 
 
 class NamedOptimizer:
-    """Steps several torch.optim optimizers together.
+    """Steps several torch.optim optimizers together. `groups`: the (name, parameter) pairs by group that they step.
 
-    Every parameter group has a `name` (`lr/<name>` in the metrics) and the learning rate it was built with, which the
-    schedule's factor multiplies. State is saved under the parameters' names, so a checkpoint does not depend on the
-    order of parameters or on how they are spread over processes.
+    Every parameter group has a `name` (`lr/<name>` in the metrics) and keeps the learning rate it was built with, which the
+    schedule's factor multiplies. State is saved under the parameters' names, so a checkpoint depends neither on the order of
+    parameters nor on how they are distributed over processes. Raises ValueError unless each parameter is in one optimizer.
     """
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer],
-                 groups: dict[str, list[tuple[str, nn.Parameter]]]):
+    def __init__(self, optimizers: list[torch.optim.Optimizer], groups: dict[str, list[tuple[str, nn.Parameter]]]):
         self.optimizers = optimizers
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
-        self._names = {p: name for members in groups.values() for name, p in members}
+        self._names: dict[Tensor, str] = {p: name for members in groups.values() for name, p in members}
         held = self.parameters()
         if len(held) != len(self._names) or set(held) != set(self._names):
             raise ValueError("the optimizers must hold each parameter exactly once")
@@ -55,7 +54,7 @@ class NamedOptimizer:
         return out
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave. Raises ValueError where it was another optimizer's."""
+        """Load what `state` returned. Raises ValueError for other parameters, or for the state of another optimizer."""
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, entry = key.rpartition("/")
@@ -69,12 +68,12 @@ class NamedOptimizer:
                     saved = by_name[self._names[p]]
                     if set(saved) != expected:
                         raise ValueError("the optimizer state was saved by another optimizer")
-                    optimizer.state[p] = {entry: _placed(value, p, group) for entry, value in saved.items()}
+                    optimizer.state[p] = {entry: _copy_for(value, p, group) for entry, value in saved.items()}
 
 
-def _placed(value: Tensor, p: nn.Parameter, group: dict) -> Tensor:
-    """A copy where and in the format in which the optimizer keeps it: beside its parameter, but step counts of unfused
-    optimizers on the CPU."""
+def _copy_for(value: Tensor, p: nn.Parameter, group: dict) -> Tensor:
+    """A copy with the device and dtype that the optimizer expects: its parameter's device, but the CPU for step counts of
+    unfused optimizers."""
     if not value.ndim:
         return value.to(p.device, copy=True) if group.get("fused") else value.clone()
     return value.to(p.device, group.get("momentum_dtype", value.dtype), copy=True)

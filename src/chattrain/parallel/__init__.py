@@ -1,1 +1,1 @@
-"""How the work of a step is spread over processes: `alone`, `ddp` (replicated weights), `fsdp` (sharded weights)."""
+"""Processes of a run: launch, ranks and collectives, failures, and the strategies that distribute a step over ranks."""

@@ -1,8 +1,9 @@
-"""Sharded weights, for models that do not fit: FSDP2 (https://arxiv.org/abs/2304.11277), a block at a time.
+"""Sharded weights, for models that do not fit into a device's memory: PyTorch's FSDP2
+(https://arxiv.org/abs/2304.11277), a block at a time.
 
-Every rank holds, and steps, some rows of every parameter. A block's weights are gathered before its forward and its backward
-and freed after; its gradients are summed in fp32 into the rows' holders, in every micro-batch: kept whole until the last one,
-they would not fit where the weights do not.
+Every rank holds and steps some rows of every parameter. A block's weights are gathered before its forward and its backward,
+and freed after. Its gradients are summed into the ranks' rows after every micro-batch's backward: whole gradients, kept until
+the last micro-batch, would not fit where whole weights do not. The timeline is in strategy.py.
 """
 
 from __future__ import annotations
@@ -12,63 +13,79 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from chattrain.distributed import Ranks
+from chattrain.optim.groups import Groups
 from chattrain.optim.named import NamedOptimizer
-from chattrain.parallel.alone import Groups
-from chattrain.parallel.exchange import Exchange, row_bounds
-from chattrain.parallel.spread import Range, Spread
+from chattrain.optim.trainable import TrainableModel
+from chattrain.parallel.muon_exchange import MuonExchange, row_bounds
+from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.sharded import OwnedSlice, ShardedStrategy
 
-OTHER_FORWARDS = ("loss", "choice_logits", "seen", "at")  # methods of models and blocks that read weights, besides `forward`
 
+class FSDP(ShardedStrategy):
+    """Shards the model, which may be on the CPU, onto `device`.
 
-class FSDP(Spread):
-    """Shards the model, which is on the CPU or already where it is trained; its shards are on `device`."""
+    FSDP2 gathers weights around `forward` alone, so a model names its other methods that read weights: `forward_methods` of
+    its own, `block_forward_methods` of its blocks. Raises ValueError for a name without a method.
+    """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, dtype: torch.dtype, device: torch.device):
+    def __init__(self, model: TrainableModel, ranks: Ranks, dtype: torch.dtype, device: torch.device):
         super().__init__(ranks, dtype)
         self.model = model
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         mesh = ranks.mesh(device.type)
         bf16 = dtype == torch.bfloat16
         policy = MixedPrecisionPolicy(param_dtype=dtype if bf16 else None, reduce_dtype=torch.float32 if bf16 else None)
-        for part in [*model.blocks, model]:
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-            part.set_gradient_divide_factor(1.0)  # the loss is divided by its targets over all ranks already
-            part.set_force_sum_reduction_for_comms(True)
-            for name in OTHER_FORWARDS:
-                if hasattr(part, name):
-                    register_fsdp_forward_method(part, name)
 
-    def share(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
-        """This rank's rows of all parameters: Muon's matrices come together in its orthogonalizer."""
-        sharded = dict(self.model.named_parameters())
-        self.rows = {name: nn.Parameter(p.to_local().detach()) for name, p in sharded.items()}
-        self.matrices = {self.rows[name]: self.shapes[name] for group in whole for name, _ in groups[group]}
+        def shard(module: nn.Module, forward_methods: tuple[str, ...]) -> None:
+            sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+            sharded.set_gradient_divide_factor(1.0)  # the loss is already divided by the supervised tokens of all ranks
+            sharded.set_force_sum_reduction_for_comms(True)
+            for name in forward_methods:
+                register_fsdp_forward_method(module, name)
+
+        for block in model.blocks:
+            shard(block, model.block_forward_methods)
+        shard(model, model.forward_methods)  # pyright: ignore[reportArgumentType]
+
+    def partition_params(self, groups: Groups, whole: tuple[str, ...] = ()) -> Groups:
+        """This rank's rows of all parameters. Those in `whole` come together in the orthogonalizer."""
+        self.rows = {name: nn.Parameter(_local(p).detach()) for name, p in self.model.named_parameters()}
+        self.matrices: dict[Tensor, torch.Size] = {
+            self.rows[name]: self.shapes[name] for group in whole for name, _ in groups[group]
+        }
         return {group: [(name, self.rows[name]) for name, _ in members] for group, members in groups.items()}
 
-    def orthogonalizer(self) -> Exchange:
-        return Exchange(self.dtype, self.ranks, self.matrices)
+    def orthogonalizer(self) -> MuonExchange:
+        return MuonExchange(self.dtype, self.ranks, self.matrices, self.muon_settings)
 
-    def ranges(self, name: str) -> list[Range]:
+    def owned_slices(self, name: str) -> list[OwnedSlice]:
         rows, *rest = self.shapes[name]
-        size = torch.Size(rest).numel()
-        return [Range(r, start * size, stop * size) for r, (start, stop) in enumerate(row_bounds(rows, self.ranks.world_size))]
+        row_numel = torch.Size(rest).numel()
+        bounds = row_bounds(rows, self.ranks.world_size)
+        return [OwnedSlice(rank, start * row_numel, stop * row_numel) for rank, (start, stop) in enumerate(bounds)]
 
-    def piece_shape(self, name: str, part: Range) -> torch.Size:
+    def slice_shape(self, name: str, part: OwnedSlice) -> torch.Size:
         rows, *rest = self.shapes[name]
         return torch.Size([(part.stop - part.start) * rows // self.shapes[name].numel(), *rest])
 
-    def reduce(self, optimizer: NamedOptimizer) -> Tensor:
+    def reduce_gradients(self, optimizer: NamedOptimizer) -> Tensor:
+        grads = []
         for name, p in self.model.named_parameters():
-            row = self.rows[name]
-            row.grad = torch.zeros_like(row) if p.grad is None else p.grad.to_local()
+            rows = self.rows[name]
+            rows.grad = torch.zeros_like(rows) if p.grad is None else _local(p.grad)
+            grads.append(rows.grad)
             p.grad = None
-        norm = nn.utils.get_total_norm([row.grad for row in self.rows.values()])
-        return self.ranks.in_groups(self.ranks.world_size).norm(norm)
+        return self.ranks.in_groups(self.ranks.world_size).norm(nn.utils.get_total_norm(grads))
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_weights(self, model: TrainableModel) -> dict[str, Tensor]:
         whole = {}
         for name, tensor in model.weights().items():
             value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             whole[name] = value.detach().cpu() if self.ranks.is_main else value.new_empty(0)
         return whole
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()

@@ -1,8 +1,8 @@
-"""Which rank steps which part of which parameter: pure functions, the same on every rank.
+"""Which rank steps which slice of which parameter: pure functions, with the same result on every rank.
 
-Parameters lie behind one another in buckets. A bucket has one share for each rank, of equal size, so that a reduce-scatter of its
-gradients and an all-gather of its weights move no byte more than they must. Some parameters must stay whole (a matrix of
-Muon's); the others may be cut anywhere, and fill the shares up.
+Parameters are grouped into buckets, in the order in which backward completes their gradients. A bucket is split into one shard
+for each rank, all of the same size, so that a reduce-scatter of its gradients and an all-gather of its weights send no padding.
+Some parameters must stay whole (Muon's matrices); the others may be cut anywhere, and fill the shards up to the same size.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-BUCKETS = 8  # about so many, so that one is on its way while backward makes the next
-MOST_ELEMENTS = 1 << 26  # of a bucket: 256 MiB of fp32
-UNEVEN = 1.1  # the largest over the mean that is taken for even
+NUM_BUCKETS = 8  # roughly: enough to send one bucket while backward computes the next
+MAX_ELEMENTS = 1 << 26  # of a bucket: 256 MiB of fp32
+MAX_IMBALANCE = 1.1  # largest over mean, up to which shards or costs count as balanced
 
 
 class Item(NamedTuple):
-    """A parameter; `cost` is what stepping it whole costs, None: it may be cut."""
+    """A parameter of `numel` elements. `cost`: of stepping it, for one that must stay whole; None: it may be cut."""
 
     name: str
     numel: int
     cost: int | None = None
 
 
-class Piece(NamedTuple):
+class ParamSlice(NamedTuple):
     """A range of a parameter's flattened elements."""
 
     name: str
@@ -33,73 +33,92 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """shares[r]: what rank r steps, in the order in which it lies; `size` elements of room a share; costs[r]: of its whole
-    parameters, with those of the buckets before."""
+class BucketLayout:
+    """How a bucket is split over ranks.
 
-    shares: tuple[tuple[Piece, ...], ...]
+    shards[r]: the slices that rank r steps, in their order in the shard. `size`: capacity of a shard, in elements.
+    costs[r]: rank r's cost of uncut parameters, earlier buckets included.
+    """
+
+    shards: tuple[tuple[ParamSlice, ...], ...]
     size: int
     costs: tuple[int, ...]
 
     @property
     def numel(self) -> int:
-        return sum(piece.stop - piece.start for share in self.shares for piece in share)
+        return sum(piece.stop - piece.start for shard in self.shards for piece in shard)
 
     @property
     def tight(self) -> bool:
-        """Is as good as nothing of it empty? Shares are then of equal size too."""
-        return self.size == -(-self.numel // len(self.shares))
+        """Are the shards full, but for rounding?"""
+        return self.size == -(-self.numel // len(self.shards))
 
     @property
-    def even(self) -> bool:
-        """Tight, and all ranks have about as much to do."""
-        return self.tight and max(self.costs) * len(self.costs) <= UNEVEN * sum(self.costs)
+    def balanced(self) -> bool:
+        """Are the shards full, and the ranks' costs about the same?"""
+        return self.tight and max(self.costs) * len(self.costs) <= MAX_IMBALANCE * sum(self.costs)
 
 
-def fill(items: list[Item], ranks: int, before: tuple[int, ...] | None = None) -> Bucket:
-    """One bucket. Whole items go, the costliest first, to the rank with the least to do that has room; the rest fills up.
-    `before`: what each rank has to do already.
+def fill_bucket(items: list[Item], ranks: int, costs_before: tuple[int, ...] | None = None) -> BucketLayout:
+    """Split one bucket over ranks. `costs_before`: each rank's cost of earlier buckets.
 
-    >>> for share in fill([Item("a", 4, 9), Item("b", 2, 5), Item("c", 4)], 2).shares:
-    ...     print([(name, start, stop) for name, start, stop in share])
+    Whole items first, by falling cost: each to the rank with the lowest cost that has capacity left. Then the other items are
+    cut to level the shards.
+
+    >>> for shard in fill_bucket([Item("a", 4, 9), Item("b", 2, 5), Item("c", 4)], 2).shards:
+    ...     print([(name, start, stop) for name, start, stop in shard])
     [('a', 0, 4), ('c', 0, 1)]
     [('b', 0, 2), ('c', 1, 4)]
     """
-    size = -(-sum(item.numel for item in items) // ranks)
-    shares: list[list[Piece]] = [[] for _ in range(ranks)]
-    loads, costs = [0] * ranks, list(before or [0] * ranks)
-    idlest = [(costs[r], 0, r) for r in range(ranks)]
-    heapify(idlest)
-    for item in sorted((item for item in items if item.cost is not None), key=lambda item: -item.cost):
+    shards: list[list[ParamSlice]] = [[] for _ in range(ranks)]
+    costs = list(costs_before or [0] * ranks)
+    loads = _assign_whole(items, shards, costs)
+    _cut_to_level([item for item in items if item.cost is None], shards, loads)
+    size = max(sum(piece.stop - piece.start for piece in shard) for shard in shards)
+    return BucketLayout(tuple(map(tuple, shards)), size, tuple(costs))
+
+
+def _assign_whole(items: list[Item], shards: list[list[ParamSlice]], costs: list[int]) -> list[int]:
+    """Append the items that must stay whole to shards, and add their costs. Returns the elements in each shard."""
+    ranks = len(shards)
+    capacity = -(-sum(item.numel for item in items) // ranks)
+    loads = [0] * ranks
+    by_cost = [(costs[r], 0, r) for r in range(ranks)]  # a heap of (cost, load, rank)
+    heapify(by_cost)
+    whole = [(item.cost, item) for item in items if item.cost is not None]
+    for cost, item in sorted(whole, key=lambda pair: -pair[0]):
         full = []
-        while idlest and loads[idlest[0][2]] + item.numel > size:
-            full.append(heappop(idlest))
-        rank = idlest[0][2] if idlest else full[0][2]
-        shares[rank].append(Piece(item.name, 0, item.numel))
+        while by_cost and loads[by_cost[0][2]] + item.numel > capacity:
+            full.append(heappop(by_cost))
+        rank = by_cost[0][2] if by_cost else full[0][2]
+        shards[rank].append(ParamSlice(item.name, 0, item.numel))
         loads[rank] += item.numel
-        costs[rank] += item.cost
-        for _, _, r in full if not idlest else [*full, heappop(idlest)]:
-            heappush(idlest, (costs[r], loads[r], r))
-    rest = [item for item in items if item.cost is None]
-    rooms = [max(0, _level(loads, sum(item.numel for item in rest)) - load) for load in loads]
+        costs[rank] += cost
+        for _, _, r in [*full, heappop(by_cost)] if by_cost else full:
+            heappush(by_cost, (costs[r], loads[r], r))
+    return loads
+
+
+def _cut_to_level(items: list[Item], shards: list[list[ParamSlice]], loads: list[int]) -> None:
+    """Cut the items, and append the slices to shards so that these end up with the same size, as far as they can."""
+    level = _water_level(loads, sum(item.numel for item in items))
+    free = [max(0, level - load) for load in loads]
     rank = 0
-    for item in rest:
+    for item in items:
         start = 0
         while start < item.numel:
-            stop = min(item.numel, start + rooms[rank])
+            stop = min(item.numel, start + free[rank])
             if stop > start:
-                shares[rank].append(Piece(item.name, start, stop))
-            rooms[rank] -= stop - start
-            rank += not rooms[rank]
+                shards[rank].append(ParamSlice(item.name, start, stop))
+            free[rank] -= stop - start
+            rank += not free[rank]
             start = stop
-    return Bucket(tuple(map(tuple, shares)), max(sum(p.stop - p.start for p in share) for share in shares),
-                  tuple(costs))
 
 
-def _level(loads: list[int], amount: int) -> int:
-    """The least height up to which `amount` fills the loads, like water.
+def _water_level(loads: list[int], amount: int) -> int:
+    """The lowest level up to which `amount` can fill the loads, as water fills vessels.
 
-    >>> _level([5, 1, 2], 4)
+    >>> _water_level([5, 1, 2], 4)
     4
     """
     lowest = sorted(loads)
@@ -110,48 +129,57 @@ def _level(loads: list[int], amount: int) -> int:
     raise AssertionError("there are no loads")
 
 
-def _largest(items: list[Item]) -> int:
-    """Elements of the largest that must stay whole."""
+def _largest_whole(items: list[Item]) -> int:
+    """Elements of the largest item that must stay whole; 0 if none must."""
     return max((item.numel for item in items if item.cost is not None), default=0)
 
 
-def buckets(items: list[Item], ranks: int) -> list[Bucket]:
-    """Buckets of the items in the order given, each even, or at least tight, if that can be had."""
-    wanted = min(-(-sum(item.numel for item in items) // BUCKETS), MOST_ELEMENTS)
-    done: list[tuple[list[Item], Bucket]] = []
+def plan_buckets(items: list[Item], ranks: int) -> list[BucketLayout]:
+    """Split items, in the order given, into buckets that are balanced, or at least tight, where that is possible."""
+    target = min(-(-sum(item.numel for item in items) // NUM_BUCKETS), MAX_ELEMENTS)
+    done: list[tuple[list[Item], BucketLayout]] = []
 
-    def after(kept: int, part: list[Item]) -> Bucket:
-        return fill(part, ranks, done[kept - 1][1].costs if kept else None)
+    def fill_after(num_kept: int, members: list[Item]) -> BucketLayout:
+        return fill_bucket(members, ranks, done[num_kept - 1][1].costs if num_kept else None)
 
     pending: list[Item] = []
     for item in items:
         pending.append(item)
-        if sum(i.numel for i in pending) >= max(wanted, _largest(pending) * ranks):
-            bucket = after(len(done), pending)
-            if bucket.even:
+        if sum(i.numel for i in pending) >= max(target, _largest_whole(pending) * ranks):
+            bucket = fill_after(len(done), pending)
+            if bucket.balanced:
                 done.append((pending, bucket))
                 pending = []
     if not pending:
         return [bucket for _, bucket in done]
-    ends = []  # what is left joins as few buckets before it as it needs to
-    for kept in range(len(done), -1, -1):
-        ends.append((kept, after(kept, [i for part, _ in done[kept:] for i in part] + pending)))
-        if ends[-1][1].even:
+    candidates = []  # for the last bucket: the remaining items, merged with ever more buckets before them
+    for num_kept in range(len(done), -1, -1):
+        merged = [item for members, _ in done[num_kept:] for item in members] + pending
+        candidates.append((num_kept, fill_after(num_kept, merged)))
+        if candidates[-1][1].balanced:
             break
-    kept, last = next((end for end in ends if end[1].even), next((end for end in ends if end[1].tight), ends[-1]))
-    return [*(bucket for _, bucket in done[:kept]), last]
+    balanced = (candidate for candidate in candidates if candidate[1].balanced)
+    tight = (candidate for candidate in candidates if candidate[1].tight)
+    num_kept, last = next(balanced, next(tight, candidates[-1]))
+    return [*(bucket for _, bucket in done[:num_kept]), last]
 
 
-def ranks_that_share(items: list[Item], world_size: int) -> int:
-    """Over how many ranks the items can be spread evenly: the largest divisor of world_size for which no share is more than a
-    tenth above the mean. A share holds at least its largest matrix, so that thousands of ranks are groups that do the same.
+def shard_group_size(items: list[Item], world_size: int) -> int:
+    """Over how many ranks the items can be sharded evenly: the largest divisor of world_size for which no shard is more than
+    a tenth above the mean.
 
-    >>> ranks_that_share([Item("a", 4, 9), Item("b", 4, 9), Item("c", 2)], 8)
+    A shard holds at least one whole matrix, so a model has too few matrices for thousands of ranks: these form groups of this
+    size, and the groups step the same.
+
+    >>> shard_group_size([Item("a", 4, 9), Item("b", 4, 9), Item("c", 2)], 8)
     2
     """
     total = sum(item.numel for item in items)
     for ranks in range(world_size, 0, -1):
-        if world_size % ranks == 0 and _largest(items) * ranks <= UNEVEN * total \
-                and fill(items, ranks).size * ranks <= UNEVEN * total:
+        if (
+            world_size % ranks == 0
+            and _largest_whole(items) * ranks <= MAX_IMBALANCE * total
+            and fill_bucket(items, ranks).size * ranks <= MAX_IMBALANCE * total
+        ):
             return ranks
-    raise AssertionError("one rank always has all")
+    raise AssertionError("one rank can always hold all items")

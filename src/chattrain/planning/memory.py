@@ -1,19 +1,18 @@
-"""Memory of a step on one device: the real step, run on tensors that have shapes and no content.
+"""Memory of a step on one device: the real step, on tensors that have shapes and no content.
 
-Under FakeTensorMode every operation gives tensors of the right size and takes no memory; torch's MemTracker counts what would be
-alive. What it cannot see is left to a share of the device (see hardware.py): contexts, workspaces inside a kernel, what an
-allocator leaves unused. torch.compile is not run, for that takes longer than a plan may: the blocks are counted as they are
-without it, and the head as the one pass over logits that its compilation makes of it. See docs/planning.md for what was measured.
+Under FakeTensorMode every operation returns tensors of the right size and allocates nothing; torch's MemTracker counts what would
+be alive. It does not see contexts, workspaces inside kernels or what an allocator leaves unused: a fraction of the device is
+reserved for them (see hardware.py). torch.compile is not run, as that takes longer than a plan should: blocks are counted
+uncompiled, and the head as the one pass over the logits that its compilation makes of it. docs/planning.md compares the results
+with measurements.
 
 B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,258 +20,190 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType, _ModState
-from torch.distributed.device_mesh import DeviceMesh
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chattrain import device, loop
 from chattrain.config import Config
+from chattrain.config.instantiate import instantiate_config
 from chattrain.data.batch import Batch
-from chattrain.distributed import Group, Ranks
 from chattrain.model import head
+from chattrain.model.causal_lm import CausalLM
+from chattrain.model.gpt import GPT
 from chattrain.optim import newton_schulz
-from chattrain.parts import make_ready
+from chattrain.optim.named import NamedOptimizer
+from chattrain.optim.newton_schulz import MuonSettings
+from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.strategy import ParallelStrategy
+from chattrain.planning.fake_ranks import fake_ranks
+from chattrain.planning.mem_tracker import CPU, StepMemTracker
 from chattrain.planning.model import fake_model
-from chattrain.prepare import build_part
+from chattrain.setup.build import prepare_for_training
 
-CPU = torch.device("cpu")
-COLLECTIVES = (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default)
-DOCUMENT = 64  # tokens of a document at least, of rows that hold several: more boundaries than real rows have
+MIN_DOCUMENT = 64  # average tokens a document, for the size of cu_seqlens: real rows hold fewer and longer documents
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a micro-batch is made of."""
+class MicroBatchSpec:
+    """The shape of a micro-batch."""
 
     rows: int
     width: int  # tokens a row
-    partial: bool  # are some targets ignored? Then the head is computed for places by their numbers
-    isolated: bool  # do documents share rows without seeing each other?
+    partial: bool  # are some targets ignored? Then the head takes the supervised tokens by their indices
+    isolated: bool  # is attention within the documents of a row?
     repeats: bool  # does a step hold more than one micro-batch?
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device in a step that is not the first: all at its peak, by what they are for, and by where."""
+    """Bytes of one device in a step after the first: at the peak, by category, and by component."""
 
     peak: int
-    phases: dict[str, int]  # forward, backward, optimizer: the most in each
+    phases: dict[str, int]  # forward, backward, optimizer: the peak of each
     at_peak: dict[str, int]  # weights, gradients, optimizer, activations, temporary
-    components: dict[str, int]  # of activations: what each kind of part keeps for backward, and the logits while they are there
-    moved: float  # bytes that ddp's collectives and Muon's exchange send in the step
+    components: dict[str, int]  # of activations: what blocks, embedding and head keep for backward; logits while the head runs
+    moved: float  # bytes a step that ddp's collectives and Muon's exchange send
 
 
-class Tracker(MemTracker):
-    """MemTracker with the peaks of forward, backward and optimizer in place of a peak for each module, which would take most of
-    the time."""
+def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: MicroBatchSpec, world_size: int = 1) -> Memory:
+    """Memory of rank 0 of world_size ranks in a step on micro-batches of this shape, once the optimizer has its state.
 
-    def __init__(self, copies: bool) -> None:
-        """copies: does the backend of collectives put what it gathers or sums into a tensor of its own?"""
-        super().__init__()
-        self.copies, self.passing = copies, 0
-        self.phases: dict[str, int] = {}
-        self.at_peak: dict[str, int] = {}
-
-    def forget(self) -> None:
-        """Count peaks from here on."""
-        self.phases, self.at_peak = {}, {}
-
-    def adopt(self, model: nn.Module) -> None:
-        """Know the gradients of all its parameters as such, of those too that are used outside their module."""
-        self._track_module_params_and_buffers(model, install_grad_hooks=True)
-
-    def now(self) -> dict[str, int]:
-        """Bytes by what they are for; `total` is all of them."""
-        found = self._curr_mem_snap.get(CPU, {})
-        named = {"weights": (_MemRefType.PARAM, _MemRefType.BUFFER), "gradients": (_MemRefType.GRAD,),
-                 "optimizer": (_MemRefType.OPT,), "activations": (_MemRefType.ACT, _MemRefType.OTH),
-                 "temporary": (_MemRefType.TEMP,)}
-        sizes = {name: sum(found.get(kind, 0) for kind in kinds) for name, kinds in named.items()}
-        return sizes | {"total": found.get("Total", 0)}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.passing = 0
-        if self.copies and func in COLLECTIVES:
-            self.passing = max(t.untyped_storage().nbytes() for t in args if isinstance(t, Tensor))
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _update_peak_stats(self, peak_state: _ModState) -> None:
-        phase = "optimizer" if self._in_opt else "backward" if peak_state == _ModState.PEAK_BW else "forward"
-        total = self._curr_mem_snap.get(CPU, {}).get("Total", 0) + self.passing
-        if total > max(self.phases.values(), default=0):
-            self.at_peak = self.now()
-        self.phases[phase] = max(self.phases.get(phase, 0), total)
-
-
-def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: Shape, world_size: int = 1) -> Memory:
-    """Memory of rank 0 of world_size from the second step on, when the optimizer has its state, with micro-batches of this shape.
-
-    For the device that train.device names, a GPU where it leaves the choice: only sizes of chunks differ. Raises UserError where
-    the model cannot be built without weights.
+    For the device of train.device, a GPU unless that says cpu; the sizes of chunks depend on it. Raises UserError if the model
+    cannot be built without weights.
     """
     kind = "cpu" if cfg.train.device.name == "cpu" else "cuda"
     bf16 = cfg.train.dtype.name != "fp32" if kind == "cuda" else device.use_bf16(cfg.train.dtype, CPU)
-    eager = replace(cfg, train=replace(cfg.train, compile=False))
-    with as_on(kind, cfg.train.compile), pretended_ranks(world_size, copies=kind == "cpu") as ranks, FakeTensorMode():
-        model = fake_model(cfg, vocab_size, start)
-        in_blocks = cfg.train.compile if kind == "cpu" else bf16 and shape.isolated  # in place of FlashAttention, and as large
-        if in_blocks and hasattr(model, "in_blocks"):
-            model.trunk = partial(model.features, in_blocks=True)
-        strategy = make_ready(eager, model, CPU, ranks, bf16)
-        optimizer = build_part(cfg.optimizer, model, strategy)
-        tracker, seen = Tracker(copies=kind == "cpu"), {}
-        parts = loop.Parts(
-            model=model, loss_of=_watched(model, tracker, device.autocast(bf16, CPU), seen), optimizer=optimizer,
-            lr_factor=lambda step: 1.0, loader=None, evaluate=None, save=None, track=None, show=None, stop_asked=lambda: False,
-            ranks=ranks, max_grad_norm=cfg.train.max_grad_norm, flops_per_token=0, peak_flops=None, meters=None,
-            strategy=strategy)
+    with fake_ranks(world_size, copies=kind == "cpu") as ranks, FakeTensorMode():
+        model, strategy = _build_model(cfg, vocab_size, start, shape, kind, bf16, ranks)
+        optimizer = instantiate_config(cfg.optimizer, model, strategy)
+        tracker, kept = StepMemTracker(copies=kind == "cpu"), {}
+        loss_of = _tracked_loss(model, tracker, device.autocast(bf16, CPU), kept)
+        components = _components(cfg, model, loss_of, optimizer, strategy, ranks)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Expected a tensor or a traceable wrapper-subclass")
-            _second_step(parts, tracker, shape)
+            _second_step(components, tracker, shape)
     at_peak = {name: size for name, size in tracker.at_peak.items() if name != "total"}
-    return Memory(max(tracker.phases.values()), tracker.phases, at_peak, seen["kept"], ranks.moved_bytes)
+    return Memory(max(tracker.phases.values()), tracker.phases, at_peak, kept, ranks.moved_bytes)
 
 
-def _watched(model: nn.Module, tracker: Tracker, autocast: Any, seen: dict) -> Callable[[Batch], Tensor]:
-    """The loss, after which `seen` holds what forward has left."""
+def _build_model(
+    cfg: Config, vocab_size: int, start: Path | None, shape: MicroBatchSpec, kind: str, bf16: bool, ranks: Ranks
+) -> tuple[CausalLM, ParallelStrategy]:
+    """The model as a run on a device of this kind would have it, uncompiled, on fake CPU tensors."""
+    model = fake_model(cfg, vocab_size, start)
+    if isinstance(model, GPT):
+        # On a GPU block attention stands in for FlashAttention within documents, which takes as much memory.
+        if cfg.train.compile if kind == "cpu" else bf16 and shape.isolated:
+            model.trunk = partial(model.features, use_block_attention=True)
+        model.head_settings = _head_settings(kind, cfg.train.compile)
+    eager = replace(cfg, train=replace(cfg.train, compile=False))
+    strategy = prepare_for_training(eager, model, CPU, ranks, bf16)
+    # Products of whole matrices take as much memory as products of strips, in fewer operations. And no threads: a FakeTensorMode
+    # holds for one thread only.
+    strategy.muon_settings = MuonSettings(batch=newton_schulz.SETTINGS[kind].batch)
+    return model, strategy
+
+
+def _components(
+    cfg: Config,
+    model: CausalLM,
+    loss_of: Callable[[Batch], Tensor],
+    optimizer: NamedOptimizer,
+    strategy: ParallelStrategy,
+    ranks: Ranks,
+) -> loop.TrainerComponents:
+    """The components of `train_step`."""
+    unused: Any = None  # only `fit` reads these
+    return loop.TrainerComponents(
+        model=model,
+        loss_of=loss_of,
+        optimizer=optimizer,
+        lr_factor=unused,
+        loader=unused,
+        evaluate=unused,
+        save=unused,
+        track=unused,
+        show=unused,
+        stop_asked=lambda: False,
+        ranks=ranks,
+        max_grad_norm=cfg.train.max_grad_norm,
+        checks_each_step=False,
+        flops_per_token=0,
+        peak_flops=None,
+        meters=unused,
+        strategy=strategy,
+    )
+
+
+def _tracked_loss(model: CausalLM, tracker: StepMemTracker, autocast: Any, kept: dict[str, int]) -> Callable[[Batch], Tensor]:
+    """The loss of a batch; each call updates `kept` with what its forward keeps for backward."""
+
     def loss_of(batch: Batch) -> Tensor:
         tracker.reset_mod_stats()
         with autocast:
             loss = model.loss(batch)
-        seen["kept"] = _kept(tracker, model)
+        kept.update(tracker.kept_by_forward(model.blocks))
         return loss
 
     return loss_of
 
 
-def _second_step(parts: loop.Parts, tracker: Tracker, shape: Shape) -> None:
-    """A step on gradients without content makes the optimizer's state; peaks are counted in the one after it.
+def _second_step(components: loop.TrainerComponents, tracker: StepMemTracker, shape: MicroBatchSpec) -> None:
+    """Make the optimizer's state by a step on empty gradients, then measure one micro-batch of the step after it.
 
-    Its micro-batch is its last: where others came before, it meets their gradients, and weights that have arrived.
+    We measure the step's last micro-batch; when accumulating, earlier gradients exist and weights are already gathered.
     """
-    parameters = list(parts.model.parameters())
-    tracker.track_external(parts.model)
+    parameters = list(components.model.parameters())
+    tracker.track_external(components.model)
     with tracker:
-        _put_gradients(parameters)
-        tracker.adopt(parts.model)
-        parts.strategy.reduce(parts.optimizer)
-        parts.strategy.step(parts.optimizer)
+        _set_gradients(parameters)
+        tracker.track_gradients(components.model)
+        components.strategy.reduce_gradients(components.optimizer)
+        components.strategy.step(components.optimizer)
         if shape.repeats:
-            parts.strategy.settle()
-            _put_gradients(parameters)
-            tracker.adopt(parts.model)
-        tracker.forget()
-        parts.ranks.moved_bytes = 0.0
-        loop.train_step(parts, [fake_batch(shape)], step=1)
+            components.strategy.wait_for_weights()
+            _set_gradients(parameters)
+            tracker.track_gradients(components.model)
+        tracker.reset_peaks()
+        components.ranks.moved_bytes = 0.0
+        loop.train_step(components, [fake_batch(shape)], step=1)
 
 
-def _put_gradients(parameters: list[nn.Parameter]) -> None:
+def _set_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
 
 
-def _kept(tracker: Tracker, model: nn.Module) -> dict[str, int]:
-    """After forward: what the blocks keep for backward, all else that is kept, and the most that was there beyond it while the
-    head ran: logits and what is made of them."""
-    def activations(module: nn.Module, state: _ModState) -> int:
-        return tracker.memory_tracking[module].snapshots[state][0].get(CPU, {}).get(_MemRefType.ACT, 0)
-
-    blocks = sum(activations(block, _ModState.POST_FW) - activations(block, _ModState.PRE_FW) for block in model.blocks)
-    now = tracker.now()
-    blocks = min(blocks, now["activations"])  # fsdp's gathered weights are among them, and soon gone
-    return {"blocks": blocks, "embedding and head": now["activations"] - blocks,
-            "logits": max(0, tracker.phases["forward"] - now["total"])}
-
-
-def fake_batch(shape: Shape) -> Batch:
-    """A micro-batch of this shape, all its targets supervised: none of the data takes more."""
+def fake_batch(shape: MicroBatchSpec) -> Batch:
+    """A micro-batch of this shape in which every target is supervised, so that no real batch takes more memory."""
     B, T = shape.rows, shape.width
-    ids, places = torch.zeros(B, T, dtype=torch.int64), B * T
-    return Batch(ids, torch.zeros_like(ids), num_tokens=places, num_targets=places,
-                 positions=torch.zeros_like(ids) if shape.isolated else None,
-                 cu_seqlens=torch.zeros(places // DOCUMENT + 1, dtype=torch.int32) if shape.isolated else None,
-                 supervised=torch.zeros(places, dtype=torch.int64) if shape.partial else None)
+    ids, size = torch.zeros(B, T, dtype=torch.int64), B * T
+    return Batch(
+        ids,
+        torch.zeros_like(ids),
+        num_tokens=size,
+        num_supervised=size,
+        positions=torch.zeros_like(ids) if shape.isolated else None,
+        cu_seqlens=torch.zeros(size // MIN_DOCUMENT + 1, dtype=torch.int32) if shape.isolated else None,
+        target_indices=torch.zeros(size, dtype=torch.int64) if shape.partial else None,
+    )
 
 
-class PretendedRanks(Ranks):
-    """Rank 0 among others that are not there and do as it does. `copies`: does the backend of collectives work on a copy?"""
-
-    def __init__(self, world_size: int, copies: bool):
-        super().__init__(0, 0, world_size)
-        self.copies = copies
-
-    def sum(self, values: list[float]) -> list[float]:
-        return [value * self.world_size for value in values]
-
-    def mesh(self, device_type: str) -> DeviceMesh:
-        with unset_fake_temporarily():  # it keeps the ranks in a tensor, and reads that
-            return super().mesh(device_type)
-
-    def in_groups(self, size: int) -> Group:
-        return HoldingGroup(**vars(super().in_groups(size)))
-
-
-class HoldingGroup(Group):
-    """Its sums hold what they work on until they are waited for, as those that really take time do: what was given, and gloo
-    a copy of it too."""
-
-    def reduce_scatter(self, whole: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        share, wait = super().reduce_scatter(whole)
-        held = [whole, *([whole.clone()] if self.ranks.copies else [])]
-
-        def waited() -> None:
-            wait()
-            held.clear()
-
-        return share, waited
-
-
-@contextmanager
-def pretended_ranks(world_size: int, copies: bool) -> Iterator[Ranks]:
-    """Collectives that return at once, with tensors of the right size. Raises RuntimeError within a real process group."""
-    if world_size == 1:
-        yield Ranks()
-        return
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        raise RuntimeError("this process is one of several already")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        yield PretendedRanks(world_size, copies)
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def as_on(kind: str, compiled: bool) -> Iterator[None]:
-    """Chunks as large as on this kind of device, though tensors say that they are on a CPU; and nothing is read from them."""
-    with ExitStack() as undo:
-        def put(owner: dict, name: str, value: Any) -> None:
-            undo.callback(owner.__setitem__, name, owner[name]) if name in owner else undo.callback(owner.pop, name)
-            owner[name] = value
-
-        put(head.CHUNK_ELEMENTS, "cpu", head.CHUNK_ELEMENTS[kind])
-        put(newton_schulz.TOGETHER, "cpu", newton_schulz.TOGETHER.get(kind, 1))
-        put(newton_schulz.STRIP, "cpu", math.inf)  # products of whole matrices take as much memory, and fewer operations
-        put(vars(newton_schulz), "on_cores", lambda work, pieces: [work(piece) for piece in pieces])  # modes are a thread's own
-        put(vars(loop), "read", lambda parts, results: (0.0, 0.0))  # a loss without content is neither finite nor not
-        if compiled:
-            put(vars(head), "_loss_and_gradient", _fused_loss_and_gradient)
-        yield
+def _head_settings(kind: str, compiled: bool) -> head.HeadSettings:
+    """The head's settings on a device of this kind: the fake tensors are on the CPU."""
+    settings = head.head_settings(kind, compiled=False)
+    return replace(settings, loss_and_gradient=_fused_loss_and_gradient) if compiled else settings
 
 
 def _fused_loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """What head.py's function takes when it is compiled: its results, and a few numbers a row."""
+    """Allocates what the compiled function of head.py does: its results, and one number a row."""
     return logits.new_empty(len(logits), dtype=torch.float32).sum(dtype=head.sum_dtype(logits.device)), torch.empty_like(logits)
 
 
 def largest(measure: Callable[[int], int], limit: float, first: int, most: int) -> int:
-    """The largest number of rows, up to `most`, whose peak measure(rows) is within the limit; 0 where one row is too much.
+    """The largest number of rows, up to `most`, whose peak measure(rows) is within the limit; 0 if one row exceeds it.
 
-    Two sizes give a line, its guess is measured, and where that is wrong the line goes through it: what a step takes is linear
-    in rows, but for chunks that are not full. Each size is measured once.
+    A secant search: memory is linear in rows but for chunks that are not full, so a line through two measured sizes guesses the
+    next one. Each size is measured once.
 
     >>> largest(lambda rows: 10 + 7 * rows, limit=100, first=4, most=64)
     12
@@ -290,13 +221,12 @@ def largest(measure: Callable[[int], int], limit: float, first: int, most: int) 
 
 
 def _guess(peaks: dict[int, int], limit: float, fits: int, fails: int) -> int:
-    """A size between the two, by the line through the two that were measured nearest to them."""
+    """A size between fits and fails, on the line through the two measured peaks nearest to the limit."""
     if len(peaks) == 1:
-        (rows, peak), = peaks.items()
+        ((rows, peak),) = peaks.items()
         guess = rows * limit / peak if peak else fails
     else:
-        below, above = (min(peaks, key=lambda rows: abs(peaks[rows] - limit)),) * 2
-        above = min((rows for rows in peaks if rows != below), key=lambda rows: abs(peaks[rows] - limit))
+        below, above = sorted(peaks, key=lambda rows: abs(peaks[rows] - limit))[:2]
         slope = (peaks[above] - peaks[below]) / (above - below)
         guess = below + (limit - peaks[below]) / slope if slope > 0 else fails
     return int(min(max(guess, fits + 1), fails - 1))

@@ -1,25 +1,25 @@
-"""Sums that a child can do: one- and two-digit addition and subtraction, one-digit multiplication.
+"""Simple arithmetic: addition and subtraction of one- and two-digit numbers, multiplication of one-digit numbers.
 
-Small ones are answered from memory, larger ones with Python: the rule is plain, so that a model can learn when its
-tool is worth the call.
+Answers to one-digit problems are given directly, others with a call of Python. The rule is simple, so that a model can learn
+when to call the tool.
 """
 
 import random
 
 from chattrain.tasks.words import draw
 
-OPERATIONS = {  # name -> (sign, how it is asked besides the sign, largest operand)
+OPERATIONS = {  # name -> (sign, questions in words, largest operand)
     "add": ("+", ("What is {a} plus {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?"), 99),
     "subtract": ("-", ("What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}."), 99),
     "multiply": ("*", ("What is {a} times {b}?", "Multiply {a} by {b}.", "What is the product of {a} and {b}?"), 9),
 }
 WITH_SIGN = ("What is {a} {sign} {b}?", "{a} {sign} {b} =", "Compute {a} {sign} {b}.", "How much is {a} {sign} {b}?")
-ONE_DIGIT_SHARE = 0.5  # of the additions and subtractions; the others have operands up to two digits
+ONE_DIGIT_SHARE = 0.5  # of the additions and subtractions; the others have operands with up to two digits
 TOOL_PHRASES = ("I will let Python work it out.\n", "Let me use Python.\n", "I compute it with Python.\n")
 
 
 def arithmetic(rng: random.Random, split: str) -> dict:
-    """One sum and its answer. Both orders of the same operands fall in the same split: 7 + 5 gives 5 + 7 away."""
+    """One problem and its answer. Both orders of the operands are in the same split, since 7 + 5 gives away 5 + 7."""
 
     def propose() -> tuple[str, tuple[str, int, int]]:
         name = rng.choice(tuple(OPERATIONS))
@@ -45,7 +45,7 @@ def result(a: int, sign: str, b: int) -> int:
 
 
 def _answer(rng: random.Random, a: int, sign: str, b: int) -> str | list[dict]:
-    """From memory where both operands have one digit, with a python call otherwise."""
+    """A direct answer if both operands have one digit, else one with a Python call."""
     value = result(a, sign, b)
     if max(a, b) < 10:
         return f"{a} {sign} {b} = {value}"

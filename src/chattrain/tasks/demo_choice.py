@@ -1,7 +1,7 @@
-"""Four-choice questions that a model of four layers can begin to answer in a minute, in the columns of cais/mmlu.
+"""Four-choice questions that a model of four layers begins to answer within a minute of training, with the columns of cais/mmlu.
 
-They let the demo show a benchmark that moves: real MMLU stays at chance for any model that a laptop trains. Each
-question has one right answer by construction, and the place of the answer is drawn apart from everything else.
+They give the demo a benchmark whose accuracy rises: real MMLU stays at chance for any model that a laptop can train. Each
+question has exactly one right answer by construction, and its index is drawn independently of everything else.
 """
 
 import random
@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from chattrain.tasks.words import draw
 
-# Subject -> its share of the questions. The first group teaches to find a choice that shows by itself (a number among
-# words): a tiny model learns these first, within some 300,000 tokens. The second asks to compare the choices with the
-# question, the third to know letters and sums by heart: these need far longer, and leave the benchmark room to grow.
+# Subject -> relative frequency. In the first line the right choice differs from the others by itself, like a number among words:
+# a tiny model learns these within about 300,000 tokens. The second line needs a comparison of the choices with the question, the
+# third knowledge of letters and sums. These take far longer, so that accuracy does not saturate.
 SHARES = {
     "number": 20, "kind_of_word": 30, "longest_word": 12, "largest_number": 6,
     "same_word": 6, "spelled_word": 4, "starts_with": 5, "ends_with": 2,
@@ -27,7 +27,7 @@ KINDS = {
     "a day of the week": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
 }
 
-# Common words of computing prose, a token or two each; none is of a kind above, none is a number.
+# Common words of texts about computing, one or two tokens each. None belongs to KINDS, none is a number.
 _WORDS = """
 area arrow base block body box button byte cache call case cell chain child circle class column copy corner cycle data
 date disk edge email engine error event family field figure file flag flow font form frame goal graph grid group guard
@@ -46,7 +46,7 @@ Question = tuple[str, str, list[str]]  # question, right choice, three wrong cho
 
 
 def demo_choice(rng: random.Random, split: str) -> dict:
-    """One question with 4 choices, of which `answer` (0 to 3) is the only right one."""
+    """One question with 4 choices; `answer` (0 to 3) is the index of the right one."""
 
     def propose() -> tuple[str, tuple[str, Question]]:
         subject = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
@@ -151,5 +151,5 @@ MAKERS: dict[str, Callable[[random.Random], Question]] = {
                  first_letter, last_letter, small_sum, word_length, letter_count)
 }  # fmt: skip
 
-# Where the choices belong to what is asked, the same words above other choices are another question.
+# Subjects whose questions differ by their choices, not by their text; the choices are then part of a question's identity.
 ANSWERED_BY_CHOICES = {"number", "kind_of_word", "longest_word", "largest_number", "starts_with", "ends_with"}

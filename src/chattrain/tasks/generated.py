@@ -1,8 +1,8 @@
-"""The data that needs no network: one index over all generators, so that the first run works on any laptop.
+"""Data that is generated and needs no network, so that the first run works on any laptop.
 
-Row i of a name and a split follows from these three alone, in every process: it is drawn by a generator seeded with
-their text. Training and validation share no question. Prose, and the words taken from it, are those of the Python that
-runs: whoever caches rows keys the cache with GENERATOR_VERSION and with the Python release or the rows themselves.
+Record i depends only on the name, the split and i, which seed its random generator. Training and validation share no question.
+Prose, and the words taken from it, come from the running Python, so the key of a cache of records must include
+GENERATOR_VERSION and either the release of Python or the records themselves.
 """
 
 import random
@@ -19,7 +19,7 @@ from chattrain.tasks.words import SPLITS, common_words, split_of, words_of_file
 
 GENERATOR_VERSION = 1  # part of the cache key; raise it when any generator changes
 
-NAMES = {  # name -> schema of its rows
+NAMES = {  # name -> schema of its records
     "prose": "text",
     "spell_word": "messages",
     "count_letters": "messages",
@@ -27,19 +27,19 @@ NAMES = {  # name -> schema of its rows
     "small_talk": "messages",
     "demo_choice": "multiple_choice",
 }
-DEFAULT_SIZES = {"train": 4_000, "val": 400}  # rows when no size is asked for; prose gives all it has
+DEFAULT_SIZES = {"train": 4_000, "val": 400}  # records, if no size is given; prose returns all that it has
 
 _WITH_WORDS = {"spell_word": spell_word, "count_letters": count_letters}
 _WITHOUT_WORDS = {"arithmetic": arithmetic, "small_talk": small_talk, "demo_choice": demo_choice}
 
 
-def rows(name: str, split: str, size: int | None = None, words_file: str | None = None) -> list[dict]:
-    """The first `size` rows of a generated data set, in the schema that NAMES gives.
+def records(name: str, split: str, size: int | None = None, words_file: str | None = None) -> list[dict]:
+    """The first `size` records of a generated data set, in the schema of NAMES.
 
     `words_file` (one word a line) replaces the words that spell_word and count_letters ask about. Raises ValueError for
-    an unknown name or split, a size that cannot be had, and a words_file that would have no effect.
+    an unknown name or split, a size that is negative or larger than the prose, and a words_file that would have no effect.
 
-    >>> rows("arithmetic", "train", size=1)
+    >>> records("arithmetic", "train", size=1)
     [{'messages': [{'role': 'user', 'content': 'Multiply 3 by 5.'}, {'role': 'assistant', 'content': '3 * 5 = 15'}]}]
     """
     _check(name, split, size, words_file)
@@ -51,14 +51,14 @@ def rows(name: str, split: str, size: int | None = None, words_file: str | None 
 
 
 def _prose(split: str, size: int | None) -> list[dict]:
-    mine = [{"text": text} for text in documents() if split_of(f"prose/{text}") == split]
-    if size is not None and size > len(mine):
-        raise ValueError(f"prose has {len(mine)} documents for {split}, not {size}; leave the size out for all of them")
-    return mine[:size]
+    texts = [{"text": text} for text in documents() if split_of(f"prose/{text}") == split]
+    if size is not None and size > len(texts):
+        raise ValueError(f"prose has {len(texts)} documents for {split}, not {size}; leave the size out for all of them")
+    return texts[:size]
 
 
 def _maker(name: str, words_file: str | None) -> Callable[[random.Random, str], dict]:
-    """The function that makes one row out of (random generator, split)."""
+    """The function that generates one record from (random generator, split)."""
     if name in _WITHOUT_WORDS:
         return _WITHOUT_WORDS[name]
     return partial(_WITH_WORDS[name], words=words_of_file(words_file) if words_file else common_words())

@@ -1,10 +1,10 @@
-"""Conversations as they are: smol-smoltalk, identity conversations, any data set with a `messages` column."""
+"""Data sets that hold conversations in a column `messages`, such as smol-smoltalk."""
 
 
-def conversation(row: dict) -> dict:
-    """Row `{"messages": [...]}` to a conversation; parts of other columns are left behind.
+def conversation(record: dict) -> dict:
+    """The conversation of a record; other columns are dropped.
 
     >>> conversation({"messages": [{"role": "user", "content": "hi"}], "source": "x"})
     {'messages': [{'role': 'user', 'content': 'hi'}]}
     """
-    return {"messages": row["messages"]}
+    return {"messages": record["messages"]}

@@ -1,7 +1,7 @@
-"""The prose that every Python carries: its docstrings and the language reference behind `help()`.
+"""English prose from Python itself: the docstrings of its standard library and the language reference of `help()`.
 
-It is English written with care, it is on every machine that can run chattrain, and it needs no network: enough for a
-tokenizer and a toy base model. The sources are parsed, never imported, so nothing in them runs.
+Every machine that can run chattrain has it, without a network. It is enough for a tokenizer and a toy base model. The sources
+are parsed, never imported, so none of their code runs.
 """
 
 import ast
@@ -15,19 +15,19 @@ from functools import lru_cache
 from inspect import cleandoc
 from pathlib import Path
 
-MIN_CHARACTERS = 150  # a shorter text says too little to be a document
+MIN_CHARACTERS = 150  # shorter texts are not used as documents
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 REFERENCE = Path("pydoc_data", "topics.py")  # one long dict: topic -> its chapter of the language reference
-UNDERLINE = re.compile(r"^(\S.*)\n[=*^~\-]{3,}\n", re.MULTILINE)  # a heading and its rule
+UNDERLINE = re.compile(r"^(\S.*)\n[=*^~\-]{3,}\n", re.MULTILINE)  # a heading and its underline
 
 
 @lru_cache(maxsize=1)
 def documents() -> tuple[str, ...]:
-    """All documents, each once, in an order that looks random and is the same on every call.
+    """All different documents, sorted by the hash of their text.
 
-    The order follows from each text alone (its hash), so the folder layout does not show in it and any prefix is a fair
-    sample. Another release of Python carries other texts: whoever caches these rows keys the cache with the texts.
-    Raises ValueError where the standard library has no readable sources.
+    So the order does not depend on the layout of the folders, and any prefix is a random sample. Other releases of Python have
+    other texts, so a cache must have the release or the texts in its key. Raises ValueError if the standard library has no
+    readable sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = {text for path in _sources(root) for text in docstrings(_read(path))}
@@ -42,7 +42,7 @@ def documents() -> tuple[str, ...]:
 
 
 def docstrings(source: str) -> Iterator[str]:
-    r"""The docstrings of the module, its classes and its functions, with their common indent taken off.
+    r"""The docstrings of the module, its classes and its functions, without their common indentation.
 
     >>> list(docstrings("'Adds.'\ndef add(a, b):\n    '''Return the sum.\n\n    Of two numbers.\n    '''\n"))
     ['Adds.', 'Return the sum.\n\nOf two numbers.']
@@ -55,10 +55,10 @@ def docstrings(source: str) -> Iterator[str]:
 
 
 def sections(source: str) -> Iterator[str]:
-    r"""The strings of a source, cut before each underlined heading, the rules left out.
+    r"""The strings of a source, split before each underlined heading, without the underlines.
 
-    Chapters of the reference repeat each other's sections under another rule: cut like this, the repeats are equal,
-    and a set drops them. Otherwise one section could stand in training and in validation.
+    Chapters of the reference repeat each other's sections with other underlines. Split like this, repeated sections are equal
+    and a set removes them. Otherwise the same section could be in training and in validation.
 
     >>> list(sections("{'a': 'One\\n***\\n\\nFirst.\\n\\nTwo\\n===\\n\\nSecond.'}"))
     ['a', 'One\n\nFirst.', 'Two\n\nSecond.']
@@ -71,22 +71,22 @@ def sections(source: str) -> Iterator[str]:
 
 
 def _nodes(source: str) -> Iterator[ast.AST]:
-    """Every node of a parsed source; none where it does not parse: a standard library keeps some broken files."""
+    """All nodes of a parsed source; none if it does not parse, as some files of a standard library do not."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old sources hold escapes that today's parser warns of
+            warnings.simplefilter("ignore")  # the parser warns of invalid escapes in old sources
             return ast.walk(ast.parse(source))
     except (SyntaxError, ValueError):
         return iter(())
 
 
 def _sources(root: Path) -> list[Path]:
-    """Every .py file of the standard library under `root`, without its tests and without installed packages."""
+    """All .py files of the standard library under `root`, except its tests and installed packages."""
     return sorted(path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]))
 
 
 def _read(path: Path) -> str:
-    """The text of one source in the encoding that it declares; empty where it cannot be read."""
+    """The text of a source file in the encoding that it declares; empty if it cannot be read."""
     try:
         with tokenize.open(path) as file:
             return file.read()

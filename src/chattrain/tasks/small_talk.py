@@ -1,7 +1,7 @@
 """Small talk from templates: greetings, who are you, favourites, thanks, goodbye, in one to three turns.
 
-A toy model learns here to keep its role: to answer what was asked, to remember a name over a turn, to follow a system
-message. Every user message, in any turn, belongs to one split only.
+A toy model learns its role from them: to answer the question, to remember a name from the turn before, to obey a system
+message. A user message, in whichever turn, occurs in one split only.
 """
 
 import random
@@ -17,7 +17,7 @@ Jonas Julia Kai Lara Lena Leo Lina Luca Maja Maria Mark Mia Nadia Nina Noah Nora
 Sam Sara Sofia Tara Theo Tim Tom Vera Yara Yusuf Zoe
 """
 PEOPLE = _PEOPLE.split()
-FAVOURITES = {  # kind -> things of that kind; the model's own favourite is the first
+FAVOURITES = {  # kind -> things of that kind; the first is the model's own favourite
     "colour": ["blue", "green", "red", "yellow", "orange", "purple", "white"],
     "animal": ["the turtle", "the cat", "the dog", "the owl", "the horse", "the fox", "the bear"],
     "season": ["spring", "summer", "autumn", "winter"],
@@ -27,30 +27,79 @@ FAVOURITES = {  # kind -> things of that kind; the model's own favourite is the 
     "hobby": ["reading", "chess", "running", "painting", "cooking", "music", "hiking"],
     "language": ["Python", "English", "Spanish", "French", "German", "Arabic", "Hindi"],
 }
-FAVOURITE_ASKED = ["what is your favourite {kind}?", "which {kind} do you like best?",
-                   "do you have a favourite {kind}?"]
+FAVOURITE_ASKED = ["what is your favourite {kind}?", "which {kind} do you like best?", "do you have a favourite {kind}?"]
 FAVOURITE_TOLD = ["my favourite {kind} is {theirs}.", "I like {theirs}.", "the {kind} that I like best is {theirs}."]
-HELLOS = ["Hi", "Hello", "Hey", "Good morning", "Good evening", "Good afternoon", "Hi there", "Hello there",
-          "Good day"]
-LEADS = ["", "", "", "", "tell me, ", "may I ask, ", "one question: ", "please tell me, ", "I wonder, ", "so, ",
-         "by the way, ", "just curious, "]
+HELLOS = ["Hi", "Hello", "Hey", "Good morning", "Good evening", "Good afternoon", "Hi there", "Hello there", "Good day"]
+LEADS = [
+    "",
+    "",
+    "",
+    "",
+    "tell me, ",
+    "may I ask, ",
+    "one question: ",
+    "please tell me, ",
+    "I wonder, ",
+    "so, ",
+    "by the way, ",
+    "just curious, ",
+]
 TELLING_LEADS = ["", "you know, ", "by the way, ", "well, ", "guess what, "]
-TAILS = ["", "", "", " Can we talk?", " Is anyone there?", " Nice to meet you.", " I have a question.",
-         " Are you awake?", " Can you help me?", " It is good to be here.", " What a nice day."]
-INTRODUCTIONS = ["I am {name}.", "My name is {name}.", "I'm {name}.", "This is {name}.", "{name} here.",
-                 "You can call me {name}."]
-NAME_QUESTIONS = ["what is my name?", "what's my name?", "do you remember my name?", "who am I?",
-                  "do you know my name?", "what did I say my name was?", "can you say my name?"]
-THANKS = ["thanks", "thank you", "many thanks", "thanks a lot", "thank you very much", "great, thanks",
-          "thank you so much"]
-THANKS_FOR = ["", "", " for the help", " for your time", " for the answer", " for talking to me", " for the chat",
-              " for everything"]
-BYES = ["bye", "goodbye", "see you", "bye bye", "good night", "see you later", "I have to go", "that is all, bye",
-        "until next time"]
-BYE_TAILS = ["", "", " for now", " and take care", " and thanks", " then", " my friend", ", little model",
-             ", it was fun"]
+TAILS = [
+    "",
+    "",
+    "",
+    " Can we talk?",
+    " Is anyone there?",
+    " Nice to meet you.",
+    " I have a question.",
+    " Are you awake?",
+    " Can you help me?",
+    " It is good to be here.",
+    " What a nice day.",
+]
+INTRODUCTIONS = [
+    "I am {name}.",
+    "My name is {name}.",
+    "I'm {name}.",
+    "This is {name}.",
+    "{name} here.",
+    "You can call me {name}.",
+]
+NAME_QUESTIONS = [
+    "what is my name?",
+    "what's my name?",
+    "do you remember my name?",
+    "who am I?",
+    "do you know my name?",
+    "what did I say my name was?",
+    "can you say my name?",
+]
+THANKS = ["thanks", "thank you", "many thanks", "thanks a lot", "thank you very much", "great, thanks", "thank you so much"]
+THANKS_FOR = [
+    "",
+    "",
+    " for the help",
+    " for your time",
+    " for the answer",
+    " for talking to me",
+    " for the chat",
+    " for everything",
+]
+BYES = [
+    "bye",
+    "goodbye",
+    "see you",
+    "bye bye",
+    "good night",
+    "see you later",
+    "I have to go",
+    "that is all, bye",
+    "until next time",
+]
+BYE_TAILS = ["", "", " for now", " and take care", " and thanks", " then", " my friend", ", little model", ", it was fun"]
 
-ABOUT_ME = {  # what is asked -> the answer; the first sentence stands by itself
+ABOUT_ME = {  # question -> answer, whose first sentence is a complete answer
     "who are you?": "I am a small language model trained with chattrain. I like to chat.",
     "what are you?": "I am a small language model trained with chattrain. I am no person.",
     "what is your name?": "I have no name, I am a small model trained with chattrain. You may call me as you like.",
@@ -79,9 +128,23 @@ FEELINGS = {  # how the user feels -> the answer
 FEEL = ["I am {feeling}{when}.", "I feel {feeling}{when}.", "I'm {feeling}{when}.", "I am so {feeling}{when}."]
 WHEN = ["", " today", " now", " this morning", " tonight", " again"]
 
-# Each of these counts as one question, and that question falls in training: what everybody types first must be known.
-EVERYDAY = {"hi", "hello", "hey", "good morning", "who are you", "what are you", "what is your name", "how are you",
-            "thanks", "thank you", "bye", "goodbye", "what is my name", "what can you do"}
+# These have one identity, which belongs to the training split: a model must know what everybody types first.
+EVERYDAY = {
+    "hi",
+    "hello",
+    "hey",
+    "good morning",
+    "who are you",
+    "what are you",
+    "what is your name",
+    "how are you",
+    "thanks",
+    "thank you",
+    "bye",
+    "goodbye",
+    "what is my name",
+    "what can you do",
+}
 
 SHORT, POLITE = "Answer in one short sentence.", "End every answer with: Have a nice day!"
 SYSTEM_SHARE = 0.25  # of the conversations begin with one of these two
@@ -96,7 +159,7 @@ Maker = Callable[[random.Random, str], Turn]  # (generator, the user's name) -> 
 
 
 def small_talk(rng: random.Random, split: str) -> dict:
-    """One conversation of one to three turns, a quarter of them with a system message that the replies follow."""
+    """One conversation of one to three turns. A quarter have a system message, which the replies obey."""
     name = rng.choice(PEOPLE)
     turns = [_turn(make, rng, split, name) for make in _plan(rng)]
     system = rng.choice((SHORT, POLITE)) if rng.random() < SYSTEM_SHARE else None
@@ -108,18 +171,20 @@ def small_talk(rng: random.Random, split: str) -> dict:
 
 
 def obey(system: str | None, reply: str) -> str:
-    """The reply as the system message wants it.
+    """The reply, changed as the system message demands.
 
     >>> obey("Answer in one short sentence.", "I am fine, thank you. How are you?")
     'I am fine, thank you.'
     """
     if system == SHORT:
-        return re.match(r".*?[.!?]", reply)[0]
+        sentence = re.match(r".*?[.!?]", reply)
+        assert sentence, f"no sentence in {reply!r}"
+        return sentence[0]
     return f"{reply} Have a nice day!" if system == POLITE else reply
 
 
 def identity(user: str) -> str:
-    """What two user messages have in common when they ask the same: their words, without case and punctuation.
+    """The identity of a user message: its words, without case and punctuation. Messages that ask the same have the same one.
 
     >>> identity("Hello there!"), identity("Who are you?")
     ('small_talk/hello there', 'small_talk/everyday phrase')
@@ -129,7 +194,7 @@ def identity(user: str) -> str:
 
 
 def _plan(rng: random.Random) -> list[Maker]:
-    """Which turns a conversation has, in order. Nobody asks for a name that was never given."""
+    """The turns of a conversation, in order. The user asks for a name only after giving it."""
     opening = rng.choice((_greeting, _introduction))
     middle = rng.choices((_about_me, _favourite, _feeling), (3, 3, 2))[0]
     closing = rng.choice((_thanks, _bye))
@@ -141,7 +206,7 @@ def _plan(rng: random.Random) -> list[Maker]:
 
 
 def _turn(make: Maker, rng: random.Random, split: str, name: str) -> Turn:
-    """A turn that belongs to the split."""
+    """A random turn whose user message belongs to the split."""
 
     def propose() -> tuple[str, Turn]:
         turn = make(rng, name)
@@ -171,7 +236,7 @@ def _about_me(rng: random.Random, name: str) -> Turn:
 
 
 def _favourite(rng: random.Random, name: str) -> Turn:
-    """The user asks for a favourite, or tells one."""
+    """The user asks for the model's favourite, or tells their own."""
     kind = rng.choice(tuple(FAVOURITES))
     mine, theirs = FAVOURITES[kind][0], rng.choice(FAVOURITES[kind])
     if rng.random() < 0.5:
@@ -199,6 +264,6 @@ def _bye(rng: random.Random, name: str) -> Turn:
 
 
 def _led(rng: random.Random, text: str, leads: list[str] = LEADS) -> str:
-    """The text behind one of the leads, with a capital at its start."""
+    """The text after a random lead, with a capital first letter."""
     text = rng.choice(leads) + text
     return text[0].upper() + text[1:]

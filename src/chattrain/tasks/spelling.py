@@ -1,7 +1,7 @@
-"""Spelling and counting letters: what a model that sees tokens instead of letters has to learn by heart.
+"""Spelling words and counting their letters, which a model has to memorise, because it sees tokens and not letters.
 
-After the idea of nanochat's SimpleSpelling and SpellingBee: spelling a word out turns one token into many, after
-which counting is easy; and the count is then checked with Python, which shows the model how its tool is used.
+After nanochat's SimpleSpelling and SpellingBee. Spelling a word turns one token into one for each letter, which are easy to
+count. The answer then checks the count with Python, as an example of using the tool.
 """
 
 import random
@@ -29,7 +29,7 @@ COUNT_QUESTIONS = (
     "What is the number of {letter} in {word}?",
 )
 
-ABSENT_LETTER = 0.1  # share of the questions whose letter is any of the alphabet, so that 0 is an answer too
+ABSENT_LETTER = 0.1  # fraction of the questions about any letter of the alphabet, so that some answers are 0
 
 
 def spell_word(rng: random.Random, split: str, words: tuple[str, ...]) -> dict:
@@ -45,7 +45,7 @@ def spell_word(rng: random.Random, split: str, words: tuple[str, ...]) -> dict:
 
 
 def count_letters(rng: random.Random, split: str, words: tuple[str, ...]) -> dict:
-    """One question how often a letter is in a word: a running count by hand, a check in Python, `#### 3` at the end."""
+    """A question of how often a letter occurs in a word. The answer counts by hand, checks with Python, ends with `#### 3`."""
     word = pick(rng, words, "count_letters", split)
     letter = rng.choice(string.ascii_lowercase if rng.random() < ABSENT_LETTER else word)
     question = rng.choice(COUNT_QUESTIONS).format(letter=letter, word=word)
@@ -54,7 +54,7 @@ def count_letters(rng: random.Random, split: str, words: tuple[str, ...]) -> dic
 
 
 def running_count(word: str, letter: str) -> str:
-    """Each letter of the word, and the count so far after each hit.
+    """The letters of the word, with the running count after each occurrence of the letter.
 
     >>> running_count("strawberry", "r")
     's,t,r(1),a,w,b,e,r(2),r(3),y'

@@ -1,14 +1,14 @@
-"""Plain text documents: any data set with a `text` column."""
+"""Data sets that hold plain text in a column `text`."""
 
 from chattrain.chat import Malformed
 
 
-def text(row: dict) -> dict:
-    """Row to `{"text": ...}`. Raises Malformed for a row without text.
+def text(record: dict) -> dict:
+    """The text of a record as `{"text": ...}`. Raises Malformed if it is empty or not a string.
 
     >>> text({"text": "Once upon a time", "url": "x"})
     {'text': 'Once upon a time'}
     """
-    if not isinstance(row["text"], str) or not row["text"]:
+    if not isinstance(record["text"], str) or not record["text"]:
         raise Malformed("`text` is empty or no string")
-    return {"text": row["text"]}
+    return {"text": record["text"]}

@@ -1,6 +1,6 @@
-"""The words that the spelling tasks ask about, and the one rule that parts any questions into training and validation.
+"""The words of the spelling tasks, and the rule that splits questions into training and validation.
 
-The rule stands in one place, because a validation question that was trained on measures nothing.
+All generators use this one rule, because a validation question that was trained on measures nothing.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ from chattrain.tasks.prose import documents
 
 SPLITS = ("train", "val")
 VAL_PERCENT = 10  # of the identities, by their hash
-MIN_DOCUMENTS = 5  # a word in fewer documents is more often a misspelling or somebody's variable
-PLAIN_WORD = re.compile(r"(?<![^\s(])[a-z]{3,10}(?=[,.;:?!)]*(?:\s|$))")  # stands alone, so it is no part of any code
-MAX_DRAWS = 20_000  # a pool where 1 in 10 fits is never refused: 0.9 ** 20_000 is 0
+MIN_DOCUMENTS = 5  # a word in fewer documents is often a misspelling or the name of a variable
+PLAIN_WORD = re.compile(r"(?<![^\s(])[a-z]{3,10}(?=[,.;:?!)]*(?:\s|$))")  # between spaces or punctuation, so not part of code
+MAX_DRAWS = 20_000  # if one question in 10 belongs to the split, the chance of not drawing one is 0.9 ** 20_000, which is 0
 
 Value = TypeVar("Value")
 
 
 def split_of(identity: str) -> str:
-    """Which split a question belongs to: by the hash of its text, so adding questions moves none of the others.
+    """The split of a question, by the hash of its text, so that adding questions does not move others to another split.
 
     >>> split_of("spell_word/code"), split_of("spell_word/page")
     ('val', 'train')
@@ -34,9 +34,9 @@ def split_of(identity: str) -> str:
 
 
 def draw(propose: Callable[[], tuple[str, Value]], split: str) -> Value:
-    """Calls `propose`, which gives (identity, value), until an identity belongs to `split`; returns its value.
+    """Call `propose`, which returns (identity, value), until the identity belongs to `split`. Returns that value.
 
-    Raises ValueError where none does, which only a pool of very few questions brings about.
+    Raises ValueError if MAX_DRAWS proposals have no such identity, which happens only with very few different questions.
     """
     identity = ""
     for _ in range(MAX_DRAWS):
@@ -51,7 +51,7 @@ def draw(propose: Callable[[], tuple[str, Value]], split: str) -> Value:
 
 @lru_cache(maxsize=1)
 def common_words() -> tuple[str, ...]:
-    """Lower-case words of 3 to 10 letters that many documents of the prose use, sorted."""
+    """Lower-case words of 3 to 10 letters that occur in at least MIN_DOCUMENTS documents of the prose, sorted."""
     documents_with: Counter[str] = Counter()
     for text in documents():
         documents_with.update(set(PLAIN_WORD.findall(text)))
@@ -61,10 +61,10 @@ def common_words() -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def words_of_file(path: str) -> tuple[str, ...]:
-    """The words of a file with one word a line, sorted, each once.
+    """The different words of a file with one word a line, sorted.
 
-    Lines with anything but the letters a to z (capitals, apostrophes, accents) are left out: system word lists hold
-    many, and the tasks ask about plain lower-case words. Raises ValueError where nothing is left to ask about.
+    Lines with anything but the letters a to z (capitals, apostrophes, accents), which system word lists contain, are left out:
+    the tasks ask about lower-case words. Raises ValueError if no word is left or the file cannot be read.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -77,7 +77,7 @@ def words_of_file(path: str) -> tuple[str, ...]:
 
 
 def pick(rng: random.Random, words: tuple[str, ...], task: str, split: str) -> str:
-    """One word of the split's share. Each task parts the words anew, so a word new to one may be known from another."""
+    """A random word of the split. Words are split by task, so a validation word of one may be a training word of another."""
 
     def propose() -> tuple[str, str]:
         word = rng.choice(words)

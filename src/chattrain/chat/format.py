@@ -1,0 +1,79 @@
+"""The interface of a chat format: it splits a document into segments, each supervised or not, and encodes them as token ids."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+
+class Malformed(ValueError):
+    """A conversation that cannot be rendered; the message says which message and why."""
+
+
+class Rendered(NamedTuple):
+    """`ids` and `loss_mask` have the same length; loss_mask[i] is 1 where token i is supervised (not yet shifted)."""
+
+    ids: list[int]
+    loss_mask: list[int]
+
+
+class Segment(NamedTuple):
+    """A part of a rendered document: ordinary text, or (if `special`) the name of one special token."""
+
+    text: str
+    special: bool
+    supervised: bool
+
+
+class ChatFormat(ABC):
+    """Renders conversations for one tokenizer, and decides which parts of them are supervised."""
+
+    version: int  # part of the token cache's key; raised when the rendering changes
+
+    @property
+    @abstractmethod
+    def stop_ids(self) -> set[int]:
+        """Tokens that end a reply."""
+
+    @abstractmethod
+    def to_segments(self, document: dict[str, Any]) -> list[Segment]:
+        """The segments of a conversation `{"messages": [...]}` or a text `{"text": ...}`, in order. Raises Malformed."""
+
+    @abstractmethod
+    def encode(self, documents: list[list[Segment]]) -> list[Rendered]:
+        """Token ids and loss mask of each document. All texts are tokenised in one batch."""
+
+    @abstractmethod
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of the messages, up to where the model's reply begins."""
+
+    @abstractmethod
+    def choices(self, messages: list[dict[str, Any]], replies: list[str]) -> tuple[list[int], list[int]]:
+        """(token ids that all replies to the messages share, the one token in which each reply differs).
+
+        Raises Malformed if a reply is not a single token.
+        """
+
+
+def messages_of(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a conversation. Raises Malformed if there are none, or one lacks its role or content."""
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise Malformed("a conversation needs a non-empty list `messages`")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or message.get("content") is None:
+            raise Malformed(f"message {i} needs `role` and `content`")
+    return messages
+
+
+def check_turns(turns: list[dict[str, Any]], first: int) -> None:
+    """Raises Malformed unless user and assistant alternate, the user first. `first`: index of the first turn, for messages."""
+    for i, message in enumerate(turns, first):
+        expected = "user" if (i - first) % 2 == 0 else "assistant"
+        if message["role"] != expected:
+            raise Malformed(f"message {i} is from {message['role']!r} where {expected!r} must speak")
+
+
+def is_text(document: Any) -> bool:
+    """Whether the document is `{"text": ...}` and not a conversation."""
+    return isinstance(document, dict) and document.keys() == {"text"}

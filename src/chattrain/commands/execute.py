@@ -1,0 +1,22 @@
+"""From `command=` to the module that does it."""
+
+from __future__ import annotations
+
+import importlib
+
+from chattrain.config import Config
+from chattrain.errors import UserError
+from chattrain.parallel import launch
+
+MANY_PROCESSES = ("train", "evaluate")  # commands that can run on several ranks
+
+
+def execute(cfg: Config) -> dict:
+    """Run the command of the configuration; returns its result (for train: the summary).
+
+    Raises UserError where torchrun or srun started ranks for a command that runs in one process.
+    """
+    if cfg.command.name not in MANY_PROCESSES and launch.started_by_launcher():
+        raise UserError(f"command={cfg.command.name} runs in one process; leave torchrun out")
+    module = "import_" if cfg.command.name == "import" else cfg.command.name  # import is a keyword
+    return importlib.import_module(f"chattrain.commands.{module}").main(cfg)

@@ -1,0 +1,33 @@
+"""How a command ends: one message on stderr and an exit status."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from chattrain.config.compose import explain
+from chattrain.errors import REPORT_DELAY_S, OtherRankFailed, RunFailed, UserError
+from chattrain.setup.names import is_main_process
+
+SPEAK_FIRST_S = 2.0  # seconds that a silent rank waits before it ends: torchrun ends all ranks with it, and one must print first
+
+
+def report_error(error: BaseException) -> int:
+    """Print the error on stderr, one message or, for a bug, a traceback; returns the exit status. One rank prints for all."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        error = explain(error)
+    if isinstance(error, OtherRankFailed):
+        time.sleep(SPEAK_FIRST_S + REPORT_DELAY_S)
+        return error.exit_status
+    if isinstance(error, UserError | RunFailed):
+        if is_main_process() or error.reported_here:
+            print(f"chattrain: {error}", file=sys.stderr)
+        else:
+            time.sleep(SPEAK_FIRST_S)
+        return error.exit_status
+    traceback.print_exception(error)
+    return 1

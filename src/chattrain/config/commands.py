@@ -1,0 +1,37 @@
+"""The keys of commands: `chat.*`, `inspect.*`, `export.*`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from chattrain.errors import UserError
+
+
+@dataclass
+class ChatConfig:
+    prompt: Any = None  # a text or a list of texts; null: typed on the terminal, turn by turn
+    max_tokens: int = 256  # at most, in a reply
+    temperature: float = 0.0  # 0: greedy
+    top_k: int | None = 50  # sample from the k most likely tokens; null: from all
+
+    def check(self) -> None:
+        if self.max_tokens < 1 or self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
+            raise UserError(
+                f"chat.max_tokens={self.max_tokens} and chat.top_k={self.top_k} must be 1 or more, "
+                f"chat.temperature={self.temperature} 0 or more"
+            )
+
+
+@dataclass
+class InspectConfig:
+    rows: int = 3  # rows of the first step to show
+
+    def check(self) -> None:
+        if self.rows < 1:
+            raise UserError(f"inspect.rows={self.rows} must be 1 or more")
+
+
+@dataclass
+class ExportConfig:
+    dir: str | None = None  # folder to write; null: <run>/hf/<step>

@@ -1,0 +1,136 @@
+"""Compose overrides to a checked configuration. Turn Hydra's errors into messages that name the closest key and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from chattrain.config.root import Config
+from chattrain.config.schema import VARIANTS, from_hydra, register_schemas
+from chattrain.config.train import ALTERNATIVES
+from chattrain.errors import UserError
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML files: in the package if it is installed, beside src/ in a checkout."""
+    inside = Path(__file__).parents[1] / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[3] / "conf"
+
+
+def compose(overrides: list[str]) -> Config:
+    """The configuration of `python -m chattrain <overrides>`. Raises UserError."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return from_hydra(hydra_compose("config", overrides=settle_alternatives(overrides)))
+    except UserError:
+        raise
+    except Exception as error:
+        raise explain(error) from error
+
+
+def settle_alternatives(overrides: list[str]) -> list[str]:
+    """If one of two alternative keys is given, set the other to null, whatever the YAML says. Expand `~/` in values.
+
+    >>> settle_alternatives(["train.total_batch_size=8192", "stage=sft"])
+    ['train.total_batch_size=8192', 'train.rows_per_step=null', 'stage=sft']
+    """
+    partner = ALTERNATIVES | {b: a for a, b in ALTERNATIVES.items()}
+    given = {key_of(o) for o in overrides}
+    settled = []
+    for override in overrides:
+        settled.append(override.replace("=~/", f"={Path.home()}/"))  # a shell does not expand ~ after `key=`
+        other = partner.get(key_of(override))
+        if other and other not in given and not override.endswith("=null"):
+            settled.append(f"{other}=null")
+    return settled
+
+
+def key_of(override: str) -> str:
+    """The key of an override: `a.b` of `+a.b=1`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def explain(error: BaseException) -> UserError:
+    """An error of Hydra or OmegaConf as one message: the problem, the value, the way out."""
+    text = "\n".join(str(e).strip() for e in (error, error.__cause__) if e is not None)
+    key = _find(r"full_key: (\S+)", text)
+    if unknown := _find(r"Key '([^']+)' (?:is )?not in", text):
+        unknown = key or unknown
+        if owner := _owner(unknown):
+            return UserError(f"no key {unknown} in this composition: it is a key of {owner}")
+        return UserError(
+            f"no key {unknown}{_near_miss(unknown, [*known_keys(), *groups()])}; `python -m chattrain --cfg job` shows all keys"
+        )
+    if group := _find(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
+        return UserError(f"no group {group}{_near_miss(group, groups())}; the groups are {', '.join(groups())}")
+    if missing := _find(r"Could not find '([^']+)'", text):
+        group, _, choice = missing.rpartition("/")
+        options = (_find(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text) or "").split()
+        return UserError(f"{group}={choice} is not known{_near_miss(choice, options)}; choose from {', '.join(options)}")
+    if missing := _find(r"Missing mandatory value: (\S+)", text):
+        return UserError(f"{missing} must be given: {missing}=<value>")
+    if _find(r"(dict is not a subclass of SourceConfig)", text):
+        return UserError(
+            f"a data source ({key}) cannot be added on the command line: write the mixture as a YAML file, "
+            "my_conf/data/mine.yaml, and use --config-dir my_conf data=mine; or give data=local lists of paths"
+        )
+    reasons = [
+        line.strip()
+        for line in text.splitlines()
+        if line.strip() and not re.match(r"\s*(full_key|object_type|reference_type|Error merging override)", line)
+    ]
+    return UserError(f"{key}: {' '.join(reasons)}" if key else " ".join(reasons))
+
+
+def _find(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match.group(1) if match else None
+
+
+def _owner(key: str) -> str | None:
+    """The choices of a group that have this key, such as `optimizer=adamw` for optimizer.lr; None: no choice has it."""
+    group, _, name = key.partition(".")
+    owners = [
+        choice for choice, schema in VARIANTS.items() if choice.startswith(f"{group}=") and name in schema.__dataclass_fields__
+    ]
+    return " or ".join(owners) or None
+
+
+def _near_miss(key: str, known: list[str]) -> str:
+    """`, did you mean ...?` with the most similar key, else with a key whose last part is the same; empty if there is none."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def known_keys() -> list[str]:
+    """The keys of all schemas, with dots."""
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        keys = []
+        for key in node:
+            keys.append(prefix + str(key))
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                keys += walk(child, f"{prefix}{key}.")
+        return keys
+
+    keys = walk(OmegaConf.structured(Config), "")
+    for choice, schema in VARIANTS.items():
+        keys += walk(OmegaConf.structured(schema), choice.partition("=")[0] + ".")
+    return sorted({key for key in keys if not key.split(".")[-1].startswith("_")})
+
+
+def groups() -> list[str]:
+    """The names of all groups in conf/."""
+    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir())

@@ -1,0 +1,128 @@
+"""The `data` group: sources, the mixture of each stage, and the user's own data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from chattrain.config.words import OnMalformed, Schema
+from chattrain.errors import UserError
+
+
+@dataclass
+class SourceConfig:
+    """One source of records. Its key in the mixture is its name in messages and reports."""
+
+    path: str = MISSING  # hub name, file, folder, or generate:<task>
+    schema: Schema = Schema.messages
+    subset: str | None = None  # the hub's configuration name
+    split: str = "train"
+    limit: int | None = None  # records at most: the first of a shuffle with a fixed seed
+    epochs: float = 1.0  # how often each document appears in one epoch of the mixture
+    weight: float | None = None  # share of the documents, relative to the other weights; larger sources are subsampled
+    words: str | None = None  # word list of a generated task, one word a line
+    part: str | None = None  # `train` or `val`, for a source without a validation split: every 20th record is val
+
+
+@dataclass
+class MixtureConfig:
+    train: dict[str, SourceConfig] = field(default_factory=dict)
+    val: dict[str, SourceConfig] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    cache_dir: str | None = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
+    on_malformed: OnMalformed = OnMalformed.refuse
+    workers: int | None = None  # processes that tokenise; null: one for each core
+    stages: dict[str, MixtureConfig] = field(default_factory=dict)
+    tokenizer_stages: list[str] = field(default_factory=list)  # stages whose texts train a new tokenizer; []: this stage
+    multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data, for evaluation
+
+    def mixture(self, stage: str) -> MixtureConfig:
+        """The mixture of a stage. Raises UserError if there is none."""
+        if stage not in self.stages:
+            raise UserError(
+                f"this data has no mixture for stage={stage}, only for {', '.join(self.stages)}; "
+                f"add data.stages.{stage} in its YAML file"
+            )
+        return self.stages[stage]
+
+    def check(self) -> None:
+        """Raises UserError for a value out of range, and for a mixture in which only some sources have a weight."""
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"data.workers={self.workers} must be 1 or more")
+        for stage, mixture in self.stages.items():
+            _check_sources(f"data.stages.{stage}.train", mixture.train)
+            _check_sources(f"data.stages.{stage}.val", mixture.val)
+
+
+@dataclass
+class NanochatDataConfig(DataConfig):
+    identity_path: str = MISSING  # JSON Lines file, one conversation a line
+    words_path: str = MISSING  # word list for the spelling tasks, one word a line
+
+
+@dataclass
+class LocalDataConfig(DataConfig):
+    train_path: Any = MISSING  # file, folder or hub name; or a list of these
+    val_path: Any = None  # null: every 20th record of train_path is held out for validation
+    schema: Any = "messages"  # one for all paths, or a list with one for each
+
+    def mixture(self, stage: str) -> MixtureConfig:
+        if stage in self.stages:
+            return self.stages[stage]
+        train = self._sources(self.train_path, "train", part=None if self.val_path else "train")
+        val = self._sources(
+            self.val_path or self.train_path, "test" if self.val_path else "train", part=None if self.val_path else "val"
+        )
+        return MixtureConfig(train=train, val=val)
+
+    def check(self) -> None:
+        super().check()
+        for name in ("train_path", "val_path", "schema"):
+            value = getattr(self, name)
+            texts = value if isinstance(value, list) else [value]
+            if value is None and name == "val_path":
+                continue
+            if not texts or not all(isinstance(text, str) and text for text in texts):
+                raise UserError(
+                    f"data.{name}={value} must be a text or a list of texts: data.train_path=<file, folder or hub "
+                    "name>, data.schema=<messages, multiple_choice, gsm8k or text>"
+                )
+
+    def _sources(self, paths: Any, split: str, part: str | None) -> dict[str, SourceConfig]:
+        paths = [paths] if isinstance(paths, str) else list(paths)
+        schemas = [self.schema] if isinstance(self.schema, str) else list(self.schema)
+        if len(schemas) == 1:
+            schemas *= len(paths)
+        if len(schemas) != len(paths):
+            raise UserError(f"data.schema has {len(schemas)} entries for {len(paths)} paths; give one, or one a path")
+        unknown = [s for s in schemas if s not in Schema.__members__]
+        if unknown:
+            raise UserError(f"data.schema={unknown[0]} is not known; choose from {', '.join(Schema.__members__)}")
+        names = [Path(p).name for p in paths]
+        names = [n if names.count(n) == 1 else p for n, p in zip(names, paths, strict=True)]
+        return {
+            n: SourceConfig(path=p, schema=Schema[s], split=split, part=part)
+            for n, p, s in zip(names, paths, schemas, strict=True)
+        }
+
+
+def _check_sources(key: str, sources: dict[str, SourceConfig]) -> None:
+    for name, source in sources.items():
+        if source.limit is not None and source.limit <= 0:
+            raise UserError(f"{key}.{name}.limit={source.limit} must be above 0")
+        if source.epochs <= 0:
+            raise UserError(f"{key}.{name}.epochs={source.epochs} must be above 0")
+    weighted = [name for name, source in sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        rest = sorted(set(sources) - set(weighted))
+        raise UserError(
+            f"{key}: {', '.join(weighted)} have a weight and {', '.join(rest)} have none; give one to every source or to none"
+        )
+    if any(source.weight is not None and source.weight <= 0 for source in sources.values()):
+        raise UserError(f"{key}: every weight must be above 0")

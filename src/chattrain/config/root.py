@@ -1,0 +1,69 @@
+"""The whole configuration. Dataclasses declare the keys, the YAML files in conf/ set them, the command line overrides them.
+
+The dataclasses are Hydra's schema: it refuses an unknown key or a value of the wrong type. Checks of ranges and of keys
+that depend on each other are in the `check` methods, which `schema.from_hydra` calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from chattrain.config.collator import CollatorConfig
+from chattrain.config.commands import ChatConfig, ExportConfig, InspectConfig
+from chattrain.config.data import DataConfig
+from chattrain.config.eval import EvalConfig
+from chattrain.config.model import ModelConfig
+from chattrain.config.optimizer import OptimizerConfig
+from chattrain.config.plan import PlanConfig
+from chattrain.config.run import CheckpointConfig, InitConfig, LogConfig, RunConfig
+from chattrain.config.schedule import ScheduleConfig
+from chattrain.config.tokenizer import TokenizerConfig
+from chattrain.config.tracking import TrackingConfig
+from chattrain.config.train import DistributedConfig, TrainConfig
+from chattrain.config.words import Command, Format
+
+
+@dataclass
+class Config:
+    command: Command = Command.train
+    format: Format = Format.hf  # of command=export
+    stage: str = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = MISSING
+    collator: CollatorConfig = field(default_factory=CollatorConfig)
+    optimizer: OptimizerConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def check(self) -> None:
+        """Raises UserError for a value out of range and for values that contradict each other."""
+        for part in (
+            self.run,
+            self.train,
+            self.model,
+            self.data,
+            self.optimizer,
+            self.schedule,
+            self.eval,
+            self.checkpoint,
+            self.log,
+            self.distributed,
+            self.chat,
+            self.inspect,
+            self.plan,
+        ):
+            part.check()

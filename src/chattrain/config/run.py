@@ -1,0 +1,68 @@
+"""The keys `run.*`, `init.*`, `checkpoint.*` and `log.*`: a run's folder, its start, its checkpoints and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chattrain.config.words import Resume
+from chattrain.errors import UserError
+
+
+@dataclass
+class RunConfig:
+    root: str = "runs"  # folder of all runs, relative to the working directory
+    name: str | None = None  # null: the time of the launch, the same for all processes
+    dir: str | None = None  # null: <root>/<stage>/<name>
+    seed: int = 1337  # of the order of documents and the initial weights
+    resume: Resume = Resume.auto
+
+    def check(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"run.seed={self.seed} must be 0 or more")
+        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
+            raise UserError(f"run.name={self.name} is no name of a folder; use run.dir for a path")
+        if self.dir is not None and Path(self.dir).expanduser().is_file():
+            raise UserError(f"run.dir={self.dir} is a file; name a folder")
+
+
+def _dataclass_with(name: str, default: str):
+    """`@dataclass` with one more field, whose name is a Python keyword. It is a valid key, but cannot be written in a class body
+    or be a parameter of __init__."""
+
+    def decorate(cls: type) -> type:
+        cls.__annotations__[name] = str
+        setattr(cls, name, field(default=default, init=False, repr=False, compare=False))
+        return dataclass(cls)
+
+    return decorate
+
+
+@_dataclass_with("from", default="auto")
+class InitConfig:
+    strict: bool = False  # true: with init.from=auto, fail if there is no finished run of the first stage in `after`
+    after: list[str] = field(default_factory=list)  # stages that auto looks for finished runs of, in order of preference
+
+    @property
+    def source(self) -> str:
+        """`init.from`: auto, scratch, or a run or checkpoint folder."""
+        return getattr(self, "from")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int | None = None  # optimizer steps; null: only at the end
+    keep: int = 2  # number of newest checkpoints to keep
+
+    def check(self) -> None:
+        if self.keep < 1 or (self.every is not None and self.every < 1):
+            raise UserError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be 1 or more")
+
+
+@dataclass
+class LogConfig:
+    every: int = 10  # optimizer steps
+
+    def check(self) -> None:
+        if self.every < 1:
+            raise UserError(f"log.every={self.every} must be 1 or more")

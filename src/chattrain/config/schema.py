@@ -1,0 +1,89 @@
+"""Register the dataclasses as Hydra's schema, turn a composed configuration into checked dataclasses, and write it as YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from chattrain.config.collator import JoiningCollatorConfig
+from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
+from chattrain.config.model import GPTConfig, HFModelConfig
+from chattrain.config.optimizer import AdamWConfig, MuonAdamWConfig
+from chattrain.config.root import Config
+from chattrain.config.schedule import DecayScheduleConfig, ScheduleConfig
+from chattrain.config.targets import current_target
+from chattrain.errors import UserError
+
+# Choices whose keys differ from those of other choices of the group.
+VARIANTS = {
+    **{f"model={size}": GPTConfig for size in ("tiny", "d6", "d12", "d20", "d32")},
+    "collator=packed": JoiningCollatorConfig,
+    "collator=best_fit": JoiningCollatorConfig,
+    "model=hf": HFModelConfig,
+    "optimizer=muon_adamw": MuonAdamWConfig,
+    "optimizer=adamw": AdamWConfig,
+    "schedule=constant_then_linear": DecayScheduleConfig,
+    "schedule=wsd": DecayScheduleConfig,
+    "data=local": LocalDataConfig,
+    "data=nanochat": NanochatDataConfig,
+}
+
+
+def register_schemas() -> None:
+    """Register the dataclasses under the names that conf/ refers to: Config as `schema`, variants as schema/<group>/<name>."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, name, node in [
+        ("collator", "joining", JoiningCollatorConfig),
+        ("model", "gpt", GPTConfig),
+        ("model", "hf", HFModelConfig),
+        ("optimizer", "muon_adamw", MuonAdamWConfig),
+        ("optimizer", "adamw", AdamWConfig),
+        ("schedule", "plain", ScheduleConfig),
+        ("schedule", "decay", DecayScheduleConfig),
+        ("data", "mixtures", DataConfig),
+        ("data", "local", LocalDataConfig),
+        ("data", "nanochat", NanochatDataConfig),
+    ]:
+        store.store(group=f"schema/{group}", name=name, node=node)
+
+
+def from_hydra(composed: Any) -> Config:
+    """The composed DictConfig as checked dataclasses, with interpolations resolved.
+
+    Raises UserError for an unknown key, a mandatory value that is not given, and everything that `Config.check` refuses.
+    """
+    for key in _unknown_keys(composed):
+        raise UserError(f"no key {key}: `+{key}=...` adds what nothing reads; leave it out")
+    missing = sorted(OmegaConf.missing_keys(composed), key=lambda key: (key.count("."), key))
+    if missing:
+        raise UserError(f"{missing[0]} must be given: {missing[0]}=<value>")
+    cfg = OmegaConf.to_object(composed)
+    assert isinstance(cfg, Config)
+    for part in (cfg.model, cfg.collator, cfg.optimizer, cfg.schedule):
+        part._target_ = current_target(part._target_)
+    cfg.check()
+    cfg.run.root = str(Path(cfg.run.root).expanduser())
+    return cfg
+
+
+def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys that `+key=value` added although the dataclass has no such field. Hydra does not refuse them."""
+    declared = OmegaConf.get_type(node)
+    fields = getattr(declared, "__dataclass_fields__", None)
+    for key in node:
+        if fields is not None and key not in fields:
+            yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _unknown_keys(child, f"{prefix}{key}.")
+
+
+def to_yaml(cfg: Config) -> str:
+    """The content of config.yaml: all keys, resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)

@@ -1,0 +1,110 @@
+"""The keys `train.*` and `distributed.*`: batches, steps, number formats, processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from chattrain.config.words import ActivationCheckpointing, Device, DType, Strategy
+from chattrain.errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int | None = None  # optimizer steps; give max_steps or num_epochs
+    num_epochs: float | None = None  # epochs of the training mixture
+    seq_len: int = 256  # tokens a row
+    device_batch_size: int = 16  # rows a process a forward pass; with collator=masked at most
+    total_batch_size: int | None = None  # tokens an optimizer step, all ranks (rows x seq_len)
+    rows_per_step: int | None = None  # rows an optimizer step, all ranks; give total_batch_size or rows_per_step
+    max_grad_norm: float | None = None  # null: gradients are not clipped
+    dtype: DType = DType.auto  # of the matrix products; weights stay fp32
+    fp8: bool = False  # linear layers of the blocks in fp8, through torchao
+    # What backward recomputes. none: nothing; block: whole blocks; selective: of blocks, all but matrix products and attention.
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    compile: bool = True
+    device: Device = Device.auto
+
+    def check(self) -> None:
+        for name in (
+            "max_steps",
+            "num_epochs",
+            "seq_len",
+            "device_batch_size",
+            "total_batch_size",
+            "rows_per_step",
+            "max_grad_norm",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"train.{name}={value} must be above 0")
+        for one, other in ALTERNATIVES.items():
+            names = [key.removeprefix("train.") for key in (one, other)]
+            given = [n for n in names if getattr(self, n) is not None]
+            if len(given) == 2:
+                raise UserError(
+                    f"{one}={getattr(self, names[0])} and {other}={getattr(self, names[1])} set the same "
+                    f"thing; keep one and write {one}=null or {other}=null"
+                )
+            if not given:
+                raise UserError(f"neither {one} nor {other} is set; give one of them")
+        if self.fp8 and self.dtype == DType.fp32:
+            raise UserError("train.fp8=true with train.dtype=fp32: all but the linear layers would be fp32; use bf16 or auto")
+        if self.fp8 and self.seq_len % FP8_MULTIPLE:
+            raise UserError(
+                f"train.fp8=true, but train.seq_len={self.seq_len} is not a multiple of {FP8_MULTIPLE}, as fp8 "
+                f"products want; try {_nearest_multiple(self.seq_len, FP8_MULTIPLE)}"
+            )
+
+    def rows_a_step(self, world_size: int) -> int:
+        """Rows an optimizer step over all ranks. Raises UserError if that is not a multiple of world_size x device_batch_size.
+
+        >>> TrainConfig(num_epochs=1, seq_len=1024, device_batch_size=1, total_batch_size=8192).rows_a_step(4)
+        8
+        """
+        B, T = self.device_batch_size, self.seq_len
+        unit = f"{world_size} rank{'s' * (world_size > 1)} x {B} row{'s' * (B > 1)}"
+        if self.rows_per_step is not None:
+            if self.rows_per_step % (B * world_size):
+                near = _nearest_multiple(self.rows_per_step, B * world_size)
+                raise UserError(
+                    f"train.rows_per_step={self.rows_per_step} rows is not a multiple of {B * world_size} "
+                    f"({unit}); try {near}" + self._smaller_batch(self.rows_per_step, world_size)
+                )
+            return self.rows_per_step
+        assert self.total_batch_size is not None  # else `check` raises
+        tokens = B * T * world_size
+        if self.total_batch_size % tokens:
+            near = _nearest_multiple(self.total_batch_size, tokens)
+            raise UserError(
+                f"train.total_batch_size={self.total_batch_size} tokens is not a multiple of {tokens} "
+                f"({unit} x {T} tokens); try {near}" + self._smaller_batch(self.total_batch_size / T, world_size)
+            )
+        return self.total_batch_size // T
+
+    def _smaller_batch(self, rows: float, world_size: int) -> str:
+        """`, or train.device_batch_size=...` with the largest smaller batch that divides these rows; empty if there is none."""
+        fits = [b for b in range(1, self.device_batch_size) if rows % (b * world_size) == 0]
+        return f", or train.device_batch_size={fits[-1]}" if fits else ""
+
+
+FP8_MULTIPLE = 16  # fp8 matrix products need multiples of 16: tokens, inputs and outputs of a layer
+# Pairs of keys that set the same thing: if the command line sets one, the other becomes null.
+ALTERNATIVES = {"train.max_steps": "train.num_epochs", "train.total_batch_size": "train.rows_per_step"}
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(1, value // unit) * unit
+
+
+@dataclass
+class DistributedConfig:
+    nproc: str = "auto"  # processes on this host: auto (visible GPUs, else 1) or a number
+    strategy: Strategy = Strategy.ddp  # ddp: full weights on every rank; fsdp: sharded. Both shard the optimizer state
+    timeout_s: int = 1800  # seconds that a collective may wait before the run fails as hung
+
+    def check(self) -> None:
+        if self.nproc != "auto" and (not self.nproc.isdigit() or int(self.nproc) < 1):
+            raise UserError(f"distributed.nproc={self.nproc} is neither auto nor a number of processes")
+        if self.timeout_s < 1:
+            raise UserError(f"distributed.timeout_s={self.timeout_s} must be 1 second or more")

@@ -1,0 +1,78 @@
+"""The words that keys accept, as enums: Hydra checks them by name.
+
+The values repeat the names. If they were numbers, OmegaConf would accept `key=1` as the first member.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+# By a call, since `import` is a Python keyword and cannot be a name in a class body.
+Command = Enum(
+    "Command",
+    {
+        "train": "train",
+        "evaluate": "evaluate",
+        "chat": "chat",
+        "inspect": "inspect",
+        "plan": "plan",
+        "report": "report",
+        "import": "import",
+        "export": "export",
+    },
+)
+
+
+class Format(Enum):
+    hf = "hf"
+
+
+class Resume(Enum):
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+class DType(Enum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Device(Enum):
+    auto = "auto"
+    cuda = "cuda"
+    mps = "mps"
+    cpu = "cpu"
+
+
+class Strategy(Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    block = "block"
+    selective = "selective"
+
+
+class Schema(Enum):
+    messages = "messages"
+    multiple_choice = "multiple_choice"
+    gsm8k = "gsm8k"
+    text = "text"
+
+
+class OnMalformed(Enum):
+    refuse = "refuse"
+    skip = "skip"
+
+
+class StateDType(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+# By a call, since a number cannot be a name in a class body. `plan.device=4090` arrives as a number, so that is its value.
+PlanDevice = Enum("PlanDevice", {"h100": "h100", "h200": "h200", "a100": "a100", "4090": 4090, "3090": 3090, "custom": "custom"})

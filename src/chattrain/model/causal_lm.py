@@ -1,0 +1,79 @@
+"""What the loop, evaluations, generation and checkpoints ask of a model: `GPT` and `HFModel` are the two.
+
+B rows, T tokens, V vocabulary, L choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from chattrain.data.batch import Batch
+
+
+class CausalLM(nn.Module):
+    """`model(inputs, targets)` gives the loss of every target, `model(inputs)` the logits. Weights are fp32."""
+
+    # FSDP gathers weights around these methods as around `forward`.
+    forward_methods: ClassVar[tuple[str, ...]] = ("loss", "choice_logits", "seen")
+    block_forward_methods: ClassVar[tuple[str, ...]] = ()  # of each block
+
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    lm_head: nn.Linear
+    files: dict[str, str]  # text files that a checkpoint holds beside the weights: name -> content
+    trunk: Callable[..., Tensor]  # (inputs, cache, positions, cu_seqlens): what training runs, see `compile_trunk`
+    compiles: bool  # has `compile_trunk` been called?
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The sizes that a checkpoint records."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers that forward runs through in order: the units of compilation, activation checkpointing and sharding."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, by name."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The sum of the losses of the batch's targets, in nats; see `sum_dtype`."""
+        raise NotImplementedError
+
+    def checkpoint_activations(self, selective: bool) -> None:
+        """Trade time for memory, see `recompute`. To be called before `compile_trunk`."""
+        raise NotImplementedError
+
+    def compile_trunk(self, dynamic: bool, by_block: bool = False) -> None:
+        """Compile what `loss` runs.
+
+        dynamic: one compilation serves batches of any shape; otherwise each shape gets its own. by_block: compile each block
+        on its own, so that collectives of gradients and weights can run between blocks.
+        """
+        raise NotImplementedError
+
+    def seen(self, inputs: Tensor, cache: None, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The output of the trunk, computed as `loss` computes it, for checks of it."""
+        raise NotImplementedError
+
+    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
+        """Logits, fp32 (B, L), of the tokens choices (B, L) as successors of positions (B,) in inputs (B, T)."""
+        raise NotImplementedError
+
+    def new_cache(self, padding: Tensor, max_tokens: int) -> Any:
+        """An empty key-value cache of max_tokens a row; the first padding (B,) tokens of each row are padding."""
+        raise NotImplementedError
+
+    def next_logits(self, inputs: Tensor, cache: Any) -> Tensor:
+        """Logits (B, V) of the token after inputs (B, T), which follow the tokens in the cache. Adds them to the cache."""
+        raise NotImplementedError
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
+        raise NotImplementedError

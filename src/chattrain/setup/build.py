@@ -1,0 +1,216 @@
+"""The components of the loop, built in each process: model, strategy, optimizer, loader, evaluation, saving of checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from chattrain import device as devices
+from chattrain import loop
+from chattrain.config import Config
+from chattrain.config.instantiate import instantiate_config
+from chattrain.config.schema import to_yaml
+from chattrain.config.words import ActivationCheckpointing, Strategy
+from chattrain.data.loader import Loader
+from chattrain.data.packing import cu_seqlens_of
+from chattrain.errors import RunFailed, UserError
+from chattrain.model import fp8
+from chattrain.model.causal_lm import CausalLM
+from chattrain.optim.named import NamedOptimizer
+from chattrain.parallel.fsdp import FSDP
+from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.strategy import ParallelStrategy, SingleProcess
+from chattrain.parallel.zero import ZeroDDP
+from chattrain.setup.data import RunData
+from chattrain.setup.evaluation import build_evaluation
+from chattrain.setup.plan import RunSetup
+from chattrain.storage import checkpoint
+from chattrain.tracking.tracker import NullTracker, Tracker
+
+log = logging.getLogger("chattrain")
+
+
+def build_components(
+    cfg: Config,
+    setup: RunSetup,
+    ranks: Ranks,
+    data: RunData,
+    tracker: Tracker | NullTracker,
+    stop_asked: Callable[[], bool],
+    saved: checkpoint.CheckpointState | None,
+) -> tuple[loop.TrainerComponents, loop.State]:
+    """What the loop of this process runs on, and the state that it starts in: that of the checkpoint `saved`, or step 0.
+
+    Raises UserError where the checkpoint's optimizer state belongs to another optimizer, RunFailed where documents that share a
+    row are not isolated.
+    """
+    device = devices.pick_device(cfg.train.device, ranks.local_rank)
+    bf16 = devices.use_bf16(cfg.train.dtype, device)
+    model, strategy = build_model(cfg, data.tokenizer.vocab_size, setup.start.checkpoint, device, ranks, bf16)
+    optimizer = instantiate_config(cfg.optimizer, model, strategy)
+    state = loop.State()
+    if saved and setup.resume:
+        state = loop.State(saved.step, saved.tokens_seen, saved.supervised_tokens)
+        load_optimizer(optimizer, strategy, setup.resume)
+    autocast = devices.autocast(bf16, device)
+    if cfg.collator.isolates:
+        shape = (cfg.train.device_batch_size, cfg.train.seq_len)
+        check_isolation(in_context(autocast, model.seen), shape, data.tokenizer.vocab_size, device)
+    # On a CPU the few passes of an evaluation take less time than compiling them.
+    compile_evaluation = model.compiles and device.type == "cuda" and not isinstance(strategy, FSDP)
+    losses_of = in_context(autocast, torch.compile(model, dynamic=cfg.collator.varies) if compile_evaluation else model)
+    batch_size, num_steps = cfg.train.device_batch_size, data.num_steps
+    evaluate = build_evaluation(cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy)
+    schedule = instantiate_config(cfg.schedule)
+    return loop.TrainerComponents(
+        model=model,
+        loss_of=in_context(autocast, model.loss),
+        optimizer=optimizer,
+        lr_factor=lambda step: schedule(step, num_steps),
+        loader=Loader(data.train, data.rows_per_step, batch_size, device, ranks.rank, ranks.world_size),
+        evaluate=evaluate,
+        save=lambda s: save_checkpoint(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy, s),
+        track=tracker.log,
+        show=tracker.update,
+        stop_asked=stop_asked,
+        ranks=ranks,
+        strategy=strategy,
+        max_grad_norm=cfg.train.max_grad_norm,
+        checks_each_step=device.type == "cpu",
+        flops_per_token=model.flops_per_token(cfg.train.seq_len),
+        peak_flops=devices.peak_flops(device),
+        meters=build_meters(device, strategy),
+    ), state
+
+
+def load_optimizer(optimizer: NamedOptimizer, strategy: ParallelStrategy, folder: Path) -> None:
+    """Load this rank's shard of a checkpoint's optimizer state. Raises UserError where it is another optimizer's."""
+    try:
+        optimizer.load_state(strategy.shard_state(checkpoint.load_optimizer(folder)))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; use the optimizer that the run began with") from error
+
+
+def build_model(
+    cfg: Config, vocab_size: int, start: Path | None, device: torch.device, ranks: Ranks, bf16: bool
+) -> tuple[CausalLM, ParallelStrategy]:
+    """The model on its device, ready to train as train.* asks, and the strategy that spreads it over ranks.
+
+    `start`: the checkpoint or folder of its weights; None: random weights.
+    """
+    model = instantiate_config(cfg.model, vocab_size=vocab_size, start=start, seed=cfg.run.seed)
+    if not shards_weights(cfg.distributed.strategy, ranks):  # FSDP moves each rank's shards only: the whole may not fit
+        model.to(device)
+    return model, prepare_for_training(cfg, model, device, ranks, bf16)
+
+
+def prepare_for_training(cfg: Config, model: CausalLM, device: torch.device, ranks: Ranks, bf16: bool) -> ParallelStrategy:
+    """Apply fp8, activation checkpointing, parallelism and compilation; return the strategy."""
+    if cfg.train.fp8:
+        fp8.convert(model, device)
+    checkpointing = cfg.train.activation_checkpointing
+    if checkpointing != ActivationCheckpointing.none:
+        model.checkpoint_activations(selective=checkpointing == ActivationCheckpointing.selective)
+    strategy = build_strategy(cfg.distributed.strategy, model, device, ranks, torch.bfloat16 if bf16 else torch.float32)
+    if devices.should_compile(cfg.train.compile, device):
+        model.compile_trunk(dynamic=cfg.collator.varies, by_block=ranks.world_size > 1)
+    return strategy
+
+
+def build_strategy(
+    strategy: Strategy, model: CausalLM, device: torch.device, ranks: Ranks, dtype: torch.dtype
+) -> ParallelStrategy:
+    """How the model is spread over ranks. One process gets SingleProcess, with a warning if distributed.strategy=fsdp."""
+    if ranks.world_size == 1:
+        if strategy == Strategy.fsdp:
+            log.warning("distributed.strategy=fsdp, but there is one process: nothing is sharded, it holds everything")
+        return SingleProcess(dtype)
+    return FSDP(model, ranks, dtype, device) if shards_weights(strategy, ranks) else ZeroDDP(model, ranks, dtype)
+
+
+def shards_weights(strategy: Strategy, ranks: Ranks) -> bool:
+    return strategy == Strategy.fsdp and ranks.world_size > 1
+
+
+def build_meters(device: torch.device, strategy: ParallelStrategy) -> Callable[[], dict[str, float]]:
+    """device.meters, and under ddp `train/sent_gib`: gradients and weights that this rank has sent since the last call."""
+    device_meters = devices.meters(device)
+
+    def read() -> dict[str, float]:
+        if not isinstance(strategy, ZeroDDP):
+            return device_meters()
+        sent, strategy.ranks.moved_bytes = strategy.ranks.moved_bytes / devices.GIB, 0.0
+        return device_meters() | {"train/sent_gib": sent}
+
+    return read
+
+
+def in_context(context: AbstractContextManager, function: Callable) -> Callable:
+    """The function, with every call of it made inside the context: the autocast of a run."""
+
+    def call(*arguments):
+        with context:
+            return function(*arguments)
+
+    return call
+
+
+def check_isolation(trunk: Callable, shape: tuple[int, int], vocab_size: int, device: torch.device) -> None:
+    """Check, on the device, compilation and number format of the run, that documents that share a row do not see each other.
+
+    Two documents fill each row of `shape` (B, T). The first is replaced; the features of the second must stay the same to the
+    bit. Raises RunFailed otherwise.
+    """
+    B, T = shape
+    generator = torch.Generator().manual_seed(0)
+    inputs, others = (torch.randint(0, vocab_size, (B, T), generator=generator) for _ in range(2))
+    cut = T // 2
+    positions = torch.cat([torch.arange(cut), torch.arange(T - cut)]).expand(B, T).contiguous()
+    changed = torch.cat([others[:, :cut], inputs[:, cut:]], dim=1)
+    cu_seqlens = torch.from_numpy(cu_seqlens_of(positions.numpy()))
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # as in training, so that this runs the same graph
+    before, after = (
+        trunk(ids.to(device), None, positions.to(device), cu_seqlens.to(device)).detach()[:, cut:] for ids in (inputs, changed)
+    )
+    if not torch.equal(before, after):
+        largest = float((before - after).abs().max())
+        raise RunFailed(
+            f"documents are not isolated on {device}: changing one changes the features of its neighbour by up to "
+            f"{largest:.2g}. Use train.compile=false, or collator.isolate_documents=false"
+        )
+
+
+def save_checkpoint(
+    cfg: Config,
+    run_dir: Path,
+    data: RunData,
+    model: CausalLM,
+    optimizer: NamedOptimizer,
+    tracker: Tracker | NullTracker,
+    ranks: Ranks,
+    strategy: ParallelStrategy,
+    state: loop.State,
+) -> None:
+    """Write the checkpoint of this state, with the whole configuration in it. Every rank takes part; rank 0 writes."""
+
+    def write() -> None:
+        saved = checkpoint.CheckpointState(
+            step=state.step,
+            tokens_seen=state.tokens_seen,
+            supervised_tokens=state.supervised_tokens,
+            stage=cfg.stage,
+            model=model.shape,
+            data_fingerprint=data.fingerprint,
+            num_steps=data.num_steps,
+            metrics=dict(tracker.last),
+            mlflow_run_id=tracker.mlflow_run_id,
+        )
+        checkpoint.save(run_dir, saved, weights, optimizer_state, data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep, model.files)
+
+    ranks.at(f"saving step {state.step}")
+    weights, optimizer_state = strategy.full_weights(model), strategy.consolidate_state(optimizer.state())
+    ranks.run_on_rank0(write)

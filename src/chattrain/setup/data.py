@@ -1,0 +1,145 @@
+"""The data of a run, opened: token caches, collators, question sets, the number of steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chattrain.config import Config
+from chattrain.config.collator import CollatorConfig
+from chattrain.config.data import DataConfig, SourceConfig
+from chattrain.config.eval import EvalConfig
+from chattrain.config.instantiate import instantiate_config
+from chattrain.config.targets import recorded_target
+from chattrain.config.words import OnMalformed, Schema
+from chattrain.data.cache import default_cache_dir, load_or_tokenize
+from chattrain.data.collators import Collator
+from chattrain.data.mixture import Mixture
+from chattrain.data.sources import open_records
+from chattrain.errors import UserError
+from chattrain.evals.multiple_choice import Question, questions
+from chattrain.tokenizer import AnyTokenizer, Tokenizer
+
+log = logging.getLogger("chattrain")
+
+VALIDATION_SEED = 0  # the order of validation rows is the same in every run
+
+
+@dataclass
+class EvalData:
+    """What evaluations read; the same in every process."""
+
+    tokenizer: AnyTokenizer
+    validation: Collator | None  # None: eval.validation=false
+    validation_rows: int
+    question_sets: dict[str, list[Question]]
+
+
+@dataclass
+class RunData(EvalData):
+    """What a training reads; the same in every process."""
+
+    train: Collator
+    rows_per_step: int  # over all ranks
+    num_steps: int  # optimizer steps of the whole run
+    fingerprint: str
+
+
+def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
+    """Open the training data and that of evaluations. Token caches that are missing are made.
+
+    Raises UserError for sources that are missing, empty or malformed, and where the batch does not divide over world_size ranks.
+    """
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    rows_per_step = cfg.train.rows_a_step(world_size)
+    key = f"data.stages.{cfg.stage}.train"
+    mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).train, cfg.data, tokenizer, cfg.run.seed)
+    train = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=None)
+    num_steps = cfg.train.max_steps or train.steps_in(cfg.train.num_epochs, rows_per_step)
+    evals = _eval_data(cfg, tokenizer)
+    fingerprint = _fingerprint(mixture, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step)
+    return RunData(**vars(evals), train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint)
+
+
+def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:
+    """Open the validation data and the question sets. Token caches that are missing are made; raises as `open_data`."""
+    return _eval_data(cfg, Tokenizer.load(tokenizer_dir))
+
+
+def _eval_data(cfg: Config, tokenizer: AnyTokenizer) -> EvalData:
+    validation, rows = None, 0
+    if cfg.eval.validation:
+        key = f"data.stages.{cfg.stage}.val"
+        mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).val, cfg.data, tokenizer, VALIDATION_SEED)
+        validation = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=0)
+        rows = validation.rows_in(1)
+        if cfg.eval.max_tokens:
+            rows = min(rows, max(1, cfg.eval.max_tokens // cfg.train.seq_len))
+    question_sets = _question_sets(cfg.data, cfg.eval, tokenizer) if cfg.eval.multiple_choice else {}
+    return EvalData(tokenizer, validation, rows, question_sets)
+
+
+def _open_mixture(key: str, sources: dict[str, SourceConfig], data: DataConfig, tokenizer: AnyTokenizer, seed: int) -> Mixture:
+    """The sources of a configuration key as one mixture of documents; `seed` decides their order."""
+    if not sources:
+        raise UserError(f"{key} has no source; name one, or use eval=none for no validation")
+    cache, skip = cache_dir(data), data.on_malformed == OnMalformed.skip
+    tokenized = [load_or_tokenize(name, source, tokenizer, cache, skip, data.workers) for name, source in sources.items()]
+    return Mixture(tokenized, list(sources.values()), seed, folder=cache / "rows")
+
+
+def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer) -> dict[str, list[Question]]:
+    """The data's own question sets, and MMLU and ARC where their paths are given, by name."""
+
+    def from_hub(path: str, subset: str) -> SourceConfig:
+        return SourceConfig(path=path, subset=subset, schema=Schema.multiple_choice, split=config.split)
+
+    sources = dict(data.multiple_choice)
+    if config.mmlu_path:
+        sources["mmlu"] = from_hub(config.mmlu_path, "all")
+    if config.arc_path:
+        sources["arc_easy"] = from_hub(config.arc_path, "ARC-Easy")
+        sources["arc_challenge"] = from_hub(config.arc_path, "ARC-Challenge")
+    if not sources:
+        log.warning(
+            "eval.multiple_choice=true, but this data has no question set and neither eval.mmlu_path nor "
+            "eval.arc_path is given: no accuracy is measured. eval=bpb turns this off"
+        )
+    for name, source in sources.items():
+        if config.max_problems and (source.limit is None or source.limit > config.max_problems):
+            sources[name] = replace(source, limit=config.max_problems)
+    return {name: questions(name, open_records(name, source, cache_dir(data)), tokenizer) for name, source in sources.items()}
+
+
+def _fingerprint(mixture: Mixture, collator: CollatorConfig, seed: int, seq_len: int, rows_per_step: int) -> str:
+    """Hash of everything that decides which batch a step sees."""
+    inputs: list[Any] = [[c.content_hash, s.epochs, s.weight] for c, s in zip(mixture.caches, mixture.sources, strict=True)]
+    inputs += [seed, recorded_target(collator._target_), seq_len, rows_per_step]
+    if collator.isolates:
+        inputs.append("isolated")
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
+
+def report_counts(collator: Collator, num_steps: int) -> None:
+    """Log how much the training data holds, and how much of it is cut or left out."""
+    counts = collator.counts
+    log.info("training mixture: %s documents an epoch; %d steps", f"{counts.documents:,}", num_steps)
+    for cache in (cache for cache in collator.mixture.caches if cache.skipped):
+        log.warning(
+            "data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped, cache.skipped + len(cache)
+        )
+    if counts.truncated:
+        log.warning(
+            "%d conversations are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
+        )
+    if counts.left_out:
+        log.warning("%d conversations have no supervised token within train.seq_len and are left out", counts.left_out)
+
+
+def cache_dir(data: DataConfig) -> Path:
+    """data.cache_dir, else the default cache folder."""
+    return Path(data.cache_dir).expanduser().resolve() if data.cache_dir else default_cache_dir()

@@ -1,0 +1,154 @@
+"""What a run starts from: `init.from`, resolved to a checkpoint or to random weights. A fallback is never silent."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from chattrain.config import Config
+from chattrain.config.model import HFModelConfig, ModelConfig
+from chattrain.config.run import InitConfig
+from chattrain.errors import UserError
+from chattrain.formats.convert import as_checkpoint
+from chattrain.formats.folder import hint, locate
+from chattrain.formats.imported import FolderFormat
+from chattrain.model import hf
+from chattrain.setup.data import cache_dir
+from chattrain.storage import checkpoint
+
+log = logging.getLogger("chattrain")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights come from; `checkpoint` None means random weights."""
+
+    checkpoint: Path | None  # a checkpoint of ours; with model=hf it may be a Hugging Face folder
+    description: str  # goes into the log and summary.json
+    warning: str | None = None  # what auto fell back to; logged only once nothing else can be refused
+
+
+def find_start(cfg: Config, any_model: bool = False) -> Start:
+    """Resolve init.from. Raises UserError where it names no model, or (without any_model) one of another shape than cfg.model."""
+    return resolve(cfg.init, Path(cfg.run.root), None if any_model else cfg.model, cfg.tokenizer.path, cache_dir(cfg.data))
+
+
+def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_path: str | None, cache: Path) -> Start:
+    """Resolve init.from against the runs in `root`. `model` None: a model of any shape is accepted.
+
+    A folder of another program is converted into a checkpoint, which is kept in `cache`; with model=hf a Hugging Face folder is
+    used as it is. Raises UserError for a folder that holds no model or one of another shape, and where init.strict forbids a
+    fallback.
+    """
+    if init.source in ("scratch", "auto"):
+        start = _auto(init, root, model) if init.source == "auto" else Start(None, "random weights (init.from=scratch)")
+        if start.checkpoint is None and isinstance(model, HFModelConfig):
+            raise UserError(
+                f"init.from={init.source} finds no weights, and model=hf cannot start from random ones; name a Hugging Face "
+                "folder or hub name with init.from"
+            )
+        return start
+    try:
+        located = locate(init.source)
+        if isinstance(model, HFModelConfig) and located.format == FolderFormat.huggingface:
+            return Start(located.path, str(located.path))
+        if located.is_foreign:
+            folder = as_checkpoint(located, tokenizer_path, cache)
+        elif nearby := hint(located.path):
+            raise UserError(f"it holds no model{nearby}")
+        else:
+            folder = checkpoint.resolve(Path(init.source).expanduser())
+    except UserError as error:
+        raise UserError(f"init.from={init.source}: {error}") from error
+    misfit = shape_misfit(folder, model) if model is not None else None
+    if misfit:
+        raise UserError(
+            f"init.from={init.source} holds another model: {misfit}; choose the model it holds (model=...) or another checkpoint"
+        )
+    return Start(folder.resolve(), str(located.path if located.is_foreign else folder.resolve()))
+
+
+def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
+    """The trained checkpoint that a command reads: init.from, or with `auto` that of the newest finished run of this stage.
+
+    The model must be that of the configuration. With any_model it may be any: `auto` then falls back to the newest finished run
+    of any model. Raises UserError where there is no such checkpoint.
+    """
+    if cfg.init.source == "scratch":
+        raise UserError(f"command={cfg.command.name} needs a trained model; name a run or checkpoint with init.from")
+    if cfg.init.source != "auto":
+        folder = find_start(cfg, any_model).checkpoint
+    else:
+        folder = newest_finished(Path(cfg.run.root), cfg.stage, cfg.model)
+        if folder is None and any_model:
+            folder = newest_finished(Path(cfg.run.root), cfg.stage, None)
+    if folder is None:
+        raise UserError(
+            f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
+            "a run or checkpoint with init.from"
+        )
+    return folder
+
+
+def check_start(model: ModelConfig, start: Path | None, seq_len: int) -> None:
+    """Raises UserError where a run with rows of seq_len tokens cannot start from the folder."""
+    if isinstance(model, HFModelConfig) and start is not None:
+        hf.check_start(start, seq_len)
+
+
+def _auto(init: InitConfig, root: Path, model: ModelConfig | None) -> Start:
+    """The newest finished run of the first of init.after, else, with a warning, of a later one, else random weights."""
+    if not init.after:
+        return Start(None, "random weights")
+    first, *others = init.after
+    newest = newest_finished(root, first, model)
+    if newest:
+        return Start(newest, str(newest))
+    missing = f"no finished {first} run of this model in {root.resolve()}"
+    if init.strict:
+        raise UserError(
+            f"init.strict=true and {missing}; train stage={first} first, or name a folder with init.from=<run or checkpoint>"
+        )
+    for stage in others:
+        newest = newest_finished(root, stage, model)
+        if newest:
+            return Start(
+                newest,
+                str(newest),
+                f"init.from=auto: {missing}. STARTING FROM THE {stage.upper()} "
+                f"RUN {newest}: the model skips what stage={first} teaches. init.strict=true refuses this",
+            )
+    return Start(
+        None,
+        "random weights (nothing to start from)",
+        f"init.from=auto: {missing}. STARTING FROM RANDOM "
+        "WEIGHTS: the model knows no language, expect poor results. init.strict=true refuses this",
+    )
+
+
+def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path | None:
+    """The newest valid checkpoint of the newest finished run of a stage whose model has this shape (None: any shape)."""
+    runs = []
+    for file in (root.resolve() / stage).glob("*/summary.json"):
+        try:
+            summary = json.loads(file.read_text())
+        except ValueError:
+            continue
+        if summary.get("status") == "completed":
+            runs.append((summary.get("finished_at", 0.0), file.parent))
+    for _, run_dir in sorted(runs, reverse=True):
+        folder = checkpoint.newest_valid(run_dir)
+        if folder is None:
+            continue
+        misfit = shape_misfit(folder, model) if model is not None else None
+        if misfit is None:
+            return folder
+        log.info("init.from=auto: skipping %s: %s", run_dir, misfit)
+    return None
+
+
+def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
+    """How the model of the configuration differs from that of a checkpoint; None where they agree."""
+    return model.misfit(checkpoint.load_state(folder).model)

@@ -1,0 +1,80 @@
+"""summary.json: how a run ended. Rank 0 writes it; our launcher corrects it, or writes it if rank 0 died first."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from chattrain import loop
+from chattrain.errors import named
+from chattrain.parallel import launch
+from chattrain.setup.data import RunData
+from chattrain.setup.plan import RunSetup
+from chattrain.storage import checkpoint
+from chattrain.storage.files import replace_text
+from chattrain.tracking.metrics import read_metrics
+from chattrain.tracking.report import write_report
+from chattrain.tracking.tracker import NullTracker, Tracker
+
+
+def summarize(
+    stage: str, setup: RunSetup, data: RunData, tracker: Tracker | NullTracker, state: loop.State, error: BaseException | None
+) -> dict:
+    """The content of summary.json. `error`: what ended the run before its last step; None: it completed or was interrupted."""
+    interrupted = state.interrupted or isinstance(error, KeyboardInterrupt)
+    newest = checkpoint.all_checkpoints(setup.run_dir)
+    return {
+        "status": "interrupted" if interrupted else "failed" if error else "completed",
+        "stage": stage,
+        "run_dir": str(setup.run_dir),
+        "steps": state.step,
+        "num_steps": data.num_steps,
+        "tokens_seen": state.tokens_seen,
+        "supervised_tokens": state.supervised_tokens,
+        "tokens_per_second": state.tokens_per_second,
+        "metrics": dict(tracker.last),
+        "checkpoint": str(newest[-1]) if newest else None,
+        "init": setup.start.description,
+        "mlflow_run_id": tracker.mlflow_run_id,
+        "finished_at": time.time(),
+        "data": asdict(data.train.counts),
+        **({"error": named(error)} if error else {}),
+    }
+
+
+def write_summary(run_dir: Path, summary: dict) -> None:
+    """Write summary.json and, from it, report.html."""
+    replace_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_report(run_dir)
+
+
+def correct_summary(stage: str, setup: RunSetup, data: RunData, error: Exception) -> dict:
+    """Set the launcher's status in rank 0's summary.json; create the file if rank 0 died first. Returns the summary."""
+    file = setup.run_dir / "summary.json"
+    if file.is_file():
+        summary = json.loads(file.read_text())
+    else:
+        tracker, state = _recover_progress(setup.run_dir)
+        summary = summarize(stage, setup, data, tracker, state, error)
+    if isinstance(error, launch.Stopped):
+        summary["status"] = "interrupted"
+        summary.pop("error", None)
+    else:
+        summary |= {"status": "failed", "error": named(error)}
+    write_summary(setup.run_dir, summary)
+    return summary
+
+
+def _recover_progress(run_dir: Path) -> tuple[NullTracker, loop.State]:
+    """How far a run came whose rank 0 died, read from its metrics.jsonl and its newest checkpoint."""
+    tracker, state = NullTracker(), loop.State()
+    for row in read_metrics(run_dir / "metrics.jsonl"):
+        state.step = row["step"]
+        tracker.last |= {name: value for name, value in row.items() if name not in ("step", "time")}
+    state.tokens_seen = int(tracker.last.get("train/tokens_seen") or 0)
+    state.supervised_tokens = int(tracker.last.get("train/supervised_tokens") or 0)
+    saved = checkpoint.newest_valid(run_dir)
+    tracker.mlflow_run_id = checkpoint.load_state(saved).mlflow_run_id if saved else None
+    return tracker, state

@@ -1,0 +1,54 @@
+"""Messages of a run: the logger `chattrain` to stderr and to a file in the run folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+logger = logging.getLogger("chattrain")
+
+
+class _StderrHandler(logging.Handler):
+    """Prints to sys.stderr as it is at that moment: a rich progress bar replaces it, to print above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
+        try:
+            text = self.format(record)
+            yellow = record.levelno >= logging.WARNING and sys.stderr.isatty()
+            print(f"\033[33m{text}\033[0m" if yellow else text, file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def setup_logging(run_dir: Path | None, console: bool, resume: bool, name: str = "train.log") -> Callable[[], None]:
+    """Send the logger "chattrain" to run_dir/<name> (None: no file) and, with `console`, to stderr; returns what undoes this.
+
+    `resume`: append to the file instead of replacing it. A second call replaces the first, so that a sweep in one process prints
+    each line once. `propagate` stays on for pytest's caplog; a handler of the root logger would print each line twice.
+    """
+    handlers: list[logging.Handler] = [logging.NullHandler()]  # without a handler, logging prints warnings to stderr
+    if run_dir is not None:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (Path(run_dir) / name).unlink(missing_ok=True)
+        file = logging.FileHandler(Path(run_dir) / name, encoding="utf-8")  # appends, as parallel.failures.Watch writes to it too
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    if console:
+        handlers.append(_StderrHandler())
+    _detach([handler for handler in logger.handlers if handler.name == logger.name])
+    for handler in handlers:
+        handler.set_name(logger.name)  # by this name the next call finds them
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return lambda: _detach(handlers)
+
+
+def _detach(handlers: list[logging.Handler]) -> None:
+    for handler in handlers:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,257 @@
+"""A run that is begun again goes on as if nothing had happened, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from chattrain.errors import UserError
+from tests.helpers import TINY, command_line, contents, damage, metrics, standing_in, train, write_talk
+
+STEPS = 60
+LONG = [f"train.max_steps={STEPS}", "eval.every=20", "init.from=scratch"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("place")
+    with standing_in(folder, cache):
+        write_talk(folder)
+        write_talk(folder, "other.jsonl", factor=4)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> dict:
+    """The summary of a run of 60 steps that nothing disturbed."""
+    return train("sft", "whole", *LONG)
+
+
+SHORT = ["train.max_steps=4", "checkpoint.every=1", "checkpoint.keep=9", "init.from=scratch"]
+NUMBERS = count(1)
+
+
+@pytest.fixture
+def short(place) -> dict:
+    """A fresh finished run of 4 steps with checkpoints of all of them, for one test to do as it likes with."""
+    return train("mid", f"short{next(NUMBERS)}", *SHORT)
+
+
+def again(summary: dict, *overrides: str) -> dict:
+    """The command that began the run, once more."""
+    return train(summary["stage"], Path(summary["run_dir"]).name, *SHORT, *overrides)
+
+
+def same_bits(one: dict, two: dict) -> bool:
+    pairs = [[load_file(Path(s["checkpoint"]) / f"{file}.safetensors") for s in (one, two)] for file in ("model", "optimizer")]
+    return all(a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a) for a, b in pairs)
+
+
+CLOCK_AND_PROCESS = {"time", "train/tokens_per_second", "train/data_wait", "train/peak_memory_gib", "train/compilations"}
+
+
+def numbers(summary: dict) -> list[dict]:
+    """metrics.jsonl without what depends on the clock or on the process."""
+    return [{k: v for k, v in row.items() if k not in CLOCK_AND_PROCESS} for row in metrics(summary["run_dir"])]
+
+
+def checkpoints(summary: dict) -> list[str]:
+    return sorted(folder.name for folder in (Path(summary["run_dir"]) / "checkpoints").iterdir())
+
+
+# --- interrupted -----------------------------------------------------------------------------------------------------
+
+
+def interrupt(name: str, signum: int, after_step: int = 3) -> tuple[int, str]:
+    """Start the run of LONG as a process and signal it once metrics.jsonl shows the step; (exit status, stderr)."""
+    running = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "chattrain",
+            "stage=sft",
+            *TINY,
+            *LONG,
+            f"run.name={name}",
+            "checkpoint.every=1",
+        ],  # a checkpoint each step: slower than this process looks
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    file, deadline = Path("runs/sft") / name / "metrics.jsonl", time.monotonic() + 120
+    while running.poll() is None and time.monotonic() < deadline:
+        if file.exists() and f'"step": {after_step}' in file.read_text():
+            running.send_signal(signum)
+            break
+        time.sleep(0.005)
+    _, err = running.communicate(timeout=120)
+    return running.returncode, err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_after_its_step_with_a_checkpoint_and_it_goes_on_to_the_same_bits(whole, place, signum):
+    name = signum.name.lower()
+    status, err = interrupt(name, signum)
+    assert status == 130, err
+    assert "Traceback" not in err and "stopping after this step" in err
+    stopped = json.loads((place / "runs/sft" / name / "summary.json").read_text())
+    assert stopped["status"] == "interrupted" and 3 <= stopped["steps"] < STEPS
+    assert Path(stopped["checkpoint"]).name == f"step_{stopped['steps']:06d}"
+    assert metrics(stopped["run_dir"])[-1]["step"] == stopped["steps"]
+
+    resumed = train("sft", name, *LONG)
+    assert resumed["status"] == "completed" and "resumed" in resumed["init"]
+    assert same_bits(resumed, whole)
+    assert numbers(resumed) == numbers(whole)  # each step once
+    assert (resumed["steps"], resumed["tokens_seen"], resumed["supervised_tokens"], resumed["metrics"]["val/bpb"]) == (
+        whole["steps"],
+        whole["tokens_seen"],
+        whole["supervised_tokens"],
+        whole["metrics"]["val/bpb"],
+    )
+
+
+def test_an_interrupted_run_is_not_what_auto_starts_from(whole, place):
+    shutil.copytree(whole["run_dir"], place / "cut/mid/halfway")
+    file = place / "cut/mid/halfway/summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "interrupted"}))
+    with pytest.raises(UserError, match="no finished mid run"):
+        train("sft", "after", "run.root=cut", "init.strict=true", "train.max_steps=1")
+
+
+# --- once more -------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_begun_again_does_nothing_and_returns_the_same_summary(short, place):
+    before = contents(Path(short["run_dir"]))
+    assert again(short) == short
+    assert again(short, "run.resume=must") == short
+    assert contents(Path(short["run_dir"])) == before
+
+
+def test_more_steps_go_on_from_where_it_ended(short, caplog):
+    longer = again(short, "train.max_steps=6")
+    assert longer["steps"] == 6 and [r["step"] for r in metrics(longer["run_dir"]) if "train/loss" in r] == [*range(1, 7)]
+    assert any("planned for 4 steps, now for 6" in r.message for r in caplog.records if r.levelname == "WARNING")
+
+
+def test_momentum_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(place, caplog):
+    def momentum(summary: dict) -> set[str]:
+        state = load_file(Path(summary["checkpoint"]) / "optimizer.safetensors")
+        return {str(t.dtype).removeprefix("torch.") for name, t in state.items() if name.endswith("momentum_buffer")}
+
+    bf16 = "optimizer.momentum_dtype=bf16"
+    whole, parts = (train("mid", name, *SHORT, bf16) for name in ("bf16_whole", "bf16_parts"))
+    (Path(parts["checkpoint"]) / "manifest.json").unlink()  # as if the plug had been pulled after step 3
+    assert same_bits(whole, again(parts, bf16)) and momentum(whole) == {"bfloat16"}
+    changed = again(parts, "train.max_steps=6")
+    assert "optimizer.momentum_dtype bf16 -> fp32" in caplog.text and momentum(changed) == {"float32"}
+
+
+def test_an_interrupted_run_is_not_finished_by_asking_for_fewer_steps(short):
+    file = Path(short["run_dir"]) / "summary.json"
+    file.write_text(json.dumps(short | {"status": "interrupted"}))
+    before = contents(Path(short["run_dir"]))
+    with pytest.raises(UserError, match="at step 4, beyond the 2 steps asked for"):
+        again(short, "train.max_steps=2")
+    assert contents(Path(short["run_dir"])) == before
+
+
+def test_another_start_is_no_start_for_a_run_that_goes_on_and_warned_of(short, caplog):
+    again(short, "train.max_steps=6", "init.from=auto")
+    assert any("init.from" in r.message and "-> auto" in r.message for r in caplog.records if r.levelname == "WARNING")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "data.train_path=other.jsonl",
+        "run.seed=5",
+        "train.seq_len=32",
+        "train.rows_per_step=8",
+        "collator=masked",
+        "model.n_layer=3",
+        "optimizer=adamw",
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings_and_stays_as_it_was(short, changed):
+    before = contents(Path(short["run_dir"]))
+    with pytest.raises(UserError) as refused:
+        again(short, changed, "train.max_steps=6")
+    assert Path(short["run_dir"]).name in str(refused.value)
+    assert contents(Path(short["run_dir"])) == before
+
+
+def test_resume_never_moves_the_old_run_aside_and_starts_anew(short, place, caplog):
+    before = contents(Path(short["run_dir"]))
+    for number in (1, 2):
+        anew = again(short, "run.resume=never")
+        assert anew["status"] == "completed" and "resumed" not in anew["init"]
+        aside = Path(f"{short['run_dir']}.old{number}")
+        assert aside.is_dir() and any(str(aside) in r.message for r in caplog.records if r.levelname == "WARNING")
+    assert contents(Path(f"{short['run_dir']}.old1")) == before
+
+
+def test_resume_must_goes_on_where_there_is_a_checkpoint(short):
+    assert again(short, "run.resume=must", "train.max_steps=5")["steps"] == 5
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "tokenizer/ranks.tiktoken"]
+)
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(short, caplog, file):
+    newest = Path(short["checkpoint"])
+    rows = numbers(short)
+    kept = newest.rename(newest.with_name("kept"))
+    shutil.copytree(kept, newest)
+    damage(newest / file)
+    mended = again(short)
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "step_000004" in warning and file in warning and "passed over" in warning
+    assert "step_000003" in mended["init"] and mended["steps"] == 4
+    assert same_bits(mended, {"checkpoint": kept})
+    assert numbers(mended) == rows
+
+
+def test_a_checkpoint_that_lost_a_file_is_passed_over(short, caplog):
+    (Path(short["checkpoint"]) / "optimizer.safetensors").unlink()
+    assert "step_000003" in again(short)["init"]
+    assert "optimizer.safetensors is missing" in caplog.text
+
+
+def test_a_new_checkpoint_is_kept_though_a_damaged_one_of_a_later_step_lies_there(short):
+    """`keep` counts what the run may go on from: a torn checkpoint of step 4 must not push out the one of step 3."""
+    for step in (2, 3, 4):
+        damage(Path(short["run_dir"]) / f"checkpoints/step_00000{step}/model.safetensors")
+    shorter = again(short, "train.max_steps=3", "checkpoint.keep=1", "checkpoint.every=2")
+    assert (shorter["status"], shorter["steps"]) == ("completed", 3)
+    assert Path(shorter["checkpoint"]).name == "step_000003"
+    assert again(short, "train.max_steps=3", "checkpoint.keep=1", "checkpoint.every=2") == shorter
+
+
+def test_keep_counts_from_the_newest(short):
+    again(short, "train.max_steps=7", "checkpoint.keep=2")
+    assert checkpoints(short) == ["step_000006", "step_000007"]
+
+
+def test_two_jobs_of_one_sweep_are_resumed_each_in_its_own_folder(place, capsys):
+    sweep = ["-m", "stage=mid", "optimizer.lr_scale=0.5,1", *TINY, "init.from=scratch", "run.name=pair"]
+    assert command_line(capsys, *sweep, "train.max_steps=2").status == 0
+    assert command_line(capsys, *sweep, "train.max_steps=3").status == 0
+    runs = [json.loads((run / "summary.json").read_text()) for run in sorted((place / "runs/mid").glob("pair*"))]
+    assert [(r["steps"], "resumed" in r["init"]) for r in runs] == [(3, True), (3, True)]
