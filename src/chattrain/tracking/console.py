@@ -18,7 +18,8 @@ class _StderrHandler(logging.Handler):
             return
         try:
             text = self.format(record)
-            yellow = record.levelno >= logging.WARNING and sys.stderr.isatty()
+            terminal = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # a bar's own says that it is none, before rich 15
+            yellow = record.levelno >= logging.WARNING and terminal.isatty()
             print(f"\033[33m{text}\033[0m" if yellow else text, file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
