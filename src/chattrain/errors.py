@@ -22,6 +22,6 @@ class OtherRankFailed(RunFailed):
     """The run failed, but the failing rank or the launcher prints the message, so this process prints nothing."""
 
 
-def named(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The error as summary.json records it: `<type>: <message>`."""
     return f"{'RunFailed' if isinstance(error, RunFailed) else type(error).__name__}: {error}"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from chattrain.errors import OtherRankFailed, RunFailed, UserError
 from chattrain.parallel import slurm
-from chattrain.parallel.failures import Arrival, Watch, late
+from chattrain.parallel.failures import Arrival, Watch, describe_timeout
 from tests.helpers import TINY, metrics, write_talk
 
 GUARD_S = 120  # seconds after which a test gives up
@@ -315,7 +315,7 @@ def test_the_message_of_a_hang_names_every_missing_rank():
         return Arrival(place, count, waited, "host", 1)
 
     seen = {0: at("step 12", 14, True), 1: at("step 11", 13, False), 2: at("step 12", 14, False)}
-    said = late(seen, 4, 60)
+    said = describe_timeout(seen, 4, 60)
     assert "rank 1 did not arrive at step 12 within 60 s (its last was step 11); see rank_1.log" in said
     assert "rank 2 did not get through step 12 within 60 s; see rank_2.log" in said
     assert "rank 3 did not arrive at step 12 within 60 s (it never started)" in said

@@ -90,7 +90,11 @@ def _start(cfg: Config) -> Start:
 
 def _memory(cfg: Config, data: RunData, start: Start, limit: float) -> tuple[Memory, int]:
     """Memory at train.device_batch_size, and the largest device_batch_size whose peak is within `limit` bytes."""
-    isolated, varies, rank_rows = cfg.collator.isolates, cfg.collator.varies, data.rows_per_step // cfg.plan.world_size
+    isolated, varies, rank_rows = (
+        cfg.collator.isolates,
+        cfg.collator.has_varying_shapes,
+        data.rows_per_step // cfg.plan.world_size,
+    )
     measured: dict[int, Memory] = {}
 
     def measure(rows: int) -> int:

@@ -17,7 +17,7 @@ class CollatorConfig:
         return False
 
     @property
-    def varies(self) -> bool:
+    def has_varying_shapes(self) -> bool:
         """Whether batches differ in shape."""
         return True
 
@@ -27,7 +27,7 @@ class JoiningCollatorConfig(CollatorConfig):
     isolate_documents: bool = False  # attention stays within a document; positions restart at each
 
     @property
-    def varies(self) -> bool:
+    def has_varying_shapes(self) -> bool:
         return False
 
     @property

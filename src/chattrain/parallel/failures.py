@@ -163,10 +163,10 @@ class Watch:
             key = f"chattrain/arrival/{rank}"
             if self._store.check([key]):
                 arrivals[rank] = Arrival(**json.loads(self._store.get(key)))
-        for rank in absent(arrivals, self.world_size):
+        for rank in missing_ranks(arrivals, self.world_size):
             if rank in arrivals and arrivals[rank].host == self._arrival.host:
                 os.kill(arrivals[rank].pid, signal.SIGCONT)
-        return late(arrivals, self.world_size, self.timeout_s)
+        return describe_timeout(arrivals, self.world_size, self.timeout_s)
 
     def _listen(self, store: Store) -> None:
         """If another rank has failed and the main thread does not end this process, end it. Runs in the watch's thread."""
@@ -197,19 +197,20 @@ class Watch:
             os._exit(getattr(error, "exit_status", 130))
 
 
-def absent(arrivals: dict[int, Arrival], world_size: int) -> list[int]:
+def missing_ranks(arrivals: dict[int, Arrival], world_size: int) -> list[int]:
     """The ranks that did not wait for others until the time-out: the others waited for them."""
     return [rank for rank in range(world_size) if rank not in arrivals or not arrivals[rank].waited]
 
 
-def late(arrivals: dict[int, Arrival], world_size: int, timeout_s: int) -> str:
+def describe_timeout(arrivals: dict[int, Arrival], world_size: int, timeout_s: int) -> str:
     """The message for a collective that timed out: names the missing ranks, the place, and each one's last arrival.
 
-    >>> late({0: Arrival("step 12", 14, True, "a", 1), 1: Arrival("step 11", 13, False, "a", 2)}, 2, 60)  # doctest: +ELLIPSIS
+    >>> arrivals = {0: Arrival("step 12", 14, True, "a", 1), 1: Arrival("step 11", 13, False, "a", 2)}
+    >>> describe_timeout(arrivals, 2, 60)  # doctest: +ELLIPSIS
     'rank 1 did not arrive at step 12 within 60 s (its last was step 11); see rank_1.log. If it was only ...'
     """
     front = max((a for a in arrivals.values() if a.waited), key=lambda a: a.count)
-    missing = absent(arrivals, world_size)
+    missing = missing_ranks(arrivals, world_size)
     if not missing:
         return f"no rank got through {front.place} within {timeout_s} s, though all arrived: is the network between them blocked?"
     messages = []

@@ -62,7 +62,9 @@ def build_components(
         check_isolation(in_context(autocast, model.seen), shape, data.tokenizer.vocab_size, device)
     # On a CPU the few passes of an evaluation take less time than compiling them.
     compile_evaluation = model.compiles and device.type == "cuda" and not isinstance(strategy, FSDP)
-    losses_of = in_context(autocast, torch.compile(model, dynamic=cfg.collator.varies) if compile_evaluation else model)
+    losses_of = in_context(
+        autocast, torch.compile(model, dynamic=cfg.collator.has_varying_shapes) if compile_evaluation else model
+    )
     batch_size, num_steps = cfg.train.device_batch_size, data.num_steps
     evaluate = build_evaluation(cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy)
     schedule = instantiate_config(cfg.schedule)
@@ -117,7 +119,7 @@ def prepare_for_training(cfg: Config, model: CausalLM, device: torch.device, ran
         model.checkpoint_activations(selective=checkpointing == ActivationCheckpointing.selective)
     strategy = build_strategy(cfg.distributed.strategy, model, device, ranks, torch.bfloat16 if bf16 else torch.float32)
     if devices.should_compile(cfg.train.compile, device):
-        model.compile_trunk(dynamic=cfg.collator.varies, by_block=ranks.world_size > 1)
+        model.compile_trunk(dynamic=cfg.collator.has_varying_shapes, by_block=ranks.world_size > 1)
     return strategy
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from chattrain import loop
-from chattrain.errors import named
+from chattrain.errors import describe_error
 from chattrain.parallel import launch
 from chattrain.setup.data import RunData
 from chattrain.setup.plan import RunSetup
@@ -40,7 +40,7 @@ def summarize(
         "mlflow_run_id": tracker.mlflow_run_id,
         "finished_at": time.time(),
         "data": asdict(data.train.counts),
-        **({"error": named(error)} if error else {}),
+        **({"error": describe_error(error)} if error else {}),
     }
 
 
@@ -62,7 +62,7 @@ def correct_summary(stage: str, setup: RunSetup, data: RunData, error: Exception
         summary["status"] = "interrupted"
         summary.pop("error", None)
     else:
-        summary |= {"status": "failed", "error": named(error)}
+        summary |= {"status": "failed", "error": describe_error(error)}
     write_summary(setup.run_dir, summary)
     return summary
 
