@@ -129,7 +129,7 @@ def test_one_ctrl_c_stops_two_ranks_with_a_checkpoint(place):
 
 def test_a_sweep_under_torchrun_is_refused(place, capsys, monkeypatch):
     first, second = under_torchrun(capsys, monkeypatch, "-m", "stage=sft", *TWO, "optimizer.lr_scale=1,0.5")
-    assert first.status != 0 and first.message.startswith("-m starts one run after the other")
+    assert first.status != 0 and first.message.startswith("-m starts one run after another")
     assert second.status != 0 and "chattrain: " not in second.err
 
 
