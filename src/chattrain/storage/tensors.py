@@ -74,7 +74,8 @@ def read_torch_file(file: Path) -> Any:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{file} asks for more than tensors, {found[1]}: refused; save it again with tensors only") from error
         raise UserError(
-            f"{file} cannot be read as tensors ({type(error).__name__}): it is damaged or not a file of torch.save; download it again"
+            f"{file} cannot be read as tensors ({type(error).__name__}): it is damaged or was not written by torch.save; "
+            "download it again"
         ) from error
 
 
