@@ -66,15 +66,16 @@ def read_torch_file(file: Path) -> Any:
     Raises UserError if the file is damaged or would load anything else.
     """
     if zipfile.is_zipfile(file) and (bad := _damaged(file)):
-        raise UserError(f"{file} is damaged: {bad} has another checksum; fetch it anew")
+        raise UserError(f"{file} is damaged: {bad} has a wrong checksum; download it again")
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
     except Exception as error:  # zip, pickle and disk raise many types of error; all mean that the file cannot be read
         # torch's own message is left out: it recommends weights_only=False.
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{file} asks for more than tensors, {found[1]}: refused; save it anew with tensors alone") from error
+            raise UserError(f"{file} asks for more than tensors, {found[1]}: refused; save it again with tensors only") from error
         raise UserError(
-            f"{file} cannot be read as tensors ({type(error).__name__}): it is damaged or no file of torch.save; fetch it anew"
+            f"{file} cannot be read as tensors ({type(error).__name__}): it is damaged or was not written by torch.save; "
+            "download it again"
         ) from error
 
 
