@@ -19,6 +19,7 @@ from chattrain.config.optimizer import OptimizerConfig
 from chattrain.config.plan import PlanConfig
 from chattrain.config.run import CheckpointConfig, InitConfig, LogConfig, RunConfig
 from chattrain.config.schedule import ScheduleConfig
+from chattrain.config.sweep import SweepConfig
 from chattrain.config.tokenizer import TokenizerConfig
 from chattrain.config.tracking import TrackingConfig
 from chattrain.config.train import DistributedConfig, TrainConfig
@@ -30,6 +31,7 @@ class Config:
     command: Command = Command.train
     format: Format = Format.hf  # of command=export
     stage: str = MISSING
+    runs: list[str] = field(default_factory=list)  # of command=report and evaluate: folders or names of runs to compare
     run: RunConfig = field(default_factory=RunConfig)
     init: InitConfig = field(default_factory=InitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -44,6 +46,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -62,6 +65,7 @@ class Config:
             self.checkpoint,
             self.log,
             self.distributed,
+            self.sweep,
             self.chat,
             self.inspect,
             self.plan,

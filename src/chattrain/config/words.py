@@ -27,6 +27,12 @@ class Format(Enum):
     hf = "hf"
 
 
+class Direction(Enum):
+    auto = "auto"
+    minimize = "minimize"
+    maximize = "maximize"
+
+
 class Resume(Enum):
     auto = "auto"
     never = "never"
