@@ -186,8 +186,8 @@ def test_stages_swept_with_something_else_start_from_the_run_of_their_own_value(
     done = command_line(capsys, "-m", "stage=base,mid", "optimizer.lr_scale=1,0.5", *TINY, "train.max_steps=1", "run.name=x")
     assert done.status == 0
     for value in ("1", "0.5"):
-        summary = json.loads((workplace / f"runs/mid/x-lr_scale={value}/summary.json").read_text())
-        assert f"runs/base/x-lr_scale={value}/" in summary["init"]
+        summary = json.loads((workplace / f"runs/mid/x-lr_scale_{value}/summary.json").read_text())
+        assert f"runs/base/x-lr_scale_{value}/" in summary["init"]
 
 
 def test_a_chain_stops_where_a_stage_has_nothing_to_start_from(workplace, capsys):
