@@ -106,7 +106,7 @@ def test_elsewhere_the_first_step_that_is_not_finite_is_named_before_anything_is
 
 def test_the_loop_evaluates_logs_and_saves_when_due():
     here = Recorder("cpu")
-    state = loop.fit(here.parts, loop.State(), loop.Cadence(log=2, evaluate=3, save=4, num_steps=5))
+    state = loop.fit(here.parts, loop.State(), loop.Cadence(log=2, evaluate=3, save=4, last_step=5))
     assert (state.step, state.tokens_seen) == (5, 5 * 64)
     assert here.calls == [
         ("evaluate", 0),

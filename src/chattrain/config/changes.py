@@ -25,6 +25,7 @@ FREE = (
     "inspect",
     "plan",
     "export",
+    "train.stop_after",
     "train.max_steps",  # the number of steps is compared
     "train.num_epochs",
     "train.device",

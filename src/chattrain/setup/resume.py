@@ -97,7 +97,7 @@ def _warn_of_changes(before: dict, now: dict) -> None:
         f"{group}.{key} {before[group].get(key)} -> {value}"
         for group in ("init", "optimizer", "schedule", "train")
         for key, value in now[group].items()
-        if before[group].get(key) != value and (group != "init" or key == "from")
+        if before[group].get(key) != value and (group != "init" or key == "from") and key != "stop_after"
     ]
     if changed:
         log.warning("the run resumes with other settings than it began with: %s", ", ".join(changed))

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 
 from chattrain.sweeps.devices import environments
 from chattrain.sweeps.launching import Bystander, current
+from chattrain.sweeps.prune import rungs, survivors
 from chattrain.sweeps.schedule import Done, Task, run_here, run_side_by_side
 
 
@@ -40,15 +41,38 @@ class Jobs:
         configs = {num: self._compose(num, list(job)) for num, job in enumerate(overrides, start=first)}
         watcher = current() or Bystander()
         watcher.plan(configs)
-        tasks = [Task(num, self._call(config), watcher.waits_for(num)) for num, config in configs.items()]
         with watcher.shown(live=slots is not None):
-            if slots is None:
-                done = run_here(tasks, watcher, self.done)
+            if watcher.prune is None:
+                done = self._run(configs, slots, watcher)
             else:
-                done = run_side_by_side(tasks, slots[: len(tasks)], watcher, self.done)
+                done = self._halve(configs, slots, watcher, watcher.prune)
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.done |= done
         return [_returned(done[num], list(overrides[num - first])) for num in configs]
+
+    def _run(self, configs: dict[int, DictConfig], slots: list[dict[str, str]] | None, watcher: Bystander) -> dict[int, Done]:
+        """Run the jobs to their ends, in this process (slots None) or in workers with these environment variables."""
+        tasks = [Task(num, self._call(config), watcher.waits_for(num)) for num, config in configs.items()]
+        if slots is None:
+            return run_here(tasks, watcher, self.done)
+        return run_side_by_side(tasks, slots[: len(tasks)], watcher, self.done)
+
+    def _halve(
+        self, configs: dict[int, DictConfig], slots: list[dict[str, str]] | None, watcher: Bystander, keep: int
+    ) -> dict[int, Done]:
+        """Run the jobs to the first rung, the best of them to the next, and so on."""
+        done: dict[int, Done] = {}
+        for fraction in rungs(len(configs), keep):
+            for config in configs.values():
+                config.train.stop_after = fraction if fraction < 1 else None
+            done |= self._run(configs, slots, watcher)
+            objectives = {num: done[num].result.return_value for num in configs if not done[num].failed}
+            if fraction < 1:
+                best = survivors(objectives, keep, watcher.direction)
+                for num in set(objectives) - set(best):
+                    watcher.pruned(num)
+                configs = {num: configs[num] for num in best}
+        return done
 
     def _compose(self, num: int, overrides: list[str]) -> DictConfig:
         config = self.context.config_loader.load_sweep_config(self.config, overrides)

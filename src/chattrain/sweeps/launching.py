@@ -36,6 +36,9 @@ def current() -> Launch | None:
 class Bystander:
     """Watches jobs that are no trainings, such as those of Hydra's own tests: does nothing."""
 
+    prune: int | None = None  # sweep.prune
+    direction = "minimize"  # of the jobs' results
+
     def plan(self, configs: dict[int, DictConfig]) -> None: ...
 
     def waits_for(self, num: int) -> list[int]:
@@ -47,6 +50,8 @@ class Bystander:
     def started(self, num: int) -> None: ...
 
     def ended(self, num: int, done: Done) -> None: ...
+
+    def pruned(self, num: int) -> None: ...
 
     def poll(self) -> None: ...
 
@@ -91,9 +96,11 @@ class Launch(Bystander):
             planned[num] = record
             if before := self.sweep.stage_before(config.stage):
                 record.overrides += [f"init.from={run_folder(config.run.root, before, name)}"]
+            self.prune = config.sweep.prune
             self.sweep.set_objective(config)  # of the last job: where stages are swept, that of the last stage
         if self.record is None and self.sweep.folder:
             shutil.rmtree(self.sweep.folder / "jobs", ignore_errors=True)  # of an earlier launch of this sweep
+        self.direction = self.sweep.direction
         self._open_record(planned)
 
     def command_alone(self, overrides: list[str]) -> list[str]:
@@ -160,6 +167,12 @@ class Launch(Bystander):
         if self.table and outcome.status == "completed":
             value = "" if outcome.objective is None else f": {outcome.metric} {outcome.objective:.5g}"
             self.table.say(f"{outcome.label} {outcome.status}{value}")
+
+    def pruned(self, num: int) -> None:
+        self.jobs[num].status = "pruned"
+        self._write()
+        if self.table:
+            self.table.say(f"{JobOutcome(num, self.jobs[num].values, []).label} pruned")
 
     def poll(self) -> None:
         if self.table:

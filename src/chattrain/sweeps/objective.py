@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 from chattrain.config.sweep import SweepConfig
 from chattrain.config.words import Direction
 from chattrain.errors import RunFailed
+from chattrain.tracking.metrics import read_metrics
 
 
 def direction_of(objective: str | None, direction: Direction) -> str:
@@ -18,6 +21,15 @@ def direction_of(objective: str | None, direction: Direction) -> str:
     if direction != Direction.auto:
         return direction.name
     return "maximize" if objective and objective.endswith("_acc") else "minimize"
+
+
+def metrics_at(summary: dict[str, Any], step: int) -> dict[str, float | None]:
+    """The last value of each metric of a run up to a step: it may have gone further in an earlier launch."""
+    metrics: dict[str, float | None] = {}
+    for row in read_metrics(Path(summary["run_dir"]) / "metrics.jsonl"):
+        if row["step"] <= step:
+            metrics |= row
+    return metrics
 
 
 def objective_of(sweep: SweepConfig, metrics: dict[str, float | None], required: bool) -> float | None:

@@ -24,7 +24,7 @@ from chattrain.setup.job import Job, SweepMember, set_job
 from chattrain.setup.names import finished_run, is_main_process, launch_name, run_folder, set_launch
 from chattrain.sweeps.hydra_keys import refuse_keys_without_effect, refuse_unused_sweep
 from chattrain.sweeps.naming import parse, run_name, swept_values
-from chattrain.sweeps.objective import direction_of, objective_of
+from chattrain.sweeps.objective import direction_of, metrics_at, objective_of
 from chattrain.sweeps.record import JobOutcome
 
 
@@ -95,6 +95,11 @@ class Sweep:
                 f"stage is swept, so each run starts from the one before, but hydra/launcher={self.launcher} would "
                 "start them at once; leave the launcher out"
             )
+        if config.sweep.prune and (self.stages or self.launcher or self.searches):
+            raise UserError(
+                f"sweep.prune={config.sweep.prune} compares the jobs of one stage while they run, so it needs "
+                "hydra/launcher=local, Hydra's basic sweeper and one stage"
+            )
         direction = config.hydra.sweeper.get("direction")
         if self.searches and isinstance(direction, str) and direction != self.direction:
             raise UserError(
@@ -164,11 +169,13 @@ class Sweep:
         set_job(job)
         result = execute(cfg)
         outcome.succeeded(result)
-        if result.get("status") == "interrupted":
+        at_rung = cfg.train.stop_after is not None and result["steps"] >= cfg.train.last_step(result["num_steps"])
+        if result.get("status") == "interrupted" and not at_rung:
             raise KeyboardInterrupt
         if "metrics" in result and self.multirun:
+            metrics = metrics_at(result, cfg.train.last_step(result["num_steps"])) if at_rung else result["metrics"]
             outcome.metric = cfg.sweep.objective
-            outcome.objective = objective_of(cfg.sweep, result["metrics"], required=self.searches)
+            outcome.objective = objective_of(cfg.sweep, metrics, required=self.searches or at_rung)
         return outcome.objective
 
     def _start_from_stage_before(self, cfg: Config) -> None:
