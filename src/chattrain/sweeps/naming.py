@@ -28,7 +28,7 @@ def swept_values(override: Override) -> list[str]:
 def run_name(base: str, values: dict[str, str]) -> str:
     """The name of a job's run: that of the sweep and the swept keys with their values. The stage has a folder instead.
 
-    No character needs quoting in a shell. A value that does not fit is shortened and gets a hash, so that two values never have
+    Keys are in alphabetical order: the name does not depend on theirs. No character needs quoting in a shell. A value that does not fit is shortened and gets a hash, so that two values never have
     one name.
 
     >>> run_name("night", {"stage": "sft", "optimizer.lr_scale": "0.3", "run.seed": "1"})
@@ -38,7 +38,7 @@ def run_name(base: str, values: dict[str, str]) -> str:
     >>> run_name("night", {"optimizer.lr_scale": "1.7578970987405635"})
     'night-lr_scale_1.758-4cbe59'
     """
-    named = {key: value for key, value in values.items() if key not in UNNAMED}
+    named = {key: value for key, value in sorted(values.items()) if key not in UNNAMED}
     last = [key.rpartition(".")[2] for key in named]
     parts = [
         f"{short if last.count(short) == 1 else key.replace('/', '.')}_{_shorten(value)}"
