@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -19,12 +20,29 @@ class Refused(BaseException):
         self.error = error
 
 
+class QuietReturn(JobReturn):
+    """A JobReturn that raises the error of a failed job without printing it: chattrain prints it once, as one message."""
+
+    @property
+    def return_value(self) -> Any:
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
 class Begin(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         self._begin(config, multirun=False)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self._begin(config, multirun=True)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        job_return.__class__ = QuietReturn  # the caller keeps this object
 
     def _begin(self, config: DictConfig, multirun: bool) -> None:
         try:

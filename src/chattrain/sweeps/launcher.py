@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
@@ -17,6 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from chattrain.sweeps.callback import QuietReturn
 from chattrain.sweeps.devices import environments
 from chattrain.sweeps.launching import Bystander, current
 from chattrain.sweeps.prune import rungs, survivors
@@ -106,9 +106,9 @@ class Jobs:
 def _returned(done: Done, overrides: list[str]) -> JobReturn:
     """What Hydra's sweepers take. A job that was skipped, or whose process died, is a failed one."""
     if isinstance(done.error, _JobFailed):
-        return _QuietReturn(**vars(done.error.returned))
+        return done.error.returned
     if done.error is not None:
-        return _QuietReturn(overrides=overrides, status=JobStatus.FAILED, _return_value=done.error)
+        return QuietReturn(overrides=overrides, status=JobStatus.FAILED, _return_value=done.error)
     return done.result
 
 
@@ -118,11 +118,3 @@ class _JobFailed(Exception):
     def __init__(self, returned: JobReturn):
         super().__init__(returned)
         self.returned = returned
-
-
-class _QuietReturn(JobReturn):
-    """The JobReturn of a failed job. It raises the job's error without printing it: it was printed when the job failed."""
-
-    @property
-    def return_value(self) -> Any:
-        raise self._return_value

@@ -28,8 +28,8 @@ def swept_values(override: Override) -> list[str]:
 def run_name(base: str, values: dict[str, str]) -> str:
     """The name of a job's run: that of the sweep and the swept keys with their values. The stage has a folder instead.
 
-    Keys are in alphabetical order: the name does not depend on theirs. No character needs quoting in a shell. A value that does not fit is shortened and gets a hash, so that two values never have
-    one name.
+    Keys are in alphabetical order, so that the name does not depend on theirs. No character needs quoting in a shell. A value
+    that does not fit is shortened and gets a hash, so that two values never have one name.
 
     >>> run_name("night", {"stage": "sft", "optimizer.lr_scale": "0.3", "run.seed": "1"})
     'night-lr_scale_0.3-seed_1'
