@@ -28,6 +28,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and we print them as one message
     if "RANK" not in os.environ:  # a rank may wait for others inside torch, where Python runs no signal handler
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` turns it off
     schema.register_schemas()
     names.set_launch()
     typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chattrain.config.sweep import SweepConfig
 from chattrain.config.words import Direction
-from chattrain.errors import UserError
+from chattrain.errors import RunFailed, UserError
 from chattrain.sweeps import devices
 from chattrain.sweeps.naming import NAME_LENGTH, run_name
-from chattrain.sweeps.objective import direction_of
+from chattrain.sweeps.objective import direction_of, objective_of
 from chattrain.sweeps.prune import rungs, survivors
 from chattrain.sweeps.schedule import Done, Skipped, Task, run_here, run_side_by_side
 
@@ -165,6 +166,20 @@ def test_accuracies_are_to_be_large_and_losses_small_unless_told_otherwise():
     assert direction_of("eval/mmlu_acc", Direction.auto) == "maximize"
     assert direction_of("val/bpb", Direction.auto) == "minimize"
     assert direction_of("eval/mmlu_acc", Direction.minimize) == "minimize"
+
+
+def test_an_objective_that_is_not_finite_is_a_failure():
+    sweep = SweepConfig(objective="val/loss")
+    assert objective_of(sweep, {"val/loss": 2.5}, required=True) == 2.5
+    with pytest.raises(RunFailed, match="not finite"):
+        objective_of(sweep, {"val/loss": None}, required=False)
+
+
+def test_an_objective_that_was_not_measured_is_a_failure_where_the_sweeper_needs_it():
+    sweep = SweepConfig(objective="val/loss")
+    assert objective_of(sweep, {"train/loss": 2.5}, required=False) is None
+    with pytest.raises(RunFailed, match=r"val/loss was not measured.*train/loss"):
+        objective_of(sweep, {"train/loss": 2.5}, required=True)
 
 
 @given(st.integers(1, 200), st.integers(2, 5), st.randoms())

@@ -84,7 +84,7 @@ def differences(before: Identity, now: Identity) -> list[str]:
         if getattr(before, part) is not None and getattr(before, part) != getattr(now, part)
     ]
     if contents:
-        found += _changed(before.data_settings, now.data_settings) or [f"the contents of: {', '.join(contents)}"]
+        found += _changed(before.data_settings, now.data_settings) or [f"the contents of the data: {', '.join(contents)}"]
     if before.weights and now.weights and before.weights != now.weights:
         found.append(f"the start, {before.start} -> {now.start}")
     return found

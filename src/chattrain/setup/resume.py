@@ -48,20 +48,16 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData, ident
     Raises UserError for another model, data or optimizer than it began with, for fewer steps than it has completed, and for a
     complete run in whatever differs from what is asked for: its numbers are not the answer.
     """
-    state = checkpoint.load_state(resume)
+    state, anew = checkpoint.load_state(resume), "use another run.name, or run.resume=never to start anew"
+    changed = ", ".join(differences(read_identity(run_dir, resume), identity))
+    summary = _completed(run_dir) if state.step >= data.num_steps else None
+    if summary is not None and changed:
+        raise UserError(f"{run_dir} is complete, with other settings than asked for now: {changed}; {anew}")
     misfit = shape_misfit(resume, cfg.model)
     if misfit or state.data_fingerprint != data.fingerprint:
-        raise UserError(
-            f"{run_dir} began with {misfit or 'other data, seed, seq_len or batch size'}, so it "
-            "cannot resume as the same run; use another run.name, or run.resume=never to start anew"
-        )
-    summary = _completed(run_dir) if state.step >= data.num_steps else None
+        began = misfit or f"other data, seed, seq_len or batch size ({changed})"
+        raise UserError(f"{run_dir} began with {began}, so it cannot resume as the same run; {anew}")
     if summary is not None:
-        if changed := differences(read_identity(run_dir, resume), identity):
-            raise UserError(
-                f"{run_dir} is complete, with other settings than asked for now: {', '.join(changed)}. Use another run.name, or "
-                "run.resume=never to start anew"
-            )
         log.info(
             "%s is complete (step %d of %d): nothing to do. run.resume=never starts anew", run_dir, state.step, data.num_steps
         )

@@ -25,10 +25,14 @@ def refuse_keys_without_effect(hydra: DictConfig) -> None:
             raise UserError(f"hydra.{key}={value} has no effect here: {instead}")
 
 
-def refuse_unused_sweep(hydra: DictConfig) -> None:
-    """Raises UserError for values to sweep in a configuration that is run once."""
+def refuse_unused_sweep(hydra: DictConfig, typed: list[str]) -> None:
+    """Raises UserError for values to sweep in a configuration that is run once, unless hydra.mode asks for that.
+
+    `typed`: the arguments as typed. Hydra adds hydra.mode=RUN to the overrides where nothing gives a mode.
+    """
     params = hydra.sweeper.get("params")
-    if params and not any(override.startswith("hydra.mode=") for override in hydra.overrides.hydra):
+    given = "hydra.mode=RUN" not in hydra.overrides.hydra or "hydra.mode=RUN" in typed
+    if params and not given:
         raise UserError(
             f"hydra.sweeper.params has values for {', '.join(params)}, but this is one run; add -m, or "
             "`hydra: { mode: MULTIRUN }` to the YAML file (hydra.mode=RUN runs once all the same)"

@@ -46,12 +46,12 @@ class Sweep:
     mlflow_run_id: str | None = None
     command: str = "train"
 
-    def begin(self, config: DictConfig, multirun: bool) -> None:
-        """Decide what can be decided before the first job. Raises UserError; nothing is written before."""
+    def begin(self, config: DictConfig, multirun: bool, typed: list[str]) -> None:
+        """Decide what can be decided before the first job. `typed`: the arguments. Raises UserError, with nothing written."""
         refuse_keys_without_effect(config.hydra)
         self.multirun, self.command = multirun, str(config.command)
         if not multirun:
-            return refuse_unused_sweep(config.hydra)
+            return refuse_unused_sweep(config.hydra, typed)
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         overrides = parse([*params, *config.hydra.overrides.task])
         self.swept = [key for key, override in overrides.items() if override.is_sweep_override()]
