@@ -9,7 +9,9 @@ from chattrain.tracking.parabola import fit, near_best
 
 
 def draw(rng, rates, seeds, optimum, noise, curvature=0.3):
-    return [(rate, 0.5 + curvature * np.log10(rate / optimum) ** 2 + rng.normal(0, noise)) for rate in rates for _ in range(seeds)]
+    return [
+        (rate, 0.5 + curvature * np.log10(rate / optimum) ** 2 + rng.normal(0, noise)) for rate in rates for _ in range(seeds)
+    ]
 
 
 @given(

@@ -21,7 +21,7 @@ import numpy as np
 LEAST_RATES = 4  # distinct rates of an interval; three fit exactly, so nothing says how wrong the fit is
 NEAR = 10.0  # runs within this factor of the best rate are fitted,
 LEAST_NEAR = 5  # or those of this many nearest rates
-OUTLYING = 10.0  # and of them those that are worse than the best by at most this many times the median
+OUTLYING = 10.0  # and of them those that are worse than the best by at most this many times the median: see near_best
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ def fit(points: list[tuple[float, float]], maximize: bool = False) -> Parabola |
 def near_best(points: list[tuple[float, float]], maximize: bool = False) -> list[tuple[float, float]]:
     """The points that a parabola can describe: near the best rate, without runs that went wrong.
 
-    A loss over log(rate) is a parabola near its minimum only: it flattens to the left and explodes to the right. Points are kept
-    within a factor of 10 of the rate with the best mean (or of the five nearest rates), then those whose rate is worse than the
-    best by at most ten times the median of the others.
+    A loss over log(rate) is a parabola near its minimum only: it flattens to the left and rises ever faster to the right. Points
+    are kept within a factor of 10 of the rate with the best mean (or of the five nearest rates); of them those whose rate is no
+    worse than the best by ten times the median of the others. Then the worst rate is left out for as long as a cubic term is
+    significant (5 %) and more than five rates remain.
 
     >>> near_best([(1, 0.60), (3, 0.55), (10, 0.50), (30, 0.55), (100, 7.0), (1000, 9.0)])
     [(1, 0.6), (3, 0.55), (10, 0.5), (30, 0.55)]
@@ -104,7 +105,23 @@ def near_best(points: list[tuple[float, float]], maximize: bool = False) -> list
     excess = {rate: means[rate] - means[best] for rate in near}
     median = float(np.median([excess[rate] for rate in near if rate != best]))
     kept = {rate for rate in near if excess[rate] <= OUTLYING * median}
+    while len(kept) > LEAST_NEAR and _is_cubic([(rate, y) for rate, y in points if rate in kept]):
+        kept.remove(max(kept, key=lambda rate: excess[rate]))
     return [(rate, y) for rate, y in points if rate in kept]
+
+
+def _is_cubic(points: list[tuple[float, float]]) -> bool:
+    """Is the coefficient of u^3 in a cubic through the points significant, by a t test at 5 %?"""
+    freedom = len(points) - 4
+    if freedom < 1:
+        return False
+    u = np.log10([rate for rate, _ in points])
+    y = np.array([y for _, y in points])
+    design = np.vander(u - u.mean(), 4)  # highest power first
+    coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
+    s2 = float(np.sum((y - design @ coefficients) ** 2)) / freedom
+    error = math.sqrt(s2 * float(np.linalg.inv(design.T @ design)[0, 0]))
+    return abs(float(coefficients[0])) > t_quantile(freedom) * error + 1e-9 * float(np.ptp(y))
 
 
 def t_quantile(freedom: int) -> float:
