@@ -61,6 +61,11 @@ class Ranking:
     winners: list[Row]  # the best of each kind of target; one, unless losses are over different targets
 
     @property
+    def last_stage(self) -> str:
+        """Of a chain of stages the last one, whose objective is the sweep's."""
+        return max(self.record.jobs, key=lambda job: job.num).stage if self.record.jobs else ""
+
+    @property
     def ranked(self) -> list[Row]:
         return [row for row in self.rows if row.mean is not None]
 
