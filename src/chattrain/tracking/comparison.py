@@ -13,7 +13,7 @@ from chattrain.tracking.charts import COLORS, Chart, Series, running_mean
 from chattrain.tracking.report import half_widths, spans_much
 from chattrain.tracking.run_folder import TARGETS, RunFolder, format_accuracy, label
 
-OF_ONE_RUN = ("run.name", "run.dir")  # keys that differ between any two runs
+OF_NO_EFFECT = ("run.name", "run.dir", "run.root", "runs", "sweep.")  # beginnings of keys that a run's numbers do not follow from
 ORDER = (
     "train/loss",
     "val/",
@@ -57,14 +57,15 @@ def _page(names: list[str], runs: list[RunFolder]) -> str:
     parts.append(page.grid(*_results(names, runs)))
     curves = page.charts(_charts(names, runs))
     parts += ["<h2>Curves, by step</h2>", page.HINT, curves] if curves else ["<p>No numbers were logged.</p>"]
-    return page.page(" and ".join(names), page.text(" and ".join(names)), parts)
+    title = f"{len(runs)} runs compared"
+    return page.page(f"{title}: {', '.join(names)}", title, parts)
 
 
 def _differences(names: list[str], runs: list[RunFolder]) -> tuple[list[str], list[list[str]]]:
     """A row for each key of the configuration that has several values."""
     flat = [dict(_flatten(run.settings)) for run in runs]
     rows = []
-    for key in sorted({key for settings in flat for key in settings} - set(OF_ONE_RUN)):
+    for key in sorted({key for settings in flat for key in settings if not key.startswith(OF_NO_EFFECT)}):
         values = [_shown(settings[key]) if key in settings else "–" for settings in flat]
         known = [value for value, run in zip(values, runs, strict=True) if run.settings]
         if len(set(known)) > 1:
@@ -78,15 +79,10 @@ def _results(names: list[str], runs: list[RunFolder]) -> tuple[list[str], list[l
     for key in ("steps", "tokens_seen", "supervised_tokens", "tokens_per_second", "init", "error"):
         if any(run.summary.get(key) is not None for run in runs):
             rows.append([key, *(page.words(run.summary[key]) if run.summary.get(key) is not None else "" for run in runs)])
-    metrics = sorted({name for run in runs for name in run.last if name.startswith(("train/loss", "val/"))})
-    for name in metrics:
-        for targets in dict.fromkeys(run.validation.get("targets") for run in runs if name in run.last):
-            same = [run if run.validation.get("targets") == targets else None for run in runs]
-            cells = [page.words(run.last[name]) if run and name in run.last else "" for run in same]
-            rows.append([label(name, targets), *cells])
-            if not name.startswith("val/"):
-                rows[-1] = [name, *(page.words(run.last[name]) if name in run.last else "" for run in runs)]
-                break
+    for name in sorted({name for run in runs for name in run.last if name.startswith(("train/loss", "val/"))}):
+        for kind in dict.fromkeys(label(name, run.validation.get("targets")) for run in runs if name in run.last):
+            same = [name in run.last and label(name, run.validation.get("targets")) == kind for run in runs]
+            rows.append([kind, *(page.words(run.last[name]) if has else "" for run, has in zip(runs, same, strict=True))])
     for name in sorted({name for run in runs for name in run.accuracies()}):
         found = [run.accuracies().get(name) for run in runs]
         rows.append([name, *(format_accuracy(*accuracy) if accuracy else "" for accuracy in found)])

@@ -22,7 +22,7 @@ table { border-collapse: collapse; } tr { border-bottom: 1px solid #8b949e55; }
 td, th { text-align: left; padding: .2em 1.5em .2em 0; overflow-wrap: anywhere; vertical-align: top; }
 th { font-weight: 400; opacity: .75; white-space: nowrap; }
 .wide td { white-space: nowrap; padding-right: 1.2em; font-variant-numeric: tabular-nums; }
-.wide td:last-child { white-space: normal; min-width: 14em; } .best { font-weight: 600; }
+.jobs td:last-child { white-space: normal; min-width: 14em; } .best { font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 1.2rem 2rem; }
 .chart { margin: 0; min-width: 0; } .chart.tall { grid-column: 1 / -1; max-width: 800px; }
 figcaption { font-weight: 600; font-size: .9rem; } .chart p { font-size: .8rem; opacity: .75; margin: 0; }
@@ -53,11 +53,6 @@ def badge(status: str) -> str:
     return f'<span class="status {escape(status)}">{escape(status)}</span>'
 
 
-def text(words: str) -> str:
-    """Text as HTML."""
-    return escape(words)
-
-
 def warnings(sentences: list[str]) -> str:
     """A list with a mark at each; nothing where there are none."""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
@@ -78,13 +73,14 @@ def facts(cells: dict[str, object]) -> str:
 
 
 def grid(header: list[str], rows: list[list[str]], best: str | None = None) -> str:
-    """A table with a header, which scrolls sideways where it is wide. Rows whose first cell is `best` stand out."""
+    """A table with a header, which scrolls sideways where it is wide. `best`: of a sweep, whose rows with this first cell stand
+    out, and whose last column has sentences."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = ""
     for row in rows:
         marked = ' class="best"' if best and row[0] == best else ""
         body += f"<tr{marked}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+    return f'<div class="wide{" jobs" if best else ""}"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
 def words(value: object) -> str:

@@ -87,11 +87,12 @@ class RunFolder:
         peak = schedule.get("init_lr_frac") if isinstance(schedule, dict) else None
         rates: dict[str, float] = {}
         for row in self.rows:
-            factor = row.get("lr_factor")
+            factor, scale = row.get("lr_factor"), 1.0
+            if isinstance(peak, int | float) and isinstance(factor, int | float) and factor > 0:
+                scale = peak / factor
             for name, value in row.items():
                 if name.startswith("lr/") and isinstance(value, int | float):
-                    known = isinstance(peak, int | float) and isinstance(factor, int | float) and factor > 0
-                    rates[name] = max(rates.get(name, 0.0), value / factor * peak if known else value)
+                    rates[name] = max(rates.get(name, 0.0), value * scale)
         return rates
 
     def accuracies(self) -> dict[str, tuple[float, float | None]]:
