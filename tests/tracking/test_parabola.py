@@ -51,7 +51,7 @@ def test_the_interval_covers_the_true_minimum_in_95_percent_of_draws(rates, seed
             bounded += 1
             missed += not fitted.interval[0] <= optimum <= fitted.interval[1]
     assert bounded > 2700
-    assert 0.035 < missed / 3000 < 0.065
+    assert 0.038 < missed / 3000 < 0.065  # 0.047 to 0.059 were seen: choosing the runs by the same draw costs up to 1 %
 
 
 def test_an_interval_is_shorter_with_more_seeds():

@@ -1,6 +1,7 @@
 """A parabola through an objective over log10(rate): where its minimum lies, and how well the runs determine that.
 
-y = a + b u + c u^2 by least squares, u = log10(rate / centre), over the runs near the best. Its minimum is at u* = -b / (2 c).
+y = a + b u + c u^2 by least squares, u = log10(rate / centre), over the runs near the best (see near_best). Its minimum is at
+u* = -b / (2 c).
 
 The interval is Fieller's: all u at which the slope b + 2 c u is compatible with 0,
 
@@ -21,7 +22,11 @@ import numpy as np
 LEAST_RATES = 4  # distinct rates of an interval; three fit exactly, so nothing says how wrong the fit is
 NEAR = 10.0  # runs within this factor of the best rate are fitted,
 LEAST_NEAR = 5  # or those of this many nearest rates
-OUTLYING = 10.0  # and of them those that are worse than the best by at most this many times the median: see near_best
+OUTLYING = 4.0  # without those that are worse than the best by more than this many times the median: see near_best
+T_TABLES = {  # level -> quantile of the normal distribution, and of t with 1 to 9 degrees of freedom
+    0.05: (1.959964, (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)),
+    0.01: (2.575829, (63.6567, 9.9248, 5.8409, 4.6041, 4.0321, 3.7074, 3.4995, 3.3554, 3.2498)),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ def fit(points: list[tuple[float, float]], maximize: bool = False) -> Parabola |
         minimum, why_not = None, "the fitted minimum lies outside the rates that were fitted"
     elif len(rates) < LEAST_RATES or s2 is None:
         why_not = f"three rates fit a parabola exactly; an interval needs {LEAST_RATES} or more"
+    elif is_cubic(points):
+        why_not = "the runs do not lie on a parabola; add rates near the best"
     else:
         covariance = s2 * np.linalg.inv(design.T @ design)
         bounds = _fieller(b, c, covariance, t_quantile(freedom))
@@ -85,9 +92,9 @@ def near_best(points: list[tuple[float, float]], maximize: bool = False) -> list
     """The points that a parabola can describe: near the best rate, without runs that went wrong.
 
     A loss over log(rate) is a parabola near its minimum only: it flattens to the left and rises ever faster to the right. Points
-    are kept within a factor of 10 of the rate with the best mean (or of the five nearest rates); of them those whose rate is no
-    worse than the best by ten times the median of the others. Then the worst rate is left out for as long as a cubic term is
-    significant (5 %) and more than five rates remain.
+    are kept within a factor of 10 of the rate with the best mean (or of the five nearest rates). Then, for as long as more than
+    four rates remain, the worst is left out if it is worse than the best by more than four times the median of the others (of
+    five or more evenly spaced rates around the minimum of a parabola, none is), or if a cubic term is significant at 1 %.
 
     >>> near_best([(1, 0.60), (3, 0.55), (10, 0.50), (30, 0.55), (100, 7.0), (1000, 9.0)])
     [(1, 0.6), (3, 0.55), (10, 0.5), (30, 0.55)]
@@ -101,17 +108,18 @@ def near_best(points: list[tuple[float, float]], maximize: bool = False) -> list
     best = min(means, key=lambda rate: means[rate])
     distance = {rate: abs(math.log10(rate / best)) for rate in means}
     nearest = sorted(means, key=lambda rate: distance[rate])
-    near = [rate for i, rate in enumerate(nearest) if i < LEAST_NEAR or distance[rate] <= math.log10(NEAR) * (1 + 1e-9)]
-    excess = {rate: means[rate] - means[best] for rate in near}
-    median = float(np.median([excess[rate] for rate in near if rate != best]))
-    kept = {rate for rate in near if excess[rate] <= OUTLYING * median}
-    while len(kept) > LEAST_NEAR and _is_cubic([(rate, y) for rate, y in points if rate in kept]):
-        kept.remove(max(kept, key=lambda rate: excess[rate]))
-    return [(rate, y) for rate, y in points if rate in kept]
+    near = {rate for i, rate in enumerate(nearest) if i < LEAST_NEAR or distance[rate] <= math.log10(NEAR) * (1 + 1e-9)}
+    while len(near) > LEAST_RATES:
+        worst = max(near, key=lambda rate: means[rate])
+        median = float(np.median([means[rate] - means[best] for rate in near if rate != best]))
+        if means[worst] - means[best] <= OUTLYING * median and not is_cubic([p for p in points if p[0] in near]):
+            break
+        near.remove(worst)
+    return [(rate, y) for rate, y in points if rate in near]
 
 
-def _is_cubic(points: list[tuple[float, float]]) -> bool:
-    """Is the coefficient of u^3 in a cubic through the points significant, by a t test at 5 %?"""
+def is_cubic(points: list[tuple[float, float]]) -> bool:
+    """Is the coefficient of u^3 in a cubic through the points significant, by a t test at 1 %?"""
     freedom = len(points) - 4
     if freedom < 1:
         return False
@@ -121,19 +129,20 @@ def _is_cubic(points: list[tuple[float, float]]) -> bool:
     coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
     s2 = float(np.sum((y - design @ coefficients) ** 2)) / freedom
     error = math.sqrt(s2 * float(np.linalg.inv(design.T @ design)[0, 0]))
-    return abs(float(coefficients[0])) > t_quantile(freedom) * error + 1e-9 * float(np.ptp(y))
+    return abs(float(coefficients[0])) > t_quantile(freedom, 0.01) * error + 1e-9 * float(np.ptp(y))
 
 
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t. From 10 degrees on by Cornish and Fisher's series (Abramowitz and Stegun, 26.7.5).
+def t_quantile(freedom: int, level: float = 0.05) -> float:
+    """Student's t that chance exceeds, in either direction, in `level` (0.05 or 0.01) of the cases.
 
-    >>> [round(t_quantile(n), 3) for n in (1, 5, 10, 30)]
-    [12.706, 2.571, 2.228, 2.042]
+    From 10 degrees of freedom on by Cornish and Fisher's series (Abramowitz and Stegun, 26.7.5).
+
+    >>> [round(t_quantile(n), 3) for n in (1, 5, 10, 30)], round(t_quantile(20, 0.01), 3)
+    ([12.706, 2.571, 2.228, 2.042], 2.845)
     """
-    table = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+    z, table = T_TABLES[level]
     if freedom <= len(table):
         return table[freedom - 1]
-    z = 1.959964
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
