@@ -71,4 +71,6 @@ def _fit_sentence(group: Group, ranking: Ranking) -> str:
     if parabola.interval is None:
         return f"{start} has its {extreme} at {parabola.minimum:.3g}. No interval is claimed: {parabola.why_not}."
     low, high = parabola.interval
-    return f"{start} has its {extreme} at {parabola.minimum:.3g}; 95 % interval {low:.3g} to {high:.3g}."
+    beyond = low < parabola.rates[0] or high > parabola.rates[-1]
+    end = ", which goes beyond the rates that were fitted" if beyond else ""
+    return f"{start} has its {extreme} at {parabola.minimum:.3g}; 95 % interval {low:.3g} to {high:.3g}{end}."

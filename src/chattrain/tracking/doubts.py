@@ -16,7 +16,7 @@ def find_doubts(ranking: Ranking) -> list[str]:
     doubts = [*_targets(ranking)]
     for winner in ranking.winners:
         doubts += [*_edges(ranking, winner), *_ties(ranking, winner)]
-    doubts += _few_rates(ranking)
+    doubts += _few_runs(ranking)
     unfinished = [row for row in ranking.rows if row.job.status in ("failed", "interrupted", "skipped")]
     if unfinished:
         doubts.append(f"{len(unfinished)} of {len(ranking.rows)} jobs did not complete; what they would have reached is unknown.")
@@ -97,8 +97,12 @@ def _other_margin(ranking: Ranking, winner: Row, rival: Row) -> float | None:
     return None
 
 
-def _few_rates(ranking: Ranking) -> list[str]:
+def _few_runs(ranking: Ranking) -> list[str]:
     said = []
+    if any(g.fit and g.fit.interval for g in ranking.groups) and all(row.num_seeds == 1 for row in ranking.ranked):
+        said.append(
+            "The interval is of one seed's runs; other seeds may move the optimum further. Add seeds, such as run.seed=1,2,3."
+        )
     for group in ranking.groups:
         number = len({rate for rate, _ in group.points})
         if number < FEW_RATES:
