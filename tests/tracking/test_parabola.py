@@ -98,6 +98,6 @@ def test_a_run_that_diverged_is_not_fitted():
     assert fit(points).minimum == pytest.approx(fit(points[:4]).minimum)
 
 
-def test_a_parabola_keeps_all_its_points_within_a_factor_of_ten():
-    points = [(rate, np.log10(rate / 10) ** 2) for rate in (1.0, 2.0, 3.0, 10.0, 30.0, 50.0, 100.0, 1000.0)]
-    assert near_best(points) == points[:-1]
+def test_a_parabola_is_fitted_within_a_factor_of_ten_of_its_best():
+    points = [(rate, np.log10(rate / 10) ** 2) for rate in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)]
+    assert near_best(points) == points[2:7]
