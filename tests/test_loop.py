@@ -117,7 +117,7 @@ def test_the_gradient_norm_of_each_group_is_tracked_with_that_of_all():
 
 def test_the_loop_evaluates_logs_and_saves_when_due():
     here = Recorder("cpu")
-    state = loop.fit(here.parts, loop.State(), loop.Cadence(log=2, evaluate=3, save=4, num_steps=5))
+    state = loop.fit(here.parts, loop.State(), loop.Cadence(log=2, evaluate=3, save=4, last_step=5))
     assert (state.step, state.tokens_seen) == (5, 5 * 64)
     assert here.calls == [
         ("evaluate", 0),

@@ -38,15 +38,15 @@ class State:
 
 @dataclass(frozen=True)
 class Cadence:
-    """Every how many steps to log, evaluate and save; None: only after the last step."""
+    """Every how many steps to log, evaluate and save, besides after the last step that is made; None: only then."""
 
     log: int
     evaluate: int | None
     save: int | None
-    num_steps: int
+    last_step: int  # to be made now: the run's last, or an earlier one from which it resumes later
 
     def due(self, every: int | None, step: int) -> bool:
-        return step == self.num_steps or (every is not None and step % every == 0)
+        return step == self.last_step or (every is not None and step % every == 0)
 
 
 @dataclass
@@ -86,12 +86,12 @@ class StepResult:
 
 
 def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
-    """Train from state.step to cadence.num_steps, or until a rank is asked to stop; saves in both cases. Returns the state."""
+    """Train from state.step to cadence.last_step, or until a rank is asked to stop; saves in both cases. Returns the state."""
     if state.step == 0:
         measure(trainer, 0)
     speed = Speed(trainer, state)
     unchecked: list[StepResult] = []
-    while state.step < cadence.num_steps and not state.interrupted:
+    while state.step < cadence.last_step and not state.interrupted:
         state.current_step = state.step + 1
         batches = trainer.loader.step(state.step)
         factor = trainer.lr_factor(state.step)

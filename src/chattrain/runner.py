@@ -105,7 +105,7 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             saved = checkpoint.load_state(setup.resume) if setup.resume else None
             tracker = build_tracker(cfg, setup.run_dir, data.num_steps, saved, ranks)
             trainer, state = build_components(cfg, setup, ranks, data, tracker, stop_asked, saved)
-            cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, data.num_steps)
+            cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, cfg.train.last_step(data.num_steps))
             try:
                 with collect_garbage_between_steps():
                     state = loop.fit(trainer, state, cadence)

@@ -26,7 +26,8 @@ def summarize(
     stage: str, setup: RunSetup, data: RunData, tracker: Tracker | NullTracker, state: loop.State, error: BaseException | None
 ) -> dict:
     """The content of summary.json. `error`: what ended the run before its last step; None: it completed or was interrupted."""
-    interrupted = state.interrupted or isinstance(error, KeyboardInterrupt)
+    stopped = state.interrupted or (error is None and state.step < data.num_steps)  # by a signal, or by train.stop_after
+    interrupted = stopped or isinstance(error, KeyboardInterrupt)
     newest = checkpoint.all_checkpoints(setup.run_dir)
     return {
         "status": "interrupted" if interrupted else "failed" if error else "completed",
