@@ -51,7 +51,7 @@ def _sentences(ranking: Ranking, test: dict | None) -> list[str]:
 
 def _rerun(sweep: str, row: Row) -> str:
     """The command, quoted for a shell, that trains this row's job alone, under a name of its own."""
-    dropped = ("run.name=", "run.dir=", "run.resume=", "sweep.", "hydra")
+    dropped = ("run.name=", "run.dir=", "run.resume=", "sweep.", "hydra/", "hydra.launcher", "hydra.sweeper")
     kept = [o for o in row.job.overrides if not o.lstrip("+~").startswith(dropped)]
     return shlex.join(["python", "-m", "chattrain", *kept, f"run.name={sweep}-best"])
 

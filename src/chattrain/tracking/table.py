@@ -36,7 +36,7 @@ def show_sweep(folder: Path, test: dict | None = None) -> None:
     replace_text(folder / "table.md", _as_markdown(answer, header, rows))
     replace_text(folder / "answer.json", json.dumps(as_json(answer, test), indent=1) + "\n")
     console = _console()
-    console.print(_rich_table(f"sweep {record.name}", header, rows))
+    console.print(_rich_table(f"sweep {record.name}", header, [[*row[:-1], _cut(row[-1])] for row in rows]))
     for line in [*answer.sentences, *(f"Warning: {doubt}" for doubt in answer.doubts)]:
         console.print(line, highlight=False, markup=False)
     for command in answer.commands:
@@ -91,6 +91,11 @@ def show_runs(run_dirs: list[Path]) -> None:
     console.print(_rich_table("first value -> last value", header, rows))
     for run_dir in run_dirs:
         console.print(f"{run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _cut(status: str, most: int = 100) -> str:
+    """For a terminal; table.md has the whole error."""
+    return status if len(status) <= most else status[: most - 1] + "…"
 
 
 def _as_markdown(answer: Answer, header: list[str], rows: list[list[str]]) -> str:
