@@ -31,7 +31,7 @@ def find_answer(record: SweepRecord, runs: dict[int, RunFolder], test: dict | No
 def _sentences(ranking: Ranking, test: dict | None) -> list[str]:
     """One thought each."""
     if not ranking.winners:
-        return ["No job completed with a value of the objective, so there is no answer."]
+        return [f"No job completed with a value of {ranking.objective}, so there is no answer."]
     said = []
     for row in ranking.winners:
         name = label(ranking.objective, row.targets)
