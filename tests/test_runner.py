@@ -230,7 +230,8 @@ def test_a_sweep_gives_each_run_a_name_of_its_own(base, place, capsys):
     assert [run.name for run in runs] == ["lr-lr_scale_0.3", "lr-lr_scale_1"]
     scales = [yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr_scale"] for run in runs]
     assert scales == [0.3, 1.0]
-    assert "lr_scale=0.3" in done.out and "lr_scale=1" in done.out
+    assert "Best: optimizer.lr_scale=" in done.out and "run.name=lr-best" in done.out
+    assert {file.name for file in (place / "runs/sweeps/lr").iterdir()} >= {"table.md", "answer.json", "report.html"}
 
 
 def test_a_job_that_fails_does_not_stop_the_others_of_a_sweep_and_the_status_tells(base, place, capsys):

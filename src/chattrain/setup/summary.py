@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from chattrain.storage.files import replace_text
 from chattrain.tracking.metrics import read_metrics
 from chattrain.tracking.report import write_report
 from chattrain.tracking.tracker import NullTracker, Tracker
+
+log = logging.getLogger("chattrain")
 
 
 def summarize(
@@ -46,9 +49,12 @@ def summarize(
 
 
 def write_summary(run_dir: Path, summary: dict) -> None:
-    """Write summary.json and, from it, report.html."""
+    """Write summary.json and, from it, report.html. A report that cannot be written is a warning: the run is worth more."""
     replace_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_report(run_dir)
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        log.warning("%s/report.html was not written: %s: %s", run_dir, type(error).__name__, error)
 
 
 def correct_summary(stage: str, setup: RunSetup, data: RunData, error: Exception) -> dict:

@@ -197,13 +197,18 @@ class Launch(Bystander):
         shutil.rmtree(folder / "jobs", ignore_errors=True)
 
     def show(self) -> None:
-        """Print the jobs of a sweep side by side; nothing without `-m`."""
+        """Print what a sweep found, or the stages of a chain side by side; nothing without `-m`."""
         jobs = self.record.jobs if self.record else []
+        if not jobs or not is_main_process() or self.record is None or self.sweep.folder is None:
+            return
+        from chattrain.tracking.table import show_runs, show_sweep
+
+        if set(self.record.swept) - {"stage"}:
+            show_sweep(self.sweep.folder)
+            return
         run_dirs = [Path(job.run_dir) for job in jobs if job.run_dir and job.status == "completed"]
         trained = [run_dir for run_dir in run_dirs if (run_dir / "metrics.jsonl").is_file()]
-        if trained and is_main_process():
-            from chattrain.tracking.table import show_runs
-
+        if trained:
             show_runs(trained)
 
     @property
