@@ -43,6 +43,7 @@ NOT_CHOSEN = {
     "sweep",
     "hydra",
 }
+DIGEST = 12  # characters of a data set's hash, few enough for MLflow's table to show what stands behind it
 MAX_SAMPLES = 1000  # steps at which the largest factor of the schedule is looked for
 NUMBERED = "run.seed"  # the one key of `run` that is a choice
 
@@ -155,7 +156,7 @@ def _of_collator(collator: Collator, context: str) -> list[DataSet]:
             "left_out": len(cache) - len(used),
             "malformed": cache.skipped,
         }
-        found.append(_of_source(cache.name, source, cache.content_hash, context, profile))
+        found.append(_of_source(cache.name, source, cache.content_hash[:DIGEST], context, profile))
     return found
 
 
@@ -170,7 +171,7 @@ def _of_source(name: str, source: SourceConfig | None, digest: str, context: str
 
 def _combined(parts: list[DataSet]) -> DataSet:
     """All sources of the validation as the one data set that val/loss and val/bpb are measured on."""
-    digest = hashlib.sha256(json.dumps([d.digest for d in parts]).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps([d.digest for d in parts]).encode()).hexdigest()[:DIGEST]
     names = " + ".join(d.name for d in parts)
     profile = {key: sum(d.profile[key] for d in parts) for key in parts[0].profile}
     return DataSet(names[:500], digest, {"uri": names}, parts[0].context, profile=profile)
@@ -187,7 +188,7 @@ def _of_questions(cfg: Config, data: EvalData) -> list[DataSet]:
         digest = hashlib.sha256()
         for question in questions:
             digest.update(np.array([*question.ids, -1, question.answer], dtype=np.int32).tobytes())
-        found.append(_of_source(name, source, digest.hexdigest()[:24], "evaluation", {"questions": len(questions)}))
+        found.append(_of_source(name, source, digest.hexdigest()[:DIGEST], "evaluation", {"questions": len(questions)}))
     return found
 
 

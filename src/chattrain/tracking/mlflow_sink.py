@@ -18,6 +18,8 @@ DRAIN_SECONDS = 60  # longest wait for a slow store at the end of a run
 BATCH = 1000  # metrics of one call, the most that MLflow takes
 WAITING = 100_000  # metrics that wait for a store that does not answer; the oldest are dropped beyond that
 
+OF_RUNS = ("mlflow.note.content", "mlflow.parentRunId")  # tags that models of checkpoints do not get
+
 Point = tuple[str, float, int, int]  # name, value, milliseconds, step
 
 
@@ -44,7 +46,8 @@ class MLflowSink:
         self._thread: threading.Thread | None = None
         self._monitor = None
         self._uri, self._run_name, self._measured_on = uri, run_name, measured_on or {}
-        self._params, self._tags = dict(params), dict(tags)
+        self._params = dict(params)
+        self._model_tags = {key: str(value) for key, value in tags.items() if key not in OF_RUNS}
         self._note = note
         self._measured: tuple[int, list[tuple[Point, DataSet]]] = (-1, [])  # step of the newest evaluation, and its points
         self.run_id: str | None = None
@@ -99,7 +102,7 @@ class MLflowSink:
         name, params = f"{self._run_name} step {step}", dict(self._params)
 
         def send() -> None:
-            model_id = self._models.add(step, folder, name, params, self._tags)
+            model_id = self._models.add(step, folder, name, params, self._model_tags)
             self._send_points()
             if evaluated == step:
                 self._assign(measured, model_id)

@@ -27,6 +27,7 @@ SETTINGS = {  # environment variables of MLflow's client, where the user has not
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # less severe: lines about making tables, a traceback for each refused call
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's 7 take four minutes to tell that a server does not answer
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 EXPERIMENT_TAGS = {  # of an experiment that we make
     "mlflow.experimentKind": "custom_model_development",  # the UI shows runs and models of it, not traces
@@ -35,11 +36,16 @@ EXPERIMENT_TAGS = {  # of an experiment that we make
 }
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of this store, without global state, telemetry or log output."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read at import, as some of SETTINGS
+def set_environment() -> None:
+    """Set what MLflow reads when it is imported; call it before the import."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of this store, without global state, telemetry or log output."""
+    set_environment()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)

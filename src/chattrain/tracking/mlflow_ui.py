@@ -1,0 +1,82 @@
+"""`make ui`: MLflow's web pages, opened at the table of runs. MLflow itself would open at an empty page on traces.
+
+python -m chattrain.tracking.mlflow_ui [--uri sqlite:///runs/mlflow.db] [--port 5000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+import webbrowser
+from pathlib import Path
+
+from chattrain.tracking.mlflow_store import connect
+
+START_SECONDS = 120  # longest wait for the server's first answer
+
+
+def main() -> int:
+    """Serve the store, print the address of each experiment's runs, open the one that ran last. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="MLflow's web pages, opened at the table of runs")
+    parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db")
+    parser.add_argument("--port", type=int, default=5000)
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    arguments = parser.parse_args()
+    uri: str = arguments.uri
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        print(f"no store {uri}; train a run first, or name another store with --uri or MLFLOW_TRACKING_URI", file=sys.stderr)
+        return 2
+    if uri.startswith("http"):
+        _show(uri.rstrip("/"), uri, arguments.no_browser)
+        return 0
+    address = f"http://127.0.0.1:{arguments.port}"
+    server = subprocess.Popen([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(arguments.port)])
+    try:
+        if _answers(address, server):
+            _show(address, uri, arguments.no_browser)
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def pages(address: str, uri: str) -> list[str]:
+    """The address of the table of runs of each experiment that has runs; first the one whose newest run is the newest."""
+    client = connect(uri)
+    newest = {}
+    for experiment in client.search_experiments():
+        runs = client.search_runs([experiment.experiment_id], max_results=1, order_by=["attributes.start_time DESC"])
+        if runs:
+            newest[experiment.experiment_id] = runs[0].info.start_time
+    view = "runs?workflowType=machine_learning"  # pages for training: runs and models, not traces and judges
+    return [f"{address}/#/experiments/{i}/{view}" for i in sorted(newest, key=lambda i: newest[i], reverse=True)]
+
+
+def _show(address: str, uri: str, only_print: bool) -> None:
+    links = pages(address, uri)
+    print("\n".join(["Runs:", *(f"  {link}" for link in links)]) if links else f"{uri} has no run yet: {address}", flush=True)
+    if links and not only_print:
+        webbrowser.open(links[0])
+
+
+def _answers(address: str, server: subprocess.Popen) -> bool:
+    """Wait for the server's first answer; False if it ends before."""
+    for _ in range(START_SECONDS * 2):
+        if server.poll() is not None:
+            return False
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return True
+        except OSError:
+            time.sleep(0.5)
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
