@@ -2,6 +2,7 @@
 
 It answers OpenAI's Responses format: `{"input": [{"role": "user", "content": "Hello"}]}`, with `max_output_tokens` and
 `temperature` as options, and `{"custom_inputs": {"top_k": 50, "seed": 1}}`. No pickle: the weights are the checkpoint's.
+Nothing in chattrain imports this file, as it imports MLflow.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from chattrain.config.instantiate import instantiate_config
 from chattrain.config.targets import current_target
 from chattrain.config.words import Device
 from chattrain.device import pick_device
+from chattrain.formats.mlflow_model import as_message
 from chattrain.model.generate import generate_batch
 from chattrain.tokenizer import Tokenizer
 
@@ -56,20 +58,6 @@ class ChatModel(ResponsesAgent):
         )
         item = self.create_text_output_item(self.tokenizer.decode(reply), id=f"msg_{uuid.uuid4().hex}")
         return ResponsesAgentResponse.model_validate({"output": [item]})
-
-
-def as_message(item: dict[str, Any]) -> dict[str, str]:
-    """An item of the Responses format as a message. Raises Malformed for what is no text, such as an image or a tool call.
-
-    >>> as_message({"role": "user", "content": [{"type": "input_text", "text": "Hel"}, {"type": "input_text", "text": "lo"}]})
-    {'role': 'user', 'content': 'Hello'}
-    """
-    role, content = item.get("role"), item.get("content")
-    parts = [{"text": content}] if isinstance(content, str) else content or []
-    texts = [part.get("text") for part in parts]
-    if not role or not texts or not all(isinstance(text, str) for text in texts):
-        raise Malformed(f"{item.get('type') or 'an item'} without a role and a text; send messages with text only")
-    return {"role": str(role), "content": "".join(map(str, texts))}
 
 
 set_model(ChatModel())

@@ -7,7 +7,9 @@ import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+from chattrain.chat import Malformed
 from chattrain.tracking.mlflow_store import set_environment
 
 CODE = Path(__file__).with_name("mlflow_chat_model.py")
@@ -29,6 +31,20 @@ def write(folder: Path, checkpoint: Path) -> None:
             pip_requirements=[pinned(name) for name in ("chattrain", "mlflow", "torch")],
             metadata={"checkpoint": str(checkpoint)},
         )
+
+
+def as_message(item: dict[str, Any]) -> dict[str, str]:
+    """An item of the Responses format as a message. Raises Malformed for what is no text, such as an image or a tool call.
+
+    >>> as_message({"role": "user", "content": [{"type": "input_text", "text": "Hel"}, {"type": "input_text", "text": "lo"}]})
+    {'role': 'user', 'content': 'Hello'}
+    """
+    role, content = item.get("role"), item.get("content")
+    parts = [{"text": content}] if isinstance(content, str) else content or []
+    texts = [part.get("text") for part in parts]
+    if not role or not texts or not all(isinstance(text, str) for text in texts):
+        raise Malformed(f"{item.get('type') or 'an item'} without a role and a text; send messages with text only")
+    return {"role": str(role), "content": "".join(map(str, texts))}
 
 
 def _link_or_copy(source: str, target: str) -> None:

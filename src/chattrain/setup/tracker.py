@@ -42,7 +42,7 @@ def _build_sink(cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointSt
         lambda result: mlflow_run.note(setup.run_dir, job, result),
     )
     if sink.run_id:
-        log.info("numbers go to metrics.jsonl and to MLflow: %s, experiment %s, run %s", uri, experiment, sink.run_id)
+        log.info("numbers go to metrics.jsonl and to MLflow: %s, experiment %s, run %s", uri, sink.experiment, sink.run_id)
         sink.inputs(data_sets, None if setup.resume else setup.start.checkpoint)
         if cfg.tracking.system_metrics:
             sink.watch_system()

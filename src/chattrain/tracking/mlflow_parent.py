@@ -20,7 +20,7 @@ def open_parent(
     """
     try:
         client, experiment_id = store.open_store(uri, experiment)
-        run = store.begin_run(client, experiment_id, name, run_id)
+        run = store.begin_run(client, experiment_id, name, run_id).run_id
     except Exception as error:
         store.warn(f"use {uri}", error)
         return None

@@ -51,9 +51,13 @@ class MLflowSink:
         self._note = note
         self._measured: tuple[int, list[tuple[Point, DataSet]]] = (-1, [])  # step of the newest evaluation, and its points
         self.run_id: str | None = None
+        self.experiment = experiment
         try:
-            self._client, self._experiment_id = store.open_store(uri, experiment)
-            self.run_id = store.begin_run(self._client, self._experiment_id, run_name, run_id)
+            self._client, experiment_id = store.open_store(uri, experiment)
+            info = store.begin_run(self._client, experiment_id, run_name, run_id)
+            if info.experiment_id != experiment_id:
+                self.experiment = self._client.get_experiment(info.experiment_id).name
+            self._experiment_id, self.run_id = info.experiment_id, info.run_id
         except Exception as error:
             self._warn(f"use {uri}", error)
         if run := self.run_id:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import RunInfo
 
 logger = logging.getLogger("chattrain")
 
@@ -28,6 +29,7 @@ SETTINGS = {  # environment variables of MLflow's client, where the user has not
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's 7 take four minutes to tell that a server does not answer
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for what commands return
 }
 EXPERIMENT_TAGS = {  # of an experiment that we make
     "mlflow.experimentKind": "custom_model_development",  # the UI shows runs and models of it, not traces
@@ -68,19 +70,20 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         return client, _experiment_id(client, experiment, (path.parent / "mlartifacts").as_uri())
 
 
-def begin_run(client: MlflowClient, experiment_id: str, name: str, run_id: str | None) -> str:
-    """The id of a new run, or `run_id` again, set to RUNNING. If the store does not know it, a warning and a new run."""
+def begin_run(client: MlflowClient, experiment_id: str, name: str, run_id: str | None) -> RunInfo:
+    """A new run, or that of `run_id` again, which may be in another experiment. If the store does not know it: a warning and a
+    new run."""
     from mlflow.exceptions import MlflowException
 
     try:
         if run_id:
             client.update_run(run_id, status="RUNNING")
-            return run_id
+            return client.get_run(run_id).info
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second: not shaped like an id
             raise
         logger.warning("MLflow's store has no run %s to resume (was it moved?); this run gets a new one", run_id)
-    return client.create_run(experiment_id, run_name=name).info.run_id
+    return client.create_run(experiment_id, run_name=name).info
 
 
 def describe_run(client: MlflowClient, run_id: str, params: dict[str, Param], tags: dict[str, str]) -> None:
