@@ -67,12 +67,8 @@ def test_mlflow_models_serve_answers_over_http(exported, tmp_path):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder, "--env-manager", "local", "--port", str(port)]
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow calls uvicorn by its name
-    env = {
-        **os.environ,
-        "PATH": tools,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'traces.db'}",
-    }
+    env = {**os.environ, "PATH": tools, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path / 'traces.db'}"
     server = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True)
     try:
         answer = ask(port, request(), wait_s=60)
