@@ -121,6 +121,17 @@ def test_data_sets_have_a_digest_counts_and_a_context(place):
     assert training.digest in [i.dataset.digest for i in same]  # the same tokens in another stage
 
 
+def test_what_is_measured_on_several_sources_names_them_all(place):
+    write_talk(place.folder, "more.jsonl", factor=7)
+    summary = train("mid", "two", *SAVES, "data.train_path=[talk.jsonl,more.jsonl]")
+    inputs = [i.dataset for i in run_of(place, summary).inputs.dataset_inputs]
+    assert sorted(d.name for d in inputs) == ["more.jsonl"] * 2 + ["talk.jsonl"] * 2 + ["talk.jsonl + more.jsonl"]
+    (both,) = [d for d in inputs if "+" in d.name]
+    assert json.loads(both.profile)["documents"] == 6
+    measured = [(m.dataset_name, m.dataset_digest) for model in models_of(place, summary["mlflow_run_id"]) for m in model.metrics]
+    assert set(measured) == {(both.name, both.digest)}
+
+
 def test_kept_checkpoints_are_models_which_a_metric_ranks_across_runs(place):
     order = [{"field_name": "metrics.val/bpb", "ascending": True}]
     ranked = place.client.search_logged_models(["1"], "tags.sweep = 'try'", order_by=order)

@@ -1,10 +1,9 @@
-"""What MLflow is told of a run: where it goes, its name, the parameters that were chosen, tags, and its data sets."""
+"""What MLflow is told of a run: its name, the parameters that were chosen, tags, and its data sets."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,6 @@ from chattrain.tracking.mlflow_parent import PARENT_TAG
 from chattrain.tracking.mlflow_store import Param
 from chattrain.tracking.provenance import command_text, source_tags
 
-DEFAULT_EXPERIMENT = "chattrain"
 # Keys and groups that choose nothing of what a run computes; config.yaml has them.
 NOT_CHOSEN = {
     "command",
@@ -46,13 +44,6 @@ NOT_CHOSEN = {
 DIGEST = 12  # characters of a data set's hash, few enough for MLflow's table to show what stands behind it
 MAX_SAMPLES = 1000  # steps at which the largest factor of the schedule is looked for
 NUMBERED = "run.seed"  # the one key of `run` that is a choice
-
-
-def mlflow_target(cfg: Config) -> tuple[str, str]:
-    """(URI of the store, name of the experiment): of tracking.*, else of MLflow's environment variables, else our own."""
-    uri = cfg.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    experiment = cfg.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    return uri or f"sqlite:///{(Path(cfg.run.root) / 'mlflow.db').resolve()}", experiment or DEFAULT_EXPERIMENT
 
 
 def run_name(stage: str, folder_name: str, job: Job) -> str:
@@ -121,11 +112,6 @@ def run_tags(cfg: Config, run_dir: Path, job: Job) -> dict[str, str]:
 def note(run_dir: Path, job: Job, result: str = "") -> str:
     """The run's description in Markdown: result, command, folder."""
     return "\n\n".join([*([result] if result else []), f"```\n{command_text(job.overrides)}\n```", f"Run folder: `{run_dir}`"])
-
-
-def given_run_id(saved: str | None, job: Job) -> str | None:
-    """The run in MLflow to go on with: that of the checkpoint, else $MLFLOW_RUN_ID. In a sweep that names the sweep's run."""
-    return saved or (None if job.sweep else os.environ.get("MLFLOW_RUN_ID") or None)
 
 
 def data_sets(cfg: Config, data: RunData) -> tuple[list[DataSet], dict[str, DataSet]]:

@@ -9,6 +9,7 @@ from chattrain.parallel.ranks import Ranks
 from chattrain.setup import mlflow_run
 from chattrain.setup.data import RunData
 from chattrain.setup.job import current_job
+from chattrain.setup.mlflow_target import given_run_id, mlflow_target
 from chattrain.setup.plan import RunSetup
 from chattrain.storage.checkpoint import CheckpointState
 from chattrain.tracking.mlflow_sink import MLflowSink
@@ -29,7 +30,7 @@ def build_tracker(
 
 def _build_sink(cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointState | None, world_size: int) -> MLflowSink:
     """Open the store, say where numbers go, and describe the run there."""
-    job, (uri, experiment) = current_job(), mlflow_run.mlflow_target(cfg)
+    job, (uri, experiment) = current_job(), mlflow_target(cfg)
     data_sets, measured_on = mlflow_run.data_sets(cfg, data)
     sink = MLflowSink(
         uri,
@@ -37,7 +38,7 @@ def _build_sink(cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointSt
         mlflow_run.run_name(cfg.stage, setup.run_dir.name, job),
         mlflow_run.chosen_params(cfg, job) | mlflow_run.derived_params(cfg, data, world_size),
         mlflow_run.run_tags(cfg, setup.run_dir, job),
-        mlflow_run.given_run_id(saved.mlflow_run_id if saved else None, job),
+        given_run_id(saved.mlflow_run_id if saved else None, job),
         measured_on,
         lambda result: mlflow_run.note(setup.run_dir, job, result),
     )

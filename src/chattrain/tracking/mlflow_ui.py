@@ -34,7 +34,9 @@ def main() -> int:
         _show(uri.rstrip("/"), uri, arguments.no_browser)
         return 0
     address = f"http://127.0.0.1:{arguments.port}"
-    server = subprocess.Popen([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(arguments.port)])
+    serve = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(arguments.port)]
+    quiet = ["--uvicorn-opts", "--log-level warning"]  # so that the addresses below are not scrolled away
+    server = subprocess.Popen([sys.executable, *serve, *quiet])
     try:
         if _answers(address, server):
             _show(address, uri, arguments.no_browser)
