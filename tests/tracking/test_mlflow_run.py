@@ -96,7 +96,7 @@ def test_tags_name_the_user_the_command_and_the_commit(place):
 def test_jobs_of_a_sweep_are_nested_and_named_by_what_was_swept(place):
     found = place.client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{place.parent}'")
     assert {run.info.run_id for run in found} == {job["mlflow_run_id"] for job in place.jobs}
-    assert {run.info.run_name for run in found} == {"lr_scale=1 seed=3 sft", "lr_scale=3 seed=3 sft"}
+    assert {run.info.run_name for run in found} == {"1, 3 (lr_scale, seed) sft", "3, 3 (lr_scale, seed) sft"}
     assert run_of(place, place.base).info.run_name == "base chain"
 
 

@@ -73,6 +73,12 @@ def test_the_machine_is_measured_until_the_run_ends(uri, monkeypatch):
     assert connect(uri).get_run(sink.run_id or "").info.status == "FINISHED"
 
 
+def test_the_password_of_a_store_is_in_no_warning(monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    MLflowSink("http://me:secret@127.0.0.1:9", "x", "run", {}, {}).close()
+    assert "me:***@" in caplog.text and "secret" not in caplog.text
+
+
 def test_make_ui_opens_the_runs_of_the_experiment_that_ran_last(uri):
     MLflowSink(uri, "older", "run", {}, {}).close()
     MLflowSink(uri, "newer", "run", {}, {}).close()

@@ -47,19 +47,23 @@ NUMBERED = "run.seed"  # the one key of `run` that is a choice
 
 
 def run_name(stage: str, folder_name: str, job: Job) -> str:
-    """What differs between runs comes first, as tables cut the end off.
+    """What differs between runs comes first, as MLflow's table shows about 12 characters of a nested run: of several swept keys,
+    their values.
 
     >>> from chattrain.setup.job import SweepMember
     >>> values = {"optimizer.lr_scale": "0.3", "run.seed": "1", "stage": "sft"}
     >>> run_name("sft", "try-lr_scale=0.3-seed=1", Job(sweep=SweepMember("/runs/sweeps/try", 0, values)))
-    'lr_scale=0.3 seed=1 sft'
+    '0.3, 1 (lr_scale, seed) sft'
+    >>> run_name("sft", "try-lr_scale=0.3", Job(sweep=SweepMember("/runs/sweeps/try", 0, {"optimizer.lr_scale": "0.3"})))
+    'lr_scale=0.3 sft'
     >>> run_name("sft", "try", Job())
     'sft try'
     """
-    swept = {key: value for key, value in job.sweep.values.items() if key != "stage"} if job.sweep else {}
-    if swept:
-        return " ".join([*(f"{key.rpartition('.')[2]}={value}" for key, value in swept.items()), stage])
-    return f"{stage} {folder_name}"
+    swept = {k.rpartition(".")[2]: value for k, value in job.sweep.values.items() if k != "stage"} if job.sweep else {}
+    if not swept:
+        return f"{stage} {folder_name}"
+    keys, values = ", ".join(swept), ", ".join(swept.values())
+    return f"{keys}={values} {stage}" if len(swept) == 1 else f"{values} ({keys}) {stage}"
 
 
 def chosen_params(cfg: Config, job: Job) -> dict[str, Param]:

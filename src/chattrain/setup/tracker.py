@@ -13,6 +13,7 @@ from chattrain.setup.mlflow_target import given_run_id, mlflow_target
 from chattrain.setup.plan import RunSetup
 from chattrain.storage.checkpoint import CheckpointState
 from chattrain.tracking.mlflow_sink import MLflowSink
+from chattrain.tracking.provenance import without_passwords
 from chattrain.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger("chattrain")
@@ -43,7 +44,8 @@ def _build_sink(cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointSt
         lambda result: mlflow_run.note(setup.run_dir, job, result),
     )
     if sink.run_id:
-        log.info("numbers go to metrics.jsonl and to MLflow: %s, experiment %s, run %s", uri, sink.experiment, sink.run_id)
+        where = without_passwords(uri), sink.experiment, sink.run_id
+        log.info("numbers go to metrics.jsonl and to MLflow: %s, experiment %s, run %s", *where)
         sink.inputs(data_sets, None if setup.resume else setup.start.checkpoint)
         if cfg.tracking.system_metrics:
             sink.watch_system()

@@ -14,6 +14,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chattrain.tracking.provenance import without_passwords
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import RunInfo
@@ -123,7 +125,7 @@ def warn(action: str, error: Exception) -> None:
     reason = (str(error).splitlines() or [""])[0]
     logger.warning(
         "MLflow could not %s (%s: %s). Training continues and metrics.jsonl stays whole; turn MLflow off with tracking=none",
-        *(action, type(error).__name__, reason),
+        *(without_passwords(action), type(error).__name__, without_passwords(reason)),
     )
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 
 from chattrain.tracking.mlflow_store import connect
@@ -33,10 +36,14 @@ def main() -> int:
     if uri.startswith("http"):
         _show(uri.rstrip("/"), uri, arguments.no_browser)
         return 0
+    if not _is_free(arguments.port):
+        print(f"port {arguments.port} is in use; name another with --port", file=sys.stderr)
+        return 2
     address = f"http://127.0.0.1:{arguments.port}"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server below ends with this process
     serve = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(arguments.port)]
     quiet = ["--uvicorn-opts", "--log-level warning"]  # so that the addresses below are not scrolled away
-    server = subprocess.Popen([sys.executable, *serve, *quiet])
+    server = subprocess.Popen([sys.executable, *serve, *quiet], start_new_session=True)
     try:
         if _answers(address, server):
             _show(address, uri, arguments.no_browser)
@@ -44,7 +51,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        server.terminate()
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)  # the server starts workers, which would stay
         server.wait()
 
 
@@ -58,6 +66,16 @@ def pages(address: str, uri: str) -> list[str]:
             newest[experiment.experiment_id] = runs[0].info.start_time
     view = "runs?workflowType=machine_learning"  # pages for training: runs and models, not traces and judges
     return [f"{address}/#/experiments/{i}/{view}" for i in sorted(newest, key=lambda i: newest[i], reverse=True)]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _show(address: str, uri: str, only_print: bool) -> None:
