@@ -20,6 +20,7 @@ from pathlib import Path
 from chattrain.tracking.mlflow_store import connect
 
 START_SECONDS = 120  # longest wait for the server's first answer
+END_SECONDS = 3  # longest wait for its end, before it is killed
 
 
 def main() -> int:
@@ -51,9 +52,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)  # the server starts workers, which would stay
-        server.wait()
+        _end(server)
 
 
 def pages(address: str, uri: str) -> list[str]:
@@ -66,6 +65,16 @@ def pages(address: str, uri: str) -> list[str]:
             newest[experiment.experiment_id] = runs[0].info.start_time
     view = "runs?workflowType=machine_learning"  # pages for training: runs and models, not traces and judges
     return [f"{address}/#/experiments/{i}/{view}" for i in sorted(newest, key=lambda i: newest[i], reverse=True)]
+
+
+def _end(server: subprocess.Popen) -> None:
+    """End the server and the workers that it started, which would stay. It does not always heed SIGTERM."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signum)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=END_SECONDS)
+            return
 
 
 def _is_free(port: int) -> bool:
