@@ -21,6 +21,7 @@ from chattrain.commands.sweep import ChainBroken, Sweep
 from chattrain.config import compose, schema
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup import names
+from chattrain.setup.job import Job, set_job
 
 
 def main() -> None:
@@ -68,7 +69,8 @@ def run_job(composed: DictConfig, sweep: Sweep) -> dict:
     cfg = schema.from_hydra(composed)
     from chattrain.commands.execute import execute  # imports torch: a wrong value is answered before
 
-    if sweep.swept:
+    set_job(Job(overrides=list(HydraConfig.get().overrides.task)))
+    if sweep.swept and cfg.command.name in ("train", "import"):  # other commands read the run that run.name names
         suffix = names.sweep_suffix(list(HydraConfig.get().overrides.task), sweep.swept)
         cfg.run.name = (cfg.run.name or names.launch_name()) + suffix
     if sweep.is_later_stage(cfg.stage) and cfg.command.name == "train":
