@@ -39,6 +39,7 @@ INTEGRATION = [
     "model/test_attention.py",
     "commands/test_command_line.py",
     "setup/test_resume.py",
+    "setup/test_runs.py",
     "test_runner.py",
     "commands/test_import_export.py",
     "formats/test_parity.py",

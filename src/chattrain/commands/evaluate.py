@@ -17,7 +17,7 @@ from chattrain.setup.build import in_context
 from chattrain.setup.data import EvalData, open_eval_data
 from chattrain.setup.evaluation import build_evaluation
 from chattrain.setup.names import is_main_process
-from chattrain.setup.start import find_checkpoint
+from chattrain.setup.start import find_checkpoint, with_own_settings
 from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
@@ -30,7 +30,7 @@ def main(cfg: Config) -> dict:
     try:
         if launch.started_by_launcher():
             return _evaluate_as_rank(cfg)
-        find_checkpoint(cfg)
+        cfg = with_own_settings(cfg, find_checkpoint(cfg))
         nproc, nodes = launch.processes_here(cfg.distributed.nproc, cfg.train.device), slurm.nodes()
         launch.check_devices(device.pick_device(cfg.train.device), nproc)
         return evaluate(cfg, Ranks()) if world_size == 1 else launch.start(nproc, nodes, _evaluate_as_rank, cfg)
@@ -76,7 +76,8 @@ def _evaluate_as_rank(cfg: Config) -> dict:
     ranks = join(cfg.distributed.timeout_s, device.pick_device(cfg.train.device).type == "cuda")
     close_log = setup_logging(None, console=ranks.is_main, resume=False)
     try:
-        return evaluate(cfg, ranks)
+        folder = ranks.run_on_rank0(lambda: find_checkpoint(cfg))
+        return evaluate(with_own_settings(cfg, folder), ranks)
     except BaseException as raised:
         raise ranks.report_failure(raised) from None
     finally:

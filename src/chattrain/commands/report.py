@@ -1,4 +1,4 @@
-"""command=report: write report.html again, for the run that is named (run.name, run.dir, init.from), else the newest of the stage."""
+"""command=report: write report.html again, for the run that run.name, run.dir or init.from names, else for the newest."""
 
 from __future__ import annotations
 

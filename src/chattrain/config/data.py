@@ -59,6 +59,9 @@ class DataConfig:
             _check_sources(f"data.stages.{stage}.train", mixture.train)
             _check_sources(f"data.stages.{stage}.val", mixture.val)
 
+    def check_training(self) -> None:
+        """Raises UserError where there is nothing to train on."""
+
 
 @dataclass
 class NanochatDataConfig(DataConfig):
@@ -68,14 +71,14 @@ class NanochatDataConfig(DataConfig):
 
 @dataclass
 class LocalDataConfig(DataConfig):
-    train_path: Any = MISSING  # file, folder or hub name; or a list of these
+    train_path: Any = None  # file, folder or hub name; or a list of these. Only an evaluation may leave it out
     val_path: Any = None  # null: every 20th record of train_path is held out for validation
     schema: Any = "messages"  # one for all paths, or a list with one for each
 
     def mixture(self, stage: str) -> MixtureConfig:
         if stage in self.stages:
             return self.stages[stage]
-        train = self._sources(self.train_path, "train", part=None if self.val_path else "train")
+        train = self._sources(self.train_path, "train", part=None if self.val_path else "train") if self.train_path else {}
         val = self._sources(
             self.val_path or self.train_path, "test" if self.val_path else "train", part=None if self.val_path else "val"
         )
@@ -86,13 +89,17 @@ class LocalDataConfig(DataConfig):
         for name in ("train_path", "val_path", "schema"):
             value = getattr(self, name)
             texts = value if isinstance(value, list) else [value]
-            if value is None and name == "val_path":
+            if value is None and (name == "val_path" or (name == "train_path" and self.val_path)):
                 continue
             if not texts or not all(isinstance(text, str) and text for text in texts):
                 raise UserError(
                     f"data.{name}={value} must be a text or a list of texts: data.train_path=<file, folder or hub "
                     "name>, data.schema=<messages, multiple_choice, gsm8k or text>"
                 )
+
+    def check_training(self) -> None:
+        if self.train_path is None:
+            raise UserError("data.train_path must be given: data.train_path=<file, folder or hub name>")
 
     def _sources(self, paths: Any, split: str, part: str | None) -> dict[str, SourceConfig]:
         paths = [paths] if isinstance(paths, str) else list(paths)

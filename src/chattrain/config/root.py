@@ -71,3 +71,5 @@ class Config:
             self.plan,
         ):
             part.check()
+        if self.command != Command.evaluate:
+            self.data.check_training()

@@ -31,8 +31,8 @@ def is_run(folder: Path) -> bool:
 def named_run(reference: str, root: Path, stage: str | None) -> Path:
     """The run folder of a reference: a folder, `<stage>/<name>`, or the name of a run in `root`.
 
-    `stage`: where a bare name is looked up; None: in every stage. Raises UserError where there is no such run, and for a name that
-    runs of several stages have.
+    `stage`: where a bare name is looked up; None: in every stage. Raises UserError where there is no such run, and for a name
+    that runs of several stages have.
     """
     folder = Path(reference).expanduser()
     if folder.is_dir() and is_run(folder):
@@ -45,7 +45,7 @@ def named_run(reference: str, root: Path, stage: str | None) -> Path:
 
 
 def run_of_name(reference: str, root: Path, stage: str | None = None) -> Path | None:
-    """The run of this name, `<name>` or `<stage>/<name>`; None where no run in `root` has it. Raises UserError if several have."""
+    """The run of this name, `<name>` or `<stage>/<name>`; None where `root` has none. Raises UserError where it has several."""
     if reference.count("/") > 1 or reference.startswith((".", "~", "/")):
         return None
     within, _, name = reference.rpartition("/")
@@ -125,8 +125,8 @@ def newest_to_read(cfg: Config) -> Path:
     newest = newest_finished(Path(cfg.run.root), cfg.stage, model)
     if newest is None:
         raise UserError(
-            f"no finished {cfg.stage} run{' of this model' if model else ''} in {Path(cfg.run.root).resolve()}; train one, or name "
-            "a run with run.name, run.dir or init.from"
+            f"no finished {cfg.stage} run{' of this model' if model else ''} in {Path(cfg.run.root).resolve()}; train one, "
+            "or name a run with run.name, run.dir or init.from"
         )
     log.info(
         "no run is named, so this is the newest finished %s run, %s. Name another with run.name",

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chattrain.config import Config
 from chattrain.config.model import HFModelConfig, ModelConfig
 from chattrain.config.run import InitConfig
+from chattrain.config.saved import with_saved
+from chattrain.config.words import Command
 from chattrain.errors import UserError
 from chattrain.formats.convert import as_checkpoint
 from chattrain.formats.folder import hint, locate
 from chattrain.formats.imported import FolderFormat
 from chattrain.model import hf
 from chattrain.setup.data import cache_dir
-from chattrain.setup.runs import newest_finished, newest_to_read, reference_of, shape_misfit, start_of, typed
+from chattrain.setup.job import current_job
+from chattrain.setup.runs import (
+    check_stage,
+    newest_finished,
+    newest_to_read,
+    reference_of,
+    shape_misfit,
+    stage_of,
+    start_of,
+    typed,
+)
 from chattrain.storage import checkpoint
 
 log = logging.getLogger("chattrain")
@@ -80,10 +93,24 @@ def find_checkpoint(cfg: Config) -> Path:
     reference = reference_of(cfg)
     if reference is None:
         return newest_to_read(cfg)
+    if cfg.command != Command.evaluate:  # which measures any checkpoint as another stage would, and says so
+        check_stage(cfg, stage_of(Path(reference)), Path(reference))
     model = cfg.model if typed("model") else None
     start = resolve(start_at(cfg.init, reference), Path(cfg.run.root), model, cfg.tokenizer.path, cache_dir(cfg.data))
     assert start.checkpoint is not None  # only init.from=auto and scratch have none
     return start.checkpoint
+
+
+def with_own_settings(cfg: Config, folder: Path) -> Config:
+    """The configuration to use the checkpoint `folder` with: its own settings, except what the command line gives.
+
+    A folder without a config.yaml (Hugging Face's, with model=hf) is used with the configuration as it is.
+    """
+    file = folder / "config.yaml"
+    own = with_saved(cfg, file.read_text(), current_job().overrides) if file.is_file() else copy.copy(cfg)
+    own.check()
+    own.init, own.run = start_at(cfg.init, str(folder)), replace(cfg.run, name=None, dir=None)
+    return own
 
 
 def start_at(init: InitConfig, reference: str) -> InitConfig:
