@@ -12,7 +12,7 @@ import pytest
 import chattrain
 from chattrain.errors import UserError
 from chattrain.setup.runs import named_run
-from tests.helpers import TINY, command_line, contents, standing_in, train, write_talk
+from tests.helpers import command_line, contents, standing_in, train, write_talk
 
 OTHER_SHAPE = ["model.n_embd=32", "train.max_steps=1", "init.from=scratch"]
 
@@ -106,7 +106,7 @@ def test_a_stage_that_is_not_the_runs_is_refused_where_it_would_have_no_effect(p
 
 
 def test_runs_to_compare_are_refused_by_commands_that_compare_none(place):
-    with pytest.raises(UserError, match="runs=.* has no effect on command=chat"):
+    with pytest.raises(UserError, match=r"runs=.* has no effect on command=chat"):
         read("chat", "runs=[solo,farm]")
 
 
