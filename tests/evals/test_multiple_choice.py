@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from chattrain.tasks import multiple_choice
 from tests.conftest import SHARED_DATA
 
 CPU = torch.device("cpu")
+VOCAB = 1_000  # of any tokenizer here, at most
 
 
 def row(i: int) -> dict:
@@ -79,9 +81,13 @@ def slow_picks(model: GPT, rows: list[dict], tokenizer) -> list[int]:
 
 
 def accuracy(model: GPT, found: list[Question], batch_size: int = 8, ranks: Ranks | None = None) -> float:
-    measured = MultipleChoice("mine", found, batch_size, 1, CPU, ranks or Ranks())(model, nullcontext())
-    assert list(measured) == ["eval/mine_acc"]
-    return measured["eval/mine_acc"]
+    return measure(model, found, batch_size, ranks)[0]["eval/mine_acc"]
+
+
+def measure(model: GPT, found: list[Question], batch_size: int = 8, ranks: Ranks | None = None) -> tuple[dict, list[dict]]:
+    """The metrics and the answers."""
+    measured = MultipleChoice("mine", found, batch_size, 1, CPU, ranks or Ranks(), np.ones(VOCAB, np.int32))
+    return measured(model, nullcontext()), measured.answers
 
 
 def test_accuracy_equals_one_question_at_a_time_with_all_logits(model, tokenizer):
@@ -138,7 +144,7 @@ class Recorder:
 
     def choice_logits(self, inputs, positions, choices):
         self.shapes.append(tuple(inputs.shape))
-        return torch.zeros(choices.shape)
+        return torch.zeros(choices.shape), torch.zeros(len(choices))
 
     @property
     def tokens(self) -> int:
@@ -147,7 +153,7 @@ class Recorder:
 
 def recorded(found: list[Question], batch_size: int, ranks: Ranks) -> Recorder:
     model = Recorder()
-    MultipleChoice("mine", found, batch_size, 1, CPU, ranks)(model, nullcontext())
+    MultipleChoice("mine", found, batch_size, 1, CPU, ranks, np.ones(VOCAB, np.int32))(model, nullcontext())
     return model
 
 

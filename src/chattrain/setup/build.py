@@ -66,7 +66,9 @@ def build_components(
         autocast, torch.compile(model, dynamic=cfg.collator.has_varying_shapes) if compile_evaluation else model
     )
     batch_size, num_steps = cfg.train.device_batch_size, data.num_steps
-    evaluate = build_evaluation(cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy)
+    evaluate = build_evaluation(
+        cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy, setup.run_dir
+    )
     schedule = instantiate_config(cfg.schedule)
     return loop.TrainerComponents(
         model=model,
