@@ -38,6 +38,7 @@ INTEGRATION = [
     "planning/test_plan.py",
     "model/test_attention.py",
     "commands/test_command_line.py",
+    "commands/test_evaluate.py",
     "setup/test_resume.py",
     "setup/test_runs.py",
     "test_runner.py",

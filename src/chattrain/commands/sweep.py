@@ -125,6 +125,10 @@ class Sweep:
             from chattrain.tracking.table import show_runs
 
             show_runs(trained)
+        elif self.multirun and is_main_process() and (found := [r for r in self.results if "part" in r]):
+            from chattrain.tracking.table_evaluations import show_evaluations
+
+            show_evaluations(found)
 
 
 def _swept_keys(overrides: list[str]) -> set[str]:

@@ -40,16 +40,20 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
         replaced = name != "eval" and (name in typed or (other_stage and name in STAGE_SECTIONS))
         if "experiment" in typed or replaced or name not in saved or not hasattr(cfg, name):
             continue
-        tree = copy.deepcopy(saved[name])
+        tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
         if name == "eval":
             tree |= {key: now[name][key] for key in _chosen(typed, other_stage)}
         keys = [key for key in typed if key.startswith(f"{name}.")]
         for key in keys:
             _copy_value(now, {name: tree}, key)
-        part = _part(name, tree, cfg)
         for key in keys:
-            if not hasattr(part, key.split(".")[1]):
-                raise UserError(f"no key {key}: the run was trained with {name}={_describe(part)}, which has none; leave it out")
+            if key.split(".")[1] not in kind.__dataclass_fields__:
+                raise UserError(
+                    f"no key {key}: the {name} of the run ({tree.get('_target_') or kind.__name__}) has none; leave it out"
+                )
+        part = _build(kind, tree)
+        if "_target_" in tree:
+            part._target_ = current_target(tree["_target_"])
         setattr(result, name, part)
     own = saved.get("train", {})
     kept = {k: own[k] for k in TRAIN_KEYS if own.get(k) is not None and f"train.{k}" not in typed and hasattr(cfg.train, k)}
@@ -77,21 +81,15 @@ def _copy_value(source: dict, target: dict, key: str) -> None:
         target.pop(last, None)
 
 
-def _part(name: str, tree: dict, cfg: Config) -> Any:
-    """The checked dataclass of a section."""
-    target = current_target(tree.get("_target_") or "")
+def _kind(name: str, tree: dict, cfg: Config) -> type:
+    """The dataclass of a saved section."""
     if name == "data":
-        kind = LocalDataConfig if "train_path" in tree else NanochatDataConfig if "identity_path" in tree else DataConfig
-    elif name == "model":
-        kind = HFModelConfig if target == "chattrain.model.hf.build" else GPTConfig
-    elif name == "collator":
-        kind = JoiningCollatorConfig if "isolate_documents" in tree else CollatorConfig
-    else:
-        kind = type(getattr(cfg, name))
-    part = _build(kind, tree)
-    if target:
-        part._target_ = target
-    return part
+        return LocalDataConfig if "train_path" in tree else NanochatDataConfig if "identity_path" in tree else DataConfig
+    if name == "model":
+        return HFModelConfig if tree.get("_target_") == "chattrain.model.hf.build" else GPTConfig
+    if name == "collator":
+        return JoiningCollatorConfig if "isolate_documents" in tree else CollatorConfig
+    return type(getattr(cfg, name))
 
 
 def _build(kind: type, tree: dict) -> Any:
@@ -101,15 +99,10 @@ def _build(kind: type, tree: dict) -> Any:
 
 
 def _known(tree: dict, schema: DictConfig) -> dict:
-    declared = OmegaConf.get_type(schema)
-    fields = getattr(declared, "__dataclass_fields__", {})
+    fields = getattr(OmegaConf.get_type(schema), "__dataclass_fields__", {})
     known = {}
     for key in (key for key in tree if key in fields):
         child = schema._get_node(key)
         nested = isinstance(child, DictConfig) and isinstance(tree[key], dict) and OmegaConf.get_type(child) is not dict
-        known[key] = _known(tree[key], child) if nested else tree[key]
+        known[key] = _known(tree[key], child) if nested and isinstance(child, DictConfig) else tree[key]
     return known
-
-
-def _describe(part: Any) -> str:
-    return getattr(part, "_target_", type(part).__name__)

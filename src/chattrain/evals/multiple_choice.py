@@ -140,7 +140,7 @@ class MultipleChoice:
         return answered
 
     def _answer(self, model: CausalLM, batch: list[Question], L: int) -> torch.Tensor:
-        """(B, 2 + L) fp64 of B questions with at most L choices: 1, the choice, the log-probability of each letter, then zeros."""
+        """(B, 2 + L) fp64 of B questions with at most L choices: 1, the choice, each letter's log-probability, then zeros."""
         width = max(len(q.ids) for q in batch)
         empty = np.empty(0, np.int64)
         inputs, _ = pad_rows([(np.array(q.ids), empty) for q in batch], width, self.pad_id)

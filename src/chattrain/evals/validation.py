@@ -67,7 +67,7 @@ class Validation:
     @torch.no_grad()
     def __call__(self, losses_of: Callable[..., torch.Tensor]) -> dict[str, float]:
         """The two metrics by name. losses_of(*batch.arguments) returns the loss of each target in nats, fp32 (B, T)."""
-        passes = []  # of each batch: nats, nats of tokens that have bytes, targets, bytes, tokens that are no target though they could be
+        passes = []  # of each batch: nats, nats of tokens that have bytes, targets, bytes, tokens left out of the loss
         for batch in evaluation_batches(
             self.collator, self.num_rows, self.device_batch_size, self.ranks.rank, self.ranks.world_size
         ):

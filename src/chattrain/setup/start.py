@@ -101,13 +101,18 @@ def find_checkpoint(cfg: Config) -> Path:
     return start.checkpoint
 
 
-def with_own_settings(cfg: Config, folder: Path) -> Config:
-    """The configuration to use the checkpoint `folder` with: its own settings, except what the command line gives.
+def with_own_settings(cfg: Config, folder: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration to use the checkpoint `folder` with: its own settings, except what `overrides` give (None: those of the
+    command line).
 
     A folder without a config.yaml (Hugging Face's, with model=hf) is used with the configuration as it is.
     """
     file = folder / "config.yaml"
-    own = with_saved(cfg, file.read_text(), current_job().overrides) if file.is_file() else copy.copy(cfg)
+    own = (
+        with_saved(cfg, file.read_text(), current_job().overrides if overrides is None else overrides)
+        if file.is_file()
+        else copy.copy(cfg)
+    )
     own.check()
     own.init, own.run = start_at(cfg.init, str(folder)), replace(cfg.run, name=None, dir=None)
     return own

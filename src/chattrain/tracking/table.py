@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from chattrain.tracking.metrics import read_metrics
+from chattrain.tracking.metrics import DETAILS, read_metrics
 
 
 def show_runs(run_dirs: list[Path]) -> None:
@@ -49,7 +49,7 @@ def _ranges(run_dir: Path) -> dict[str, str]:
     values: dict[str, list[float]] = {}
     for row in read_metrics(run_dir / "metrics.jsonl"):
         for name, value in row.items():
-            if value is not None and name.startswith(("val/", "eval/", "train/loss")):
+            if value is not None and name.startswith(("val/", "eval/", "train/loss")) and not name.endswith(DETAILS):
                 values.setdefault(name, []).append(value)
     return {
         name: _format(name, series[0]) + (f" -> {_format(name, series[-1])}" if len(series) > 1 else "")

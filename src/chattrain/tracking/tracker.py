@@ -13,7 +13,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from chattrain.tracking.metrics import read_metrics, write_metrics
+from chattrain.tracking.metrics import DETAILS, read_metrics, write_metrics
 from chattrain.tracking.mlflow_sink import MLflowSink
 
 logger = logging.getLogger("chattrain")
@@ -105,7 +105,11 @@ class Tracker:
             known = {name.removeprefix("train/"): value for name, value in metrics.items()}
             self.update(step, **{key: known.get(key) for key, _, _ in PROGRESS})
         in_progress = ("train/", "lr") if training else ()  # prefixes of metrics that the progress columns show
-        rest = [f"{name} {value:.5g}" for name, value in metrics.items() if not name.startswith(in_progress)]
+        rest = [
+            f"{name} {value:.5g}"
+            for name, value in metrics.items()
+            if not name.startswith(in_progress) and not name.endswith(DETAILS)
+        ]
         cells = [*self._progress(step), *rest] if training else rest
         file_only = not self._console or (training and self._bar is not None)
         logger.info("step %d/%d  %s", step, self._num_steps, "  ".join(cells), extra={"file_only": file_only})
