@@ -31,6 +31,7 @@ from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.signals import stop_on_signal
 from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData, open_data, report_counts
+from chattrain.setup.learning_rates import peak_rates, report_rates
 from chattrain.setup.plan import RunSetup, setup_run
 from chattrain.setup.summary import correct_summary, summarize, write_summary
 from chattrain.setup.tracker import build_tracker
@@ -105,6 +106,8 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             saved = checkpoint.load_state(setup.resume) if setup.resume else None
             tracker = build_tracker(cfg, setup.run_dir, data.num_steps, saved, ranks)
             trainer, state = build_components(cfg, setup, ranks, data, tracker, stop_asked, saved)
+            data.learning_rates = peak_rates(trainer.optimizer, trainer.lr_factor, data.num_steps)
+            report_rates(cfg, data.learning_rates)
             cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, data.num_steps)
             try:
                 with collect_garbage_between_steps():

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from chattrain.config import own
 from chattrain.config.collator import CollatorConfig, JoiningCollatorConfig
 from chattrain.config.compose import conf_dir, key_of
 from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
@@ -55,8 +56,8 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
         if "_target_" in tree:
             part._target_ = current_target(tree["_target_"])
         setattr(result, name, part)
-    own = saved.get("train", {})
-    kept = {k: own[k] for k in TRAIN_KEYS if own.get(k) is not None and f"train.{k}" not in typed and hasattr(cfg.train, k)}
+    rows = saved.get("train", {})
+    kept = {k: rows[k] for k in TRAIN_KEYS if rows.get(k) is not None and f"train.{k}" not in typed and hasattr(cfg.train, k)}
     if "experiment" not in typed and kept:
         built = _build(type(cfg.train), kept)
         result.train = replace(cfg.train, **{name: getattr(built, name) for name in kept})
@@ -83,6 +84,8 @@ def _copy_value(source: dict, target: dict, key: str) -> None:
 
 def _kind(name: str, tree: dict, cfg: Config) -> type:
     """The dataclass of a saved section."""
+    if name in own.GROUPS and own.is_own(tree.get("_target_")):
+        return own.schema_of(name, tree["_target_"], tuple(tree))
     if name == "data":
         return LocalDataConfig if "train_path" in tree else NanochatDataConfig if "identity_path" in tree else DataConfig
     if name == "model":

@@ -74,7 +74,7 @@ def build_components(
         model=model,
         loss_of=in_context(autocast, model.loss),
         optimizer=optimizer,
-        lr_factor=lambda step: schedule(step, num_steps),
+        lr_factor=lambda step: schedule(step, num_steps) * cfg.schedule.outer_factor,
         loader=Loader(data.train, data.rows_per_step, batch_size, device, ranks.rank, ranks.world_size),
         evaluate=evaluate,
         save=lambda s: save_checkpoint(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy, s),

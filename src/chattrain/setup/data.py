@@ -50,6 +50,7 @@ class RunData(EvalData):
     rows_per_step: int  # over all ranks
     num_steps: int  # optimizer steps of the whole run
     fingerprint: str
+    learning_rates: dict[str, float] = field(default_factory=dict, init=False)  # highest of each parameter group; set once known
 
 
 def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:

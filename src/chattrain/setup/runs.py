@@ -41,7 +41,7 @@ def named_run(reference: str, root: Path, stage: str | None) -> Path:
         return run
     if folder.is_dir():
         raise UserError(f"{folder.resolve()} is not a run folder: it holds none of {', '.join(MARKS)}")
-    raise _no_run(reference, root, stage)
+    raise no_run(reference, root, stage)
 
 
 def run_of_name(reference: str, root: Path, stage: str | None = None) -> Path | None:
@@ -85,7 +85,7 @@ def reference_of(cfg: Config) -> str | None:
     if cfg.run.name:
         run = run_of_name(cfg.run.name, root, stage)
         if run is None:
-            raise _no_run(cfg.run.name, root, stage)
+            raise no_run(cfg.run.name, root, stage)
         given[f"run.name={cfg.run.name}"] = str(run)
     if cfg.init.source == "scratch":
         raise UserError(
@@ -192,7 +192,7 @@ def _label(run: Path) -> str:
     return f"{run.parent.name}/{run.name}"
 
 
-def _no_run(reference: str, root: Path, stage: str | None) -> UserError:
+def no_run(reference: str, root: Path, stage: str | None) -> UserError:
     """With the run of the most similar name, else the newest runs that there are."""
     runs = sorted(_runs(root), key=lambda run: run.stat().st_mtime, reverse=True)
     names = {name: _label(run) for run in reversed(runs) for name in (run.name, _label(run))}

@@ -23,6 +23,7 @@ from chattrain.setup.runs import (
     check_stage,
     newest_finished,
     newest_to_read,
+    no_run,
     reference_of,
     shape_misfit,
     stage_of,
@@ -75,7 +76,9 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
         else:
             folder = checkpoint.resolve(Path(source).expanduser())
     except UserError as error:
-        raise UserError(f"init.from={init.source}: {error}") from error
+        unknown = "/" not in init.source and not Path(init.source).exists()
+        also = f"; {no_run(init.source, root, None)}" if unknown else ""
+        raise UserError(f"init.from={init.source}: {error}{also}") from error
     misfit = shape_misfit(folder, model) if model is not None else None
     if misfit:
         raise UserError(
