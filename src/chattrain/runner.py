@@ -33,6 +33,7 @@ from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData, open_data, report_counts
 from chattrain.setup.learning_rates import peak_rates, report_rates
 from chattrain.setup.plan import RunSetup, setup_run
+from chattrain.setup.runs import resume_with
 from chattrain.setup.summary import correct_summary, summarize, write_summary
 from chattrain.setup.tracker import build_tracker
 from chattrain.storage import checkpoint
@@ -144,7 +145,7 @@ def finalize_run(
             status, report = summary["status"], setup.run_dir / "report.html"
             log.info("%s %s step %d of %d: %s", status, "after" if error else "at", state.step, data.num_steps, report)
             if summary["status"] == "interrupted":
-                log.info("to resume from its checkpoint, give the same command with run.dir=%s", setup.run_dir)
+                log.info("to resume from its checkpoint, give the same command again%s", resume_with(setup.run_dir))
     finally:
         tracker.finish(summary)
     return summary

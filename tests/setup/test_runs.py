@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 import chattrain
+from chattrain import loop
 from chattrain.errors import UserError
 from chattrain.setup.runs import named_run
-from tests.helpers import command_line, contents, standing_in, train, write_talk
+from tests.helpers import TINY, command_line, contents, standing_in, train, write_talk
 
 OTHER_SHAPE = ["model.n_embd=32", "train.max_steps=1", "init.from=scratch"]
 
@@ -117,6 +119,28 @@ def test_the_advice_of_a_refusal_works_when_typed(place):
     assert advice == ["stage=mid", "init.from=mid/farm"]
     found = [read("chat", "run.name=farm", advice[0]), read("chat", advice[1])]
     assert found[0] == found[1] and found[0].parents[1].name == "farm"
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "optimizer.lr_scale=1,2"]], ids=["one run", "a sweep"])
+def test_the_advice_after_ctrl_c_resumes_the_run(place, sweep, capsys, monkeypatch):
+    typed = [*sweep, *TINY, "stage=sft", "run.root=stopped", "train.max_steps=3", "init.from=runs/mid/farm"]
+    train_step = loop.train_step
+
+    def interrupted(trainer, batches, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        return train_step(trainer, batches, step)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    stopped = command_line(capsys, *typed)
+    assert stopped.status == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    (advice,) = (line for line in stopped.err.splitlines() if "to resume" in line)
+    resumed = command_line(capsys, *typed, advice.split()[-1])
+    assert resumed.status == 0 and "resuming from" in resumed.err, resumed.err
+    runs = [json.loads(file.read_text()) for file in Path("stopped").rglob("summary.json")]
+    assert [run["status"] for run in runs] == ["completed"] * (2 if sweep else 1)
+    shutil.rmtree("stopped")
 
 
 def test_a_reference_is_a_folder_or_a_name(place):

@@ -16,6 +16,7 @@ from chattrain.config.compose import key_of
 from chattrain.config.model import ModelConfig
 from chattrain.errors import UserError
 from chattrain.setup.job import current_job
+from chattrain.setup.names import launch_name
 from chattrain.storage import checkpoint
 
 log = logging.getLogger("chattrain")
@@ -124,9 +125,10 @@ def newest_to_read(cfg: Config) -> Path:
     model = cfg.model if typed("model") else None
     newest = newest_finished(Path(cfg.run.root), cfg.stage, model)
     if newest is None:
+        others = sorted({run.parent.name for run in _runs(Path(cfg.run.root))} - {cfg.stage})
         raise UserError(
             f"no finished {cfg.stage} run{' of this model' if model else ''} in {Path(cfg.run.root).resolve()}; train one, "
-            "or name a run with run.name, run.dir or init.from"
+            f"or name a run with run.name, run.dir or init.from{f', or another stage: stage={others[-1]}' if others else ''}"
         )
     log.info(
         "no run is named, so this is the newest finished %s run, %s. Name another with run.name",
@@ -160,6 +162,14 @@ def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path |
 def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
     """How the model of the configuration differs from that of a checkpoint; None where they agree."""
     return model.misfit(checkpoint.load_state(folder).model)
+
+
+def resume_with(run_dir: Path) -> str:
+    """What to add to the command line that began a run, alone or in a sweep (which refuses run.dir), so that it resumes."""
+    if any(key_of(override) in ("run.name", "run.dir") for override in current_job().overrides):
+        return ""
+    launch = launch_name()  # the runs of a sweep have this name, and what was swept after it
+    return f", with run.name={launch if run_dir.name.startswith(launch) else run_dir.name}"
 
 
 def stage_of(folder: Path) -> str | None:
@@ -199,7 +209,7 @@ def no_run(reference: str, root: Path, stage: str | None) -> UserError:
     same = [_label(run) for run in runs if run.name == reference.rpartition("/")[2]]
     near = same or [names[name] for name in difflib.get_close_matches(reference, names, n=1, cutoff=0.6)]
     shown = ", ".join(_label(run) for run in runs[:8])
-    way_out = f"; did you mean {near[0]}?" if near else f"; there are {shown}" if shown else ", which holds no run"
+    way_out = f"; did you mean init.from={near[0]}?" if near else f"; there are {shown}" if shown else ", which holds no run"
     return UserError(f"no{f' {stage}' if stage else ''} run {reference} in {root.resolve()}{way_out}")
 
 
