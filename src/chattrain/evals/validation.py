@@ -86,7 +86,7 @@ class Validation:
             )
         table = self.ranks.all_gather_interleaved(passes)
         nats, nats_with_bytes, targets, num_bytes, left_out = (math.fsum(column) for column in zip(*table, strict=True))
-        kind = "replies" if left_out > 0 else "all"
+        kind = "replies" if left_out > self.num_rows else "all"  # an isolated document that ends a row leaves out one token
         self.measured = Measured(self.num_rows, int(targets), kind, [(row[0], int(row[2])) for row in table if row[2]])
         return {"val/loss": nats / max(1, targets), "val/bpb": nats_with_bytes / math.log(2) / max(1, num_bytes)}
 
