@@ -156,6 +156,8 @@ def test_runs_that_answered_different_questions_are_not_compared(place):
         manifest.write_text(json.dumps(sums))
         with pytest.raises(UserError, match=r"same questions in mmlu: 40 and 12, 12 of them in both"):
             evaluate("runs=[sft/farm,sft/fewer]")
+        advised = evaluate("runs=[sft/farm,sft/fewer]", "eval.max_problems=12")
+        assert advised["pairs"][0]["mmlu_acc"]["first"] == advised["runs"][1]["metrics"]["eval/mmlu_acc"]
     finally:
         shutil.rmtree("runs/sft/fewer")
 

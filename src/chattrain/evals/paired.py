@@ -53,7 +53,7 @@ def compare_answers(first: list[dict], second: list[dict]) -> list[Difference]:
             shared = len({x["key"] for x in a} & {x["key"] for x in b})
             raise UserError(
                 f"the runs were not asked the same questions in {name}: {len(a)} and {len(b)}, {shared} of them in both. "
-                "Each run is asked its own; give both the same with data=, eval= and eval.max_problems="
+                f"Each run is asked its own; give both the same, {_same(a, b, shared)}"
             )
         right_a, right_b = (np.array([x["choice"] == x["answer"] for x in answers]) for answers in (a, b))
         only_a, only_b, n = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum()), len(a)
@@ -65,6 +65,14 @@ def compare_answers(first: list[dict], second: list[dict]) -> list[Difference]:
         )
         found.append(Difference(f"{name}_acc", right_a.mean(), right_b.mean(), text, p < LEVEL))
     return found
+
+
+def _same(a: list[dict], b: list[dict], shared: int) -> str:
+    """How to ask both the same questions."""
+    fewer = min(len(a), len(b))
+    return (
+        f"such as eval.max_problems={fewer}" if 0 < shared == fewer else "with data=<the data of one of them>, or eval.mmlu_path="
+    )
 
 
 def compare_losses(name: str, first: list[list[float]], second: list[list[float]]) -> Difference | None:
