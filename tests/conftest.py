@@ -40,7 +40,9 @@ INTEGRATION = [
     "planning/test_plan.py",
     "model/test_attention.py",
     "commands/test_command_line.py",
+    "commands/test_evaluate.py",
     "setup/test_resume.py",
+    "setup/test_runs.py",
     "test_runner.py",
     "commands/test_import_export.py",
     "formats/test_parity.py",
@@ -59,6 +61,7 @@ INTEGRATION = [
     "model/test_fp8.py::test_a_run_",
     "model/test_head.py::test_loss_and_gradients_are_those_of_all_logits_at_once[True",
     "config/test_config.py::test_config_yaml_of_a_run_",
+    "config/test_own.py::test_an_own_part_",
     "tasks/test_generated.py::test_rows_are_the_same_in_every_process",
     "test_torch_compat.py::test_compiling_",
 ]

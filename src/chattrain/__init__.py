@@ -13,5 +13,9 @@ def run(overrides: list[str] | None = None) -> dict:
     """
     from chattrain.commands.execute import execute
     from chattrain.config.compose import compose
+    from chattrain.setup.job import Job, set_job
 
-    return execute(compose(list(overrides or [])))
+    typed = list(overrides or [])
+    cfg = compose(typed)
+    set_job(Job(overrides=typed))
+    return execute(cfg)

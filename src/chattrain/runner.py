@@ -31,7 +31,9 @@ from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.signals import stop_on_signal
 from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData, open_data, report_counts
+from chattrain.setup.learning_rates import peak_rates, report_rates
 from chattrain.setup.plan import RunSetup, setup_run
+from chattrain.setup.runs import resume_with
 from chattrain.setup.summary import correct_summary, summarize, write_summary
 from chattrain.setup.tracker import build_tracker
 from chattrain.storage import checkpoint
@@ -105,6 +107,8 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             saved = checkpoint.load_state(setup.resume) if setup.resume else None
             tracker = build_tracker(cfg, setup, data, saved, ranks)
             trainer, state = build_components(cfg, setup, ranks, data, tracker, stop_asked, saved)
+            data.learning_rates = peak_rates(trainer.optimizer, trainer.lr_factor, data.num_steps)
+            report_rates(cfg, data.learning_rates)
             cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, cfg.train.last_step(data.num_steps))
             try:
                 with collect_garbage_between_steps():
@@ -141,7 +145,7 @@ def finalize_run(
             status, report = summary["status"], setup.run_dir / "report.html"
             log.info("%s %s step %d of %d: %s", status, "after" if error else "at", state.step, data.num_steps, report)
             if summary["status"] == "interrupted":
-                log.info("to resume from its checkpoint, give the same command with run.dir=%s", setup.run_dir)
+                log.info("to resume from its checkpoint, give the same command again%s", resume_with(setup.run_dir))
     finally:
         tracker.finish(summary)
     return summary

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from chattrain.tasks import multiple_choice
 from tests.conftest import SHARED_DATA
 
 CPU = torch.device("cpu")
+VOCAB = 1_000  # of any tokenizer here, at most
 
 
 def row(i: int) -> dict:
@@ -79,9 +82,13 @@ def slow_picks(model: GPT, rows: list[dict], tokenizer) -> list[int]:
 
 
 def accuracy(model: GPT, found: list[Question], batch_size: int = 8, ranks: Ranks | None = None) -> float:
-    measured = MultipleChoice("mine", found, batch_size, 1, CPU, ranks or Ranks())(model, nullcontext())
-    assert list(measured) == ["eval/mine_acc"]
-    return measured["eval/mine_acc"]
+    return measure(model, found, batch_size, ranks)[0]["eval/mine_acc"]
+
+
+def measure(model: GPT, found: list[Question], batch_size: int = 8, ranks: Ranks | None = None) -> tuple[dict, list[dict]]:
+    """The metrics and the answers."""
+    measured = MultipleChoice("mine", found, batch_size, 1, CPU, ranks or Ranks(), np.ones(VOCAB, np.int32))
+    return measured(model, nullcontext()), measured.answers
 
 
 def test_accuracy_equals_one_question_at_a_time_with_all_logits(model, tokenizer):
@@ -119,6 +126,42 @@ def test_only_the_letters_of_the_question_compete(model, tokenizer):
     assert accuracy(model, asked(others, tokenizer)) == 0
 
 
+@torch.no_grad()
+def test_answers_hold_the_log_probability_of_each_letter_over_the_whole_vocabulary(model, tokenizer):
+    found = asked(ROWS, tokenizer)
+    metrics, answers = measure(model, found)
+    assert [a["index"] for a in answers] == list(range(len(ROWS)))
+    right = []
+    for question, answer in zip(found, answers, strict=True):
+        logprobs = model(torch.tensor([question.ids]))[0, -1].log_softmax(0)[question.letter_ids]
+        assert answer["logprobs"] == pytest.approx(logprobs.tolist(), abs=1e-4)
+        assert (answer["answer"], answer["choice"]) == (question.answer, int(logprobs.argmax()))
+        right.append(-float(logprobs[question.answer]) / math.log(2))
+    assert metrics["eval/mine_bpb"] == pytest.approx(sum(right) / len(right), rel=1e-5)  # a letter is one byte here
+    p, n = metrics["eval/mine_acc"], metrics["eval/mine_n"]
+    assert n == len(ROWS) and metrics["eval/mine_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / n))
+
+
+def test_a_question_has_the_same_key_in_any_set_and_order_and_another_with_other_choices(tokenizer):
+    keys = [q.key for q in asked(ROWS, tokenizer)]
+    assert len(set(keys)) == len(ROWS) and [q.key for q in asked(ROWS[::-1], tokenizer)] == keys[::-1]
+    assert asked([with_answer(ROWS[0], 1)], tokenizer)[0].key != keys[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_together_measure_what_one_does_to_the_bit(model, tokenizer, world_size):
+    found = asked(ROWS, tokenizer)
+    tables = []
+
+    class Gathered(Ranks):
+        def sum(self, values):
+            tables.append(values)
+            return values if len(tables) < world_size else [sum(column) for column in zip(*tables, strict=True)]
+
+    metrics = [measure(model, found, 7, Gathered(rank, rank, world_size)) for rank in range(world_size)]
+    assert metrics[-1] == measure(model, found, 7)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_judge_parts_whose_sum_is_the_whole(model, tokenizer, world_size):
     class Alone(Ranks):
@@ -138,7 +181,7 @@ class Recorder:
 
     def choice_logits(self, inputs, positions, choices):
         self.shapes.append(tuple(inputs.shape))
-        return torch.zeros(choices.shape)
+        return torch.zeros(choices.shape), torch.zeros(len(choices))
 
     @property
     def tokens(self) -> int:
@@ -147,7 +190,7 @@ class Recorder:
 
 def recorded(found: list[Question], batch_size: int, ranks: Ranks) -> Recorder:
     model = Recorder()
-    MultipleChoice("mine", found, batch_size, 1, CPU, ranks)(model, nullcontext())
+    MultipleChoice("mine", found, batch_size, 1, CPU, ranks, np.ones(VOCAB, np.int32))(model, nullcontext())
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 
 from chattrain.config.data import SourceConfig
 from chattrain.data.cache import TokenizedSource
-from chattrain.data.collators import Packed, Padded
+from chattrain.data.collators import BestFit, Packed, Padded
 from chattrain.data.mixture import Mixture
 from chattrain.evals.validation import Validation
 from chattrain.model.gpt import GPT
@@ -154,3 +154,27 @@ def test_fewer_rows_measure_the_first_ones(model, token_bytes):
 def test_measuring_leaves_no_gradients(model, token_bytes):
     validate(masked(), model, token_bytes)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def isolated() -> Packed:
+    return Packed(mixture(), SEQ_LEN, VOCAB - 1, last_epoch=0, isolate_documents=True)
+
+
+def padded() -> Padded:
+    return Padded(mixture(), 40, VOCAB - 1, last_epoch=0)
+
+
+def best_fit() -> BestFit:
+    return BestFit(mixture(), 40, VOCAB - 1, last_epoch=0)
+
+
+@pytest.mark.parametrize("make, targets", [(packed, "all"), (isolated, "all"), (padded, "replies"), (best_fit, "replies")])
+def test_what_a_loss_is_over_follows_from_the_targets(model, token_bytes, make, targets):
+    collator = make()
+    rows = collator.rows_in(1)
+    validation = Validation(collator, rows, 4, token_bytes, CPU, Ranks())
+    validation(model)
+    measured = validation.measured
+    supervised = [int((collator.batch(np.array([row])).targets >= 0).sum()) for row in range(rows)]
+    assert measured is not None and (measured.rows, measured.tokens, measured.targets) == (rows, sum(supervised), targets)
+    assert sum(count for _, count in measured.passes) == measured.tokens

@@ -72,8 +72,10 @@ def test_what_pads_a_row_at_its_left_is_never_seen(n_kv_head):
 def test_choices_are_scored_as_by_all_logits(n_kv_head):
     model, x, places = random_gpt(n_kv_head), tokens(4, 12), torch.tensor([11, 0, 7, 3])
     choices = tokens(4, 3)
-    expected = model(x)[torch.arange(4), places].gather(1, choices)
-    torch.testing.assert_close(model.choice_logits(x, places, choices), expected, rtol=1e-4, atol=1e-5)
+    every = model(x)[torch.arange(4), places]
+    logits, log_sum = model.choice_logits(x, places, choices)
+    torch.testing.assert_close(logits, every.gather(1, choices), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(log_sum, every.logsumexp(1), rtol=1e-4, atol=1e-5)
 
 
 def test_losses_are_the_cross_entropy_of_the_logits_and_zero_where_ignored():

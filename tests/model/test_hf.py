@@ -80,9 +80,11 @@ def test_logits_and_losses_are_those_of_transformers(model, reference):
 def test_choices_are_scored_at_their_place_with_the_head_in_fp32(model, bf16):
     positions, choices = torch.tensor([11, 4, 4]), torch.tensor([[9, 10], [300, 2], [5, 6]])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = model.choice_logits(IDS, positions, choices)
+        logits, log_sum = model.choice_logits(IDS, positions, choices)
         features = model.inner.model(IDS).last_hidden_state[torch.arange(3), positions]
-    expected = (features.float() @ model.lm_head.weight.float().T).gather(1, choices)
+    every = features.float() @ model.lm_head.weight.float().T
+    torch.testing.assert_close(log_sum, every.logsumexp(1), rtol=1e-4, atol=1e-4)
+    expected = every.gather(1, choices)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 

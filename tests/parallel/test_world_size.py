@@ -75,7 +75,8 @@ def together(jobs: list[Job], nproc: int) -> dict[str, dict]:
     """What these jobs return by their keys, one after the other in the same processes: starting some for each takes minutes."""
     planned = []
     for job in jobs:
-        cfg = compose([*job.overrides, f"run.name={job.name}", f"distributed.nproc={nproc}"])
+        named = [] if "command=evaluate" in job.overrides else [f"run.name={job.name}"]  # an evaluation reads init.from
+        cfg = compose([*job.overrides, *named, f"distributed.nproc={nproc}"])
         planned.append((job, cfg, setup_run(cfg, nproc)[0] if cfg.command is Command.train else None))
     returned = _work(planned, Ranks()) if nproc == 1 else launch.start(nproc, None, _as_rank, planned)
     return dict(zip([job.key for job in jobs], returned, strict=True))

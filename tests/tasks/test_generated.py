@@ -57,10 +57,10 @@ def test_a_row_does_not_depend_on_how_many_are_asked_for(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_and_validation_share_no_question(name):
-    train, val = questions(name, "train"), questions(name, "val")
-    assert train and val
-    assert not train & val
+def test_the_splits_share_no_question(name):
+    train, val, test = (questions(name, split) for split in ("train", "val", "test"))
+    assert train and val and test
+    assert not train & val and not train & test and not val & test
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "prose"])
@@ -260,8 +260,8 @@ def test_an_unknown_name_is_refused_with_the_near_miss():
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no split 'test'; known are train, val"):
-        records("prose", "test")
+    with pytest.raises(ValueError, match=r"no split 'dev'; known are train, val, test"):
+        records("prose", "dev")
 
 
 def test_a_size_that_cannot_be_had_is_refused():

@@ -140,9 +140,9 @@ def test_without_a_terminal_each_log_is_one_plain_line(tmp_path, logs, capsys):
     tracker.log(40, {"val/bpb": 1.2345, "val/loss": 2.1})
     tracker.log(50, {"train/loss": math.nan, "train/mfu": 0.412, **pace})
     training, evaluation, diverged = capsys.readouterr().err.splitlines()
-    assert training == "step 40/200  train/loss 2.3121  lr_factor 1.00  tokens/s 41,200  mfu n/a  left n/a"
+    assert training == "step 40/200  train/loss 2.3121  lr 0.02  tokens/s 41,200  mfu n/a  left n/a"
     assert evaluation == "step 40/200  val/bpb 1.2345  val/loss 2.1"
-    assert diverged == "step 50/200  train/loss nan  lr_factor 1.00  tokens/s 41,200  mfu 41.2%  left 0:00:00"
+    assert diverged == "step 50/200  train/loss nan  lr 0.02  tokens/s 41,200  mfu 41.2%  left 0:00:00"
 
 
 def test_time_left_follows_the_pace_since_the_first_step_seen(tmp_path, logs, capsys, monkeypatch):

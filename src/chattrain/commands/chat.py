@@ -12,7 +12,7 @@ from chattrain.config.instantiate import instantiate_config
 from chattrain.errors import UserError
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.generate import generate_batch
-from chattrain.setup.start import find_checkpoint
+from chattrain.setup.start import find_checkpoint, with_own_settings
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 from chattrain.tracking.console import setup_logging
 
@@ -26,6 +26,7 @@ def main(cfg: Config) -> dict:
     """
     close_log = setup_logging(None, console=True, resume=False)
     folder = find_checkpoint(cfg)
+    cfg = with_own_settings(cfg, folder)
     tokenizer = Tokenizer.load(folder)
     model = instantiate_config(cfg.model, vocab_size=tokenizer.vocab_size, start=folder, seed=cfg.run.seed)
     model.to(device.pick_device(cfg.train.device)).eval()

@@ -7,6 +7,7 @@ import importlib
 from chattrain.config import Config
 from chattrain.errors import UserError
 from chattrain.parallel import launch
+from chattrain.setup.runs import refuse_runs
 
 MANY_PROCESSES = ("train", "evaluate")  # commands that can run on several ranks
 
@@ -18,5 +19,6 @@ def execute(cfg: Config) -> dict:
     """
     if cfg.command.name not in MANY_PROCESSES and launch.started_by_launcher():
         raise UserError(f"command={cfg.command.name} runs in one process; leave torchrun out")
+    refuse_runs(cfg)
     module = "import_" if cfg.command.name == "import" else cfg.command.name  # import is a keyword
     return importlib.import_module(f"chattrain.commands.{module}").main(cfg)

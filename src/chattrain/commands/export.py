@@ -31,13 +31,13 @@ EXPORT_FILE = "chattrain_export.json"  # marks the folder as an export, which a 
 
 
 def main(cfg: Config) -> dict:
-    """Write the model of the checkpoint of init.from (auto: of the newest finished run of this stage) to export.dir.
+    """Write the model of the run or checkpoint that is named (none: of the newest finished run of this stage) to export.dir.
 
     Returns {"folder", "checkpoint"}. Raises UserError where the folder holds anything but an earlier export.
     """
     close_log = setup_logging(None, console=True, resume=False)
     try:
-        source = find_checkpoint(cfg, any_model=True)
+        source = find_checkpoint(cfg)
         folder = _target(cfg, source)
         if folder.is_file():
             raise UserError(f"export.dir={folder} is a file; name a folder")

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from chattrain.config.own import SCHEMAS
 from chattrain.config.root import Config
 from chattrain.config.schema import VARIANTS, from_hydra, register_schemas
 from chattrain.config.train import ALTERNATIVES
@@ -101,7 +102,9 @@ def _owner(key: str) -> str | None:
     """The choices of a group that have this key, such as `optimizer=adamw` for optimizer.lr; None: no choice has it."""
     group, _, name = key.partition(".")
     owners = [
-        choice for choice, schema in VARIANTS.items() if choice.startswith(f"{group}=") and name in schema.__dataclass_fields__
+        choice
+        for choice, schema in (SCHEMAS | VARIANTS).items()
+        if choice.startswith(f"{group}=") and name in schema.__dataclass_fields__
     ]
     return " or ".join(owners) or None
 
@@ -126,7 +129,7 @@ def known_keys() -> list[str]:
         return keys
 
     keys = walk(OmegaConf.structured(Config), "")
-    for choice, schema in VARIANTS.items():
+    for choice, schema in (SCHEMAS | VARIANTS).items():
         keys += walk(OmegaConf.structured(schema), choice.partition("=")[0] + ".")
     return sorted({key for key in keys if not key.split(".")[-1].startswith("_")})
 

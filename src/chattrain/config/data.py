@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from chattrain.config.words import OnMalformed, Schema
+from chattrain.config.words import OnMalformed, Part, Schema
 from chattrain.errors import UserError
 
 
@@ -31,6 +31,10 @@ class SourceConfig:
 class MixtureConfig:
     train: dict[str, SourceConfig] = field(default_factory=dict)
     val: dict[str, SourceConfig] = field(default_factory=dict)
+    test: dict[str, SourceConfig] = field(default_factory=dict)  # for eval.on=test only: neither trained on nor chosen by
+
+    def part(self, part: Part) -> dict[str, SourceConfig]:
+        return self.test if part == Part.test else self.val
 
 
 @dataclass
@@ -41,6 +45,7 @@ class DataConfig:
     stages: dict[str, MixtureConfig] = field(default_factory=dict)
     tokenizer_stages: list[str] = field(default_factory=list)  # stages whose texts train a new tokenizer; []: this stage
     multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data, for evaluation
+    multiple_choice_test: dict[str, SourceConfig] = field(default_factory=dict)  # the same, for eval.on=test
 
     def mixture(self, stage: str) -> MixtureConfig:
         """The mixture of a stage. Raises UserError if there is none."""
@@ -58,6 +63,10 @@ class DataConfig:
         for stage, mixture in self.stages.items():
             _check_sources(f"data.stages.{stage}.train", mixture.train)
             _check_sources(f"data.stages.{stage}.val", mixture.val)
+            _check_sources(f"data.stages.{stage}.test", mixture.test)
+
+    def check_training(self) -> None:
+        """Raises UserError where there is nothing to train on."""
 
 
 @dataclass
@@ -68,31 +77,36 @@ class NanochatDataConfig(DataConfig):
 
 @dataclass
 class LocalDataConfig(DataConfig):
-    train_path: Any = MISSING  # file, folder or hub name; or a list of these
+    train_path: Any = None  # file, folder or hub name; or a list of these. Only an evaluation may leave it out
     val_path: Any = None  # null: every 20th record of train_path is held out for validation
+    test_path: Any = None  # for eval.on=test; null: none
     schema: Any = "messages"  # one for all paths, or a list with one for each
 
     def mixture(self, stage: str) -> MixtureConfig:
         if stage in self.stages:
             return self.stages[stage]
-        train = self._sources(self.train_path, "train", part=None if self.val_path else "train")
-        val = self._sources(
-            self.val_path or self.train_path, "test" if self.val_path else "train", part=None if self.val_path else "val"
-        )
-        return MixtureConfig(train=train, val=val)
+        train = self._sources(self.train_path, "train", part=None if self.val_path else "train") if self.train_path else {}
+        path, split, part = (self.val_path, "test", None) if self.val_path else (self.train_path, "train", "val")
+        val = self._sources(path, split, part) if path else {}
+        test = self._sources(self.test_path, "test", part=None) if self.test_path else {}
+        return MixtureConfig(train=train, val=val, test=test)
 
     def check(self) -> None:
         super().check()
-        for name in ("train_path", "val_path", "schema"):
+        for name in ("train_path", "val_path", "test_path", "schema"):
             value = getattr(self, name)
             texts = value if isinstance(value, list) else [value]
-            if value is None and name == "val_path":
+            if value is None and (name != "train_path" or self.val_path or self.test_path):
                 continue
             if not texts or not all(isinstance(text, str) and text for text in texts):
                 raise UserError(
                     f"data.{name}={value} must be a text or a list of texts: data.train_path=<file, folder or hub "
                     "name>, data.schema=<messages, multiple_choice, gsm8k or text>"
                 )
+
+    def check_training(self) -> None:
+        if self.train_path is None:
+            raise UserError("data.train_path must be given: data.train_path=<file, folder or hub name>")
 
     def _sources(self, paths: Any, split: str, part: str | None) -> dict[str, SourceConfig]:
         paths = [paths] if isinstance(paths, str) else list(paths)

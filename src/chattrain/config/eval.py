@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chattrain.config.words import Part
 from chattrain.errors import UserError
 
 
 @dataclass
 class EvalConfig:
+    on: Part = Part.val  # part of the data; test, with command=evaluate: data that chose neither checkpoint nor settings
     every: int | None = 100  # optimizer steps, besides before the first and after the last step; null: only those two
     validation: bool = True  # val/loss and val/bpb of the validation mixture
     multiple_choice: bool = False  # accuracy on the question sets of the data, MMLU and ARC

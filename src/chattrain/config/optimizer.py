@@ -13,7 +13,16 @@ from chattrain.errors import UserError
 
 @dataclass
 class OptimizerConfig:
+    """An optimizer, chattrain's or one's own (own.py)."""
+
     _target_: str = MISSING
+
+    def check(self) -> None:
+        """Raises UserError for a value out of range."""
+
+
+@dataclass
+class ScaledOptimizerConfig(OptimizerConfig):
     lr_scale: float = 1.0  # multiplies the learning rate of every group; the key for sweeps
 
     def check(self) -> None:
@@ -28,7 +37,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class MuonAdamWConfig(OptimizerConfig):
+class MuonAdamWConfig(ScaledOptimizerConfig):
     matrix_lr: float = 0.02  # Muon: the matrices of the blocks
     embed_lr: float = 0.2  # AdamW, at n_embd 768; scaled by (n_embd / 768)^-0.5
     lm_head_lr: float = 0.004  # AdamW, at n_embd 768; scaled like embed_lr
@@ -44,7 +53,7 @@ class MuonAdamWConfig(OptimizerConfig):
 
 
 @dataclass
-class AdamWConfig(OptimizerConfig):
+class AdamWConfig(ScaledOptimizerConfig):
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8

@@ -23,7 +23,8 @@ from chattrain.config.sweep import SweepConfig
 from chattrain.config.tokenizer import TokenizerConfig
 from chattrain.config.tracking import TrackingConfig
 from chattrain.config.train import DistributedConfig, TrainConfig
-from chattrain.config.words import Command, Format
+from chattrain.config.words import Command, Format, Part
+from chattrain.errors import UserError
 
 
 @dataclass
@@ -71,3 +72,9 @@ class Config:
             self.plan,
         ):
             part.check()
+        if self.command != Command.evaluate:
+            self.data.check_training()
+            if self.eval.on == Part.test:
+                raise UserError(
+                    "eval.on=test is for command=evaluate: a training that looks at its test data leaves none to judge it by"
+                )

@@ -11,9 +11,23 @@ from chattrain.errors import UserError
 
 @dataclass
 class ScheduleConfig:
+    """A schedule, chattrain's or one's own (own.py)."""
+
     _target_: str = MISSING
     _partial_: bool = True
     init_lr_frac: float = 1.0  # multiplies the whole schedule
+
+    @property
+    def outer_factor(self) -> float:
+        """What multiplies the schedule besides the factor that it returns."""
+        return 1.0
+
+    def check(self) -> None:
+        """Raises UserError for a value out of range."""
+
+
+@dataclass
+class ShapedScheduleConfig(ScheduleConfig):
     min_lr_factor: float = 0.0  # factor at the end of the decay, relative to its start
     warmup_steps: int = 0  # optimizer steps of linear warm-up
 
@@ -26,7 +40,7 @@ class ScheduleConfig:
 
 
 @dataclass
-class DecayScheduleConfig(ScheduleConfig):
+class DecayScheduleConfig(ShapedScheduleConfig):
     decay_ratio: float = 0.2  # fraction of the steps, at the end, in which the rate decays
 
     def check(self) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf, open_dict
 
+from chattrain.config import own
 from chattrain.config.collator import JoiningCollatorConfig
 from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.optimizer import AdamWConfig, MuonAdamWConfig
 from chattrain.config.root import Config
-from chattrain.config.schedule import DecayScheduleConfig, ScheduleConfig
+from chattrain.config.schedule import DecayScheduleConfig, ShapedScheduleConfig
 from chattrain.config.targets import current_target
 from chattrain.errors import UserError
 
@@ -36,6 +38,9 @@ def register_schemas() -> None:
     """Register the dataclasses under the names that conf/ refers to: Config as `schema`, variants as schema/<group>/<name>."""
     from hydra.core.config_store import ConfigStore
 
+    from chattrain.config import source
+
+    source.install()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, name, node in [
@@ -44,7 +49,7 @@ def register_schemas() -> None:
         ("model", "hf", HFModelConfig),
         ("optimizer", "muon_adamw", MuonAdamWConfig),
         ("optimizer", "adamw", AdamWConfig),
-        ("schedule", "plain", ScheduleConfig),
+        ("schedule", "plain", ShapedScheduleConfig),
         ("schedule", "decay", DecayScheduleConfig),
         ("data", "mixtures", DataConfig),
         ("data", "local", LocalDataConfig),
@@ -58,6 +63,7 @@ def from_hydra(composed: Any) -> Config:
 
     Raises UserError for an unknown key, a mandatory value that is not given, and everything that `Config.check` refuses.
     """
+    composed = _with_own_schemas(composed)
     for key in _unknown_keys(composed):
         raise UserError(f"no key {key}: `+{key}=...` adds what nothing reads; leave it out")
     missing = sorted(OmegaConf.missing_keys(composed), key=lambda key: (key.count("."), key))
@@ -70,6 +76,21 @@ def from_hydra(composed: Any) -> Config:
     cfg.check()
     cfg.run.root = str(Path(cfg.run.root).expanduser())
     return cfg
+
+
+def _with_own_schemas(composed: DictConfig) -> DictConfig:
+    """The configuration in which each part of the user's own has the schema of its target, whatever its YAML file extends."""
+    for group in own.GROUPS:
+        node = composed._get_node(group)
+        if not isinstance(node, DictConfig) or node._is_missing() or issubclass(OmegaConf.get_type(node) or dict, own.OwnPart):
+            continue
+        target = node._get_node("_target_")
+        if own.is_own(target._value() if isinstance(target, Node) else None):
+            values = {str(key): OmegaConf.select(node, str(key)) for key in node if not OmegaConf.is_missing(node, key)}
+            composed = copy.deepcopy(composed)
+            with open_dict(composed):
+                composed[group] = own.as_own(group, values)
+    return composed
 
 
 def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -71,6 +71,11 @@ class Schema(Enum):
     text = "text"
 
 
+class Part(Enum):
+    val = "val"
+    test = "test"
+
+
 class OnMalformed(Enum):
     refuse = "refuse"
     skip = "skip"

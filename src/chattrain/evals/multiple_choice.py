@@ -1,15 +1,17 @@
 """Accuracy on multiple-choice questions: which letter is likeliest as the answer's first token?
 
-Only the logits of the question's letters at the answer position are compared, so the head is computed for them only. Questions of
-similar length share a forward pass, which is as wide as its longest question. The prompt is rendered by `chat`, up to and
-including `<|assistant_start|>`.
+Only the logits of the question's letters at the answer position are compared. Questions of similar length share a forward pass,
+which is as wide as its longest question. The prompt is rendered by `chat`, up to and including `<|assistant_start|>`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ class Question(NamedTuple):
     ids: list[int]  # token ids of the prompt
     letter_ids: list[int]  # token id of each choice's letter
     answer: int  # index of the correct choice
+    index: int = 0  # of its record in the source
+    key: str = ""  # hash of the question and its choices: the same for any tokenizer and in any set
 
 
 def questions(name: str, records: Records, tokenizer: AnyTokenizer) -> list[Question]:
@@ -35,14 +39,18 @@ def questions(name: str, records: Records, tokenizer: AnyTokenizer) -> list[Ques
     out = []
     for number, record in records.read(0, len(records)):
         try:
-            _, _, letters, answer = multiple_choice.question(record)
+            text, choices, letters, answer = multiple_choice.question(record)
             ids, tokens = render_choices(multiple_choice.conversation(record), letters, tokenizer)
         except (KeyError, ValueError, TypeError, Malformed) as error:
             raise UserError(
                 f"question set {name}, row {number}: {error!r}; a row needs question, choices and answer (or answerKey)"
             ) from error
-        out.append(Question(ids, tokens, answer))
+        out.append(Question(ids, tokens, answer, number, _key(text, choices, answer)))
     return out
+
+
+def _key(text: str, choices: list[str], answer: int) -> str:
+    return hashlib.sha256(json.dumps([text, choices, answer]).encode()).hexdigest()[:16]
 
 
 def passes(sizes: list[int], capacity: int) -> list[tuple[int, int]]:
@@ -62,41 +70,84 @@ def passes(sizes: list[int], capacity: int) -> list[tuple[int, int]]:
 
 
 class MultipleChoice:
-    """eval/<name>_acc: fraction of a set's questions whose correct letter has the highest logit (ties: the first letter).
+    """Measures of one question set, the same on any number of ranks:
 
-    A forward pass holds as many tokens as `batch_size` questions of average length.
+    - eval/<name>_acc: fraction of the questions whose correct letter has the highest logit (ties: the first letter);
+    - eval/<name>_stderr: its standard error, sqrt(acc (1 - acc) / n), were other questions drawn from the same source;
+    - eval/<name>_n: number of questions;
+    - eval/<name>_bpb: bits per byte of the right answer: -log2 of the probability, over the whole vocabulary, of each correct
+      letter's token after its prompt, summed and divided by the bytes of these tokens. It moves long before the accuracy does,
+      see https://arxiv.org/abs/2406.08446.
+
+    `answers` holds what was answered last. `token_bytes` (V,): bytes of each token. A forward pass holds as many tokens as
+    `batch_size` questions of average length.
     """
 
-    def __init__(self, name: str, questions: list[Question], batch_size: int, pad_id: int, device: torch.device, ranks: Ranks):
+    def __init__(
+        self,
+        name: str,
+        questions: list[Question],
+        batch_size: int,
+        pad_id: int,
+        device: torch.device,
+        ranks: Ranks,
+        token_bytes: np.ndarray,
+    ):
         self.name, self.pad_id, self.device, self.ranks = name, pad_id, device, ranks
         self.questions = sorted(questions, key=lambda q: -len(q.ids))
         sizes = [len(q.ids) for q in self.questions]
         self.passes = passes(sizes, batch_size * sum(sizes) // len(sizes))
+        self.num_bytes = sum(int(token_bytes[q.letter_ids[q.answer]]) for q in self.questions)
+        self.answers: list[dict[str, Any]] = []  # in the order of the source: set, index, key, answer, choice, logprobs
 
     @torch.no_grad()
     def __call__(self, model: CausalLM, autocast: AbstractContextManager) -> dict[str, float]:
-        """Accuracy over all ranks, by the metric's name."""
-        correct, ranks = 0, self.ranks
+        """The measures over all ranks, by name."""
+        ranks = self.ranks
         # Every pass gathers sharded weights, so all ranks must run equally many: repeats of the last pass are not counted.
         repeats = [self.passes[-1]] * (-len(self.passes) % ranks.world_size)
+        L = max(len(q.letter_ids) for q in self.questions)
+        width = max(stop - start for start, stop in self.passes) * (2 + L)
+        rows = []  # of each pass of this rank: 1, choice and L log-probabilities a question, then zeros
         with autocast:  # around all passes, so that weights are cast once
             for number, (start, stop) in enumerate([*self.passes, *repeats]):
                 if number % ranks.world_size == ranks.rank:
-                    counted = number < len(self.passes)
-                    correct += self._num_correct(model, self.questions[start:stop]) * counted
-        (total,) = self.ranks.sum([correct])
-        return {f"eval/{self.name}_acc": total / len(self.questions)}
+                    row = self._answer(model, self.questions[start:stop], L).flatten().tolist()
+                    rows.append(row + [0.0] * (width - len(row)))
+        answered = self._collect(ranks.all_gather_interleaved(rows), L)
+        n, correct = len(self.questions), sum(choice == question.answer for question, choice, _ in answered)
+        nats = math.fsum(-logprobs[question.answer] for question, _, logprobs in answered)
+        accuracy = correct / n
+        return {
+            f"eval/{self.name}_acc": accuracy,
+            f"eval/{self.name}_stderr": math.sqrt(accuracy * (1 - accuracy) / n),
+            f"eval/{self.name}_n": n,
+            f"eval/{self.name}_bpb": nats / math.log(2) / max(1, self.num_bytes),
+        }
 
-    def _num_correct(self, model: CausalLM, batch: list[Question]) -> int:
-        """Number of correct answers in a batch of B questions with at most L choices."""
+    def _collect(self, table: list[list[float]], L: int) -> list[tuple[Question, int, list[float]]]:
+        """(question, choice, log-probability of each choice) of the questions that were answered; sets `answers`."""
+        answered = []
+        for (start, stop), row in zip(self.passes, table, strict=False):
+            for i, question in enumerate(self.questions[start:stop]):
+                done, choice, *logprobs = row[i * (2 + L) : (i + 1) * (2 + L)]
+                if done:
+                    answered.append((question, int(choice), logprobs[: len(question.letter_ids)]))
+        self.answers = [
+            {"set": self.name, "index": q.index, "key": q.key, "answer": q.answer, "choice": choice, "logprobs": logprobs}
+            for q, choice, logprobs in sorted(answered, key=lambda found: found[0].index)
+        ]
+        return answered
+
+    def _answer(self, model: CausalLM, batch: list[Question], L: int) -> torch.Tensor:
+        """(B, 2 + L) fp64 of B questions with at most L choices: 1, the choice, each letter's log-probability, then zeros."""
         width = max(len(q.ids) for q in batch)
         empty = np.empty(0, np.int64)
         inputs, _ = pad_rows([(np.array(q.ids), empty) for q in batch], width, self.pad_id)
         last = torch.tensor([len(q.ids) - 1 for q in batch], device=self.device)
-        L = max(len(q.letter_ids) for q in batch)
         letters = torch.tensor([q.letter_ids + [0] * (L - len(q.letter_ids)) for q in batch], device=self.device)
         exists = torch.tensor([[i < len(q.letter_ids) for i in range(L)] for q in batch], device=self.device)
-        logits = model.choice_logits(torch.from_numpy(inputs).to(self.device), last, letters)
-        logits = logits.masked_fill(~exists, float("-inf"))
-        answers = torch.tensor([q.answer for q in batch], device=self.device)
-        return int((logits.argmax(dim=1) == answers).sum())
+        logits, log_sum = model.choice_logits(torch.from_numpy(inputs).to(self.device), last, letters)
+        choice = logits.masked_fill(~exists, float("-inf")).argmax(dim=1, keepdim=True)
+        logprobs = (logits - log_sum[:, None]).masked_fill(~exists, 0.0)
+        return torch.cat([torch.ones_like(choice), choice, logprobs], dim=1).cpu().double()

@@ -62,8 +62,9 @@ class CausalLM(nn.Module):
         """The output of the trunk, computed as `loss` computes it, for checks of it."""
         raise NotImplementedError
 
-    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
-        """Logits, fp32 (B, L), of the tokens choices (B, L) as successors of positions (B,) in inputs (B, T)."""
+    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, fp32 (B, L), of the tokens choices (B, L) as successors of positions (B,) in inputs (B, T), and the logarithm,
+        fp32 (B,), of the sum over the vocabulary: logits less this are log-probabilities."""
         raise NotImplementedError
 
     def new_cache(self, padding: Tensor, max_tokens: int) -> Any:

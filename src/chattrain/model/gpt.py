@@ -235,11 +235,12 @@ class GPT(CausalLM):
         return self.trunk(inputs, cache, positions, cu_seqlens if self.varlen else None)
 
     @torch.no_grad()
-    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
-        """Logits, fp32 (B, L), of the tokens choices (B, L) as successors of positions (B,) in inputs (B, T).
+    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, fp32 (B, L), of the tokens choices (B, L) as successors of positions (B,) in inputs (B, T), and the logarithm,
+        fp32 (B,), of the sum over the vocabulary.
 
-        The head is computed for these tokens only, and in fp32, as bf16 would make ties. In the last block all tokens get keys
-        and values, and only these positions the rest.
+        The head is computed in fp32, as bf16 would make ties. In the last block all tokens get keys and values, and only these
+        positions the rest.
         """
         cos, sin = self._rotary(0, inputs.size(1), inputs.device)
         *blocks, last = self.blocks
@@ -249,7 +250,9 @@ class GPT(CausalLM):
             x = block(x, cos, sin, attend)
         features = norm(last.at(x, cos, sin, positions))  # (B, C)
         with torch.autocast(inputs.device.type, enabled=False):
-            return soft_cap(torch.einsum("bc,blc->bl", features.float(), self.lm_head.weight[choices].float()))
+            features, weight = features.float(), self.lm_head.weight
+            logits = soft_cap(torch.einsum("bc,blc->bl", features, weight[choices].float()))
+            return logits, soft_cap(features @ weight.float().T).logsumexp(dim=1)
 
     def new_cache(self, padding: Tensor, max_tokens: int) -> KVCache:
         """An empty key-value cache of max_tokens a row; the first padding (B,) tokens of each row are padding."""

@@ -134,11 +134,12 @@ class HFModel(CausalLM):
         return self.trunk(inputs, cache, positions, cu_seqlens)
 
     @torch.no_grad()
-    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
+    def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         kept, indices = positions.unique(return_inverse=True)
         with self._head_in_fp32():
             logits = self.inner(input_ids=inputs, use_cache=False, logits_to_keep=kept).logits  # (B, kept, V)
-        return logits[torch.arange(len(inputs), device=inputs.device), indices].float().gather(1, choices)
+        logits = logits[torch.arange(len(inputs), device=inputs.device), indices].float()  # (B, V)
+        return logits.gather(1, choices), logits.logsumexp(dim=1)
 
     @contextmanager
     def _head_in_fp32(self):

@@ -67,14 +67,16 @@ def build_components(
         autocast, torch.compile(model, dynamic=cfg.collator.has_varying_shapes) if compile_evaluation else model
     )
     batch_size, num_steps = cfg.train.device_batch_size, data.num_steps
-    evaluate = build_evaluation(cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy)
+    evaluate = build_evaluation(
+        cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy, setup.run_dir
+    )
     schedule = instantiate_config(cfg.schedule)
     tracker.describe(model_params(model, optimizer, schedule, num_steps))
     return loop.TrainerComponents(
         model=model,
         loss_of=in_context(autocast, model.loss),
         optimizer=optimizer,
-        lr_factor=lambda step: schedule(step, num_steps),
+        lr_factor=lambda step: schedule(step, num_steps) * cfg.schedule.outer_factor,
         loader=Loader(data.train, data.rows_per_step, batch_size, device, ranks.rank, ranks.world_size),
         evaluate=evaluate,
         save=lambda s: save_checkpoint(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy, s),

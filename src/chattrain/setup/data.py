@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from chattrain.config.data import DataConfig, SourceConfig
 from chattrain.config.eval import EvalConfig
 from chattrain.config.instantiate import instantiate_config
 from chattrain.config.targets import recorded_target
-from chattrain.config.words import OnMalformed, Schema
+from chattrain.config.words import OnMalformed, Part, Schema
 from chattrain.data.cache import default_cache_dir, load_or_tokenize
 from chattrain.data.collators import Collator
 from chattrain.data.mixture import Mixture
 from chattrain.data.sources import open_records
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
+from chattrain.evals.validation import Measured
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
 log = logging.getLogger("chattrain")
@@ -37,9 +38,11 @@ class EvalData:
     validation: Collator | None  # None: eval.validation=false
     validation_rows: int
     question_sets: dict[str, list[Question]]
+    measured: Measured | None = field(default=None, init=False)  # what the validation loss was measured on; None: not yet
+    answers: list[dict] = field(default_factory=list, init=False)  # to the questions, when they were last asked
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunData(EvalData):
     """What a training reads; the same in every process."""
 
@@ -47,6 +50,7 @@ class RunData(EvalData):
     rows_per_step: int  # over all ranks
     num_steps: int  # optimizer steps of the whole run
     fingerprint: str
+    learning_rates: dict[str, float] = field(default_factory=dict, init=False)  # highest of each parameter group; set once known
 
 
 def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
@@ -62,7 +66,8 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     num_steps = cfg.train.max_steps or train.steps_in(cfg.train.num_epochs, rows_per_step)
     evals = _eval_data(cfg, tokenizer)
     fingerprint = _fingerprint(mixture, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step)
-    return RunData(**vars(evals), train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint)
+    shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers")}
+    return RunData(**shared, train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint)
 
 
 def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:
@@ -73,8 +78,8 @@ def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:
 def _eval_data(cfg: Config, tokenizer: AnyTokenizer) -> EvalData:
     validation, rows = None, 0
     if cfg.eval.validation:
-        key = f"data.stages.{cfg.stage}.val"
-        mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).val, cfg.data, tokenizer, VALIDATION_SEED)
+        key, sources = f"data.stages.{cfg.stage}.{cfg.eval.on.name}", cfg.data.mixture(cfg.stage).part(cfg.eval.on)
+        mixture = _open_mixture(key, sources, cfg.data, tokenizer, VALIDATION_SEED)
         validation = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=0)
         rows = validation.rows_in(1)
         if cfg.eval.max_tokens:
@@ -86,6 +91,8 @@ def _eval_data(cfg: Config, tokenizer: AnyTokenizer) -> EvalData:
 def _open_mixture(key: str, sources: dict[str, SourceConfig], data: DataConfig, tokenizer: AnyTokenizer, seed: int) -> Mixture:
     """The sources of a configuration key as one mixture of documents; `seed` decides their order."""
     if not sources:
+        if key.endswith(".test"):
+            raise UserError(f"this data has no test part: give {key} in its YAML file, or data.test_path with data=local")
         raise UserError(f"{key} has no source; name one, or use eval=none for no validation")
     cache, skip = cache_dir(data), data.on_malformed == OnMalformed.skip
     tokenized = [load_or_tokenize(name, source, tokenizer, cache, skip, data.workers) for name, source in sources.items()]
@@ -98,7 +105,9 @@ def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer
     def from_hub(path: str, subset: str) -> SourceConfig:
         return SourceConfig(path=path, subset=subset, schema=Schema.multiple_choice, split=config.split)
 
-    sources = dict(data.multiple_choice)
+    sources = dict(data.multiple_choice_test if config.on == Part.test else data.multiple_choice)
+    if config.on == Part.test:
+        config = replace(config, mmlu_path=None, arc_path=None)  # the questions that trainings and sweeps are measured on
     if config.mmlu_path:
         sources["mmlu"] = from_hub(config.mmlu_path, "all")
     if config.arc_path:

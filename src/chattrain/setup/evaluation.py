@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -14,6 +17,11 @@ from chattrain.model.causal_lm import CausalLM
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy
 from chattrain.setup.data import EvalData
+from chattrain.storage.files import replace_text
+
+log = logging.getLogger("chattrain")
+
+ANSWERS = "answers.jsonl"  # a line a question: set, index, key, answer, choice, logprobs
 
 
 def build_evaluation(
@@ -27,18 +35,19 @@ def build_evaluation(
     device: torch.device,
     ranks: Ranks,
     strategy: ParallelStrategy,
+    run_dir: Path | None = None,
 ) -> Callable[[int], dict[str, float]]:
     """A function from the number of completed steps to the metrics measured then, by name.
 
     `device_batch_size`: rows a process a forward pass of validation. `num_steps`: steps of the run, after which everything is
-    measured. `losses_of`: the model under autocast, compiled or not, as `Validation` calls it.
+    measured. `losses_of`: the model under autocast, compiled or not, as `Validation` calls it. `run_dir`: rank 0 writes
+    answers.jsonl of the last step there. What a validation loss was measured on is kept in `data.measured`.
     """
-    validation = None
+    validation, token_bytes = None, data.tokenizer.token_bytes()
     if data.validation:
-        token_bytes = data.tokenizer.token_bytes()
         validation = Validation(data.validation, data.validation_rows, device_batch_size, token_bytes, device, ranks)
     choices = [
-        MultipleChoice(name, questions, config.batch_size, data.tokenizer.pad_id, device, ranks)
+        MultipleChoice(name, questions, config.batch_size, data.tokenizer.pad_id, device, ranks, token_bytes)
         for name, questions in data.question_sets.items()
     ]
     choices_every = config.multiple_choice_every
@@ -47,11 +56,24 @@ def build_evaluation(
         ranks.at(f"the evaluation at step {step}")
         strategy.wait_for_weights()
         model.eval()
-        metrics = validation(losses_of) if validation else {}
+        metrics = {}
+        if validation:
+            metrics = validation(losses_of)
+            if data.measured is None and validation.measured:
+                log.info("validation: %s", validation.measured.label)
+            data.measured = validation.measured
         if choices_every is None or step % choices_every == 0 or step == num_steps:
             for choice in choices:
                 metrics |= choice(model, autocast)
+                data.answers = [kept for kept in data.answers if kept["set"] != choice.name] + choice.answers
+            if run_dir and step == num_steps and ranks.is_main and data.answers:
+                write_answers(run_dir / ANSWERS, data.answers)
         model.train()
         return metrics
 
     return evaluate
+
+
+def write_answers(file: Path, answers: list[dict]) -> None:
+    """Write one line a question, whole or not at all."""
+    replace_text(file, "".join(json.dumps(answer) + "\n" for answer in answers))

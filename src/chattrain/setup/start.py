@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chattrain.config import Config
 from chattrain.config.model import HFModelConfig, ModelConfig
 from chattrain.config.run import InitConfig
+from chattrain.config.saved import with_saved
+from chattrain.config.words import Command
 from chattrain.errors import UserError
 from chattrain.formats.convert import as_checkpoint
 from chattrain.formats.folder import hint, locate
 from chattrain.formats.imported import FolderFormat
 from chattrain.model import hf
 from chattrain.setup.data import cache_dir
+from chattrain.setup.job import current_job
+from chattrain.setup.runs import (
+    check_stage,
+    newest_finished,
+    newest_to_read,
+    no_run,
+    reference_of,
+    shape_misfit,
+    stage_of,
+    start_of,
+    typed,
+)
 from chattrain.storage import checkpoint
 
 log = logging.getLogger("chattrain")
@@ -51,7 +65,8 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
             )
         return start
     try:
-        located = locate(init.source)
+        source = start_of(init.source, root)
+        located = locate(source)
         if isinstance(model, HFModelConfig) and located.format == FolderFormat.huggingface:
             return Start(located.path, str(located.path))
         if located.is_foreign:
@@ -59,9 +74,11 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
         elif nearby := hint(located.path):
             raise UserError(f"it holds no model{nearby}")
         else:
-            folder = checkpoint.resolve(Path(init.source).expanduser())
+            folder = checkpoint.resolve(Path(source).expanduser())
     except UserError as error:
-        raise UserError(f"init.from={init.source}: {error}") from error
+        unknown = "/" not in init.source and not Path(init.source).exists()
+        also = f"; {no_run(init.source, root, None)}" if unknown else ""
+        raise UserError(f"init.from={init.source}: {error}{also}") from error
     misfit = shape_misfit(folder, model) if model is not None else None
     if misfit:
         raise UserError(
@@ -70,26 +87,45 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
     return Start(folder.resolve(), str(located.path if located.is_foreign else folder.resolve()))
 
 
-def find_checkpoint(cfg: Config, any_model: bool = False) -> Path:
-    """The trained checkpoint that a command reads: init.from, or with `auto` that of the newest finished run of this stage.
+def find_checkpoint(cfg: Config) -> Path:
+    """The checkpoint that a command reads: of the run, checkpoint or model folder that the command line names, else of the newest
+    finished run of the stage, which is then logged.
 
-    The model must be that of the configuration. With any_model it may be any: `auto` then falls back to the newest finished run
-    of any model. Raises UserError where there is no such checkpoint.
+    The model must be that of the configuration only where the command line chooses one. Raises UserError where there is none.
     """
-    if cfg.init.source == "scratch":
-        raise UserError(f"command={cfg.command.name} needs a trained model; name a run or checkpoint with init.from")
-    if cfg.init.source != "auto":
-        folder = find_start(cfg, any_model).checkpoint
-    else:
-        folder = newest_finished(Path(cfg.run.root), cfg.stage, cfg.model)
-        if folder is None and any_model:
-            folder = newest_finished(Path(cfg.run.root), cfg.stage, None)
-    if folder is None:
-        raise UserError(
-            f"no finished {cfg.stage} run of this model in {Path(cfg.run.root).resolve()}; train one, or name "
-            "a run or checkpoint with init.from"
-        )
-    return folder
+    reference = reference_of(cfg)
+    if reference is None:
+        return newest_to_read(cfg)
+    if cfg.command != Command.evaluate:  # which measures any checkpoint as another stage would, and says so
+        check_stage(cfg, stage_of(Path(reference)), Path(reference))
+    model = cfg.model if typed("model") else None
+    start = resolve(start_at(cfg.init, reference), Path(cfg.run.root), model, cfg.tokenizer.path, cache_dir(cfg.data))
+    assert start.checkpoint is not None  # only init.from=auto and scratch have none
+    return start.checkpoint
+
+
+def with_own_settings(cfg: Config, folder: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration to use the checkpoint `folder` with: its own settings, except what `overrides` give (None: those of the
+    command line).
+
+    A folder without a config.yaml (Hugging Face's, with model=hf) is used with the configuration as it is.
+    """
+    file = folder / "config.yaml"
+    own = (
+        with_saved(cfg, file.read_text(), current_job().overrides if overrides is None else overrides)
+        if file.is_file()
+        else copy.copy(cfg)
+    )
+    own.check()
+    own.init, own.run = start_at(cfg.init, str(folder)), replace(cfg.run, name=None, dir=None)
+    return own
+
+
+def start_at(init: InitConfig, reference: str) -> InitConfig:
+    """The same, with `reference` as init.from."""
+    named = InitConfig(strict=init.strict, after=init.after)
+    setattr(named, "from", reference)
+    return named
 
 
 def check_start(model: ModelConfig, start: Path | None, seq_len: int) -> None:
@@ -126,29 +162,3 @@ def _auto(init: InitConfig, root: Path, model: ModelConfig | None) -> Start:
         f"init.from=auto: {missing}. STARTING FROM RANDOM "
         "WEIGHTS: the model knows no language, expect poor results. init.strict=true refuses this",
     )
-
-
-def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path | None:
-    """The newest valid checkpoint of the newest finished run of a stage whose model has this shape (None: any shape)."""
-    runs = []
-    for file in (root.resolve() / stage).glob("*/summary.json"):
-        try:
-            summary = json.loads(file.read_text())
-        except ValueError:
-            continue
-        if summary.get("status") == "completed":
-            runs.append((summary.get("finished_at", 0.0), file.parent))
-    for _, run_dir in sorted(runs, reverse=True):
-        folder = checkpoint.newest_valid(run_dir)
-        if folder is None:
-            continue
-        misfit = shape_misfit(folder, model) if model is not None else None
-        if misfit is None:
-            return folder
-        log.info("init.from=auto: skipping %s: %s", run_dir, misfit)
-    return None
-
-
-def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
-    """How the model of the configuration differs from that of a checkpoint; None where they agree."""
-    return model.misfit(checkpoint.load_state(folder).model)

@@ -44,6 +44,8 @@ def summarize(
         "mlflow_run_id": tracker.mlflow_run_id,
         "finished_at": time.time(),
         "data": asdict(data.train.counts),
+        "learning_rates": data.learning_rates,  # real ones, at their peak, by parameter group
+        "validation": data.measured.facts if data.measured else None,
         **({"error": describe_error(error)} if error else {}),
     }
 

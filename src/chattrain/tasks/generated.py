@@ -1,6 +1,6 @@
 """Data that is generated and needs no network, so that the first run works on any laptop.
 
-Record i depends only on the name, the split and i, which seed its random generator. Training and validation share no question.
+Record i depends only on the name, the split and i, which seed its random generator. The splits share no question.
 Prose, and the words taken from it, come from the running Python, so the key of a cache of records must include
 GENERATOR_VERSION and either the release of Python or the records themselves.
 """
@@ -17,7 +17,7 @@ from chattrain.tasks.small_talk import small_talk
 from chattrain.tasks.spelling import count_letters, spell_word
 from chattrain.tasks.words import SPLITS, common_words, split_of, words_of_file
 
-GENERATOR_VERSION = 1  # part of the cache key; raise it when any generator changes
+GENERATOR_VERSION = 2  # part of the cache key; raise it when any generator changes
 
 NAMES = {  # name -> schema of its records
     "prose": "text",
@@ -27,7 +27,7 @@ NAMES = {  # name -> schema of its records
     "small_talk": "messages",
     "demo_choice": "multiple_choice",
 }
-DEFAULT_SIZES = {"train": 4_000, "val": 400}  # records, if no size is given; prose returns all that it has
+DEFAULT_SIZES = {"train": 4_000, "val": 400, "test": 400}  # records, if no size is given; prose returns all that it has
 
 _WITH_WORDS = {"spell_word": spell_word, "count_letters": count_letters}
 _WITHOUT_WORDS = {"arithmetic": arithmetic, "small_talk": small_talk, "demo_choice": demo_choice}

@@ -1,6 +1,6 @@
-"""The words of the spelling tasks, and the rule that splits questions into training and validation.
+"""The words of the spelling tasks, and the rule that splits questions into training, validation and test.
 
-All generators use this one rule, because a validation question that was trained on measures nothing.
+All generators use this one rule, because a question that was trained on measures nothing.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import TypeVar
 
 from chattrain.tasks.prose import documents
 
-SPLITS = ("train", "val")
-VAL_PERCENT = 10  # of the identities, by their hash
+SPLITS = ("train", "val", "test")
+HELD_OUT_PERCENT = 10  # of the identities, by their hash: validation and test take turns
 MIN_DOCUMENTS = 5  # a word in fewer documents is often a misspelling or the name of a variable
 PLAIN_WORD = re.compile(r"(?<![^\s(])[a-z]{3,10}(?=[,.;:?!)]*(?:\s|$))")  # between spaces or punctuation, so not part of code
-MAX_DRAWS = 20_000  # if one question in 10 belongs to the split, the chance of not drawing one is 0.9 ** 20_000, which is 0
+MAX_DRAWS = 20_000  # if one question in 20 belongs to the split, the chance of not drawing one is 0.95 ** 20_000, which is 0
 
 Value = TypeVar("Value")
 
@@ -27,10 +27,11 @@ def split_of(identity: str) -> str:
     """The split of a question, by the hash of its text, so that adding questions does not move others to another split.
 
     >>> split_of("spell_word/code"), split_of("spell_word/page")
-    ('val', 'train')
+    ('test', 'train')
     """
     digest = hashlib.sha256(identity.encode()).digest()
-    return "val" if int.from_bytes(digest[:8]) % 100 < VAL_PERCENT else "train"
+    percent = int.from_bytes(digest[:8]) % 100
+    return "train" if percent >= HELD_OUT_PERCENT else "test" if percent % 2 else "val"
 
 
 def draw(propose: Callable[[], tuple[str, Value]], split: str) -> Value:
@@ -45,7 +46,7 @@ def draw(propose: Callable[[], tuple[str, Value]], split: str) -> Value:
             return value
     raise ValueError(
         f"no question for the split {split!r} in {MAX_DRAWS} draws (the last was {identity!r}); "
-        "its pool is too small to set a tenth aside: give more words in words_file"
+        "its pool is too small to set a twentieth aside: give more words in words_file"
     )
 
 

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+DETAILS = ("_stderr", "_n", "_bpb")  # ends of the names of metrics that say how sure an accuracy is: recorded, not shown alone
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The complete lines of a metrics.jsonl, in order; [] where there is no file. A line cut off by a crash is left out."""

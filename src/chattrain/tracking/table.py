@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chattrain.storage.files import replace_text
 from chattrain.tracking.answer import Answer, find_answer
-from chattrain.tracking.metrics import read_metrics
+from chattrain.tracking.metrics import DETAILS, read_metrics
 from chattrain.tracking.run_folder import RunFolder
 from chattrain.tracking.sweep_record import SweepRecord
 from chattrain.tracking.sweep_table import cells, markdown
@@ -136,7 +136,7 @@ def _ranges(run_dir: Path) -> dict[str, str]:
     values: dict[str, list[float]] = {}
     for row in read_metrics(run_dir / "metrics.jsonl"):
         for name, value in row.items():
-            if value is not None and name.startswith(("val/", "eval/", "train/loss")):
+            if value is not None and name.startswith(("val/", "eval/", "train/loss")) and not name.endswith(DETAILS):
                 values.setdefault(name, []).append(value)
     return {
         name: _format(name, series[0]) + (f" -> {_format(name, series[-1])}" if len(series) > 1 else "")

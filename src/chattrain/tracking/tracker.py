@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from chattrain.tracking.console import is_quiet
-from chattrain.tracking.metrics import read_metrics, write_metrics
+from chattrain.tracking.metrics import DETAILS, read_metrics, write_metrics
 from chattrain.tracking.mlflow_sink import MLflowSink
 from chattrain.tracking.mlflow_store import Param
 
@@ -24,7 +24,7 @@ ARTIFACTS = ("config.yaml", "summary.json", "report.html")  # files of the run f
 RUN_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # status in summary.json -> MLflow's status
 PROGRESS = (  # columns of the progress line: key of `Tracker.update`, label, format
     ("loss", "train/loss", "{:.5g}"),
-    ("lr_factor", "lr_factor", "{:#.3g}"),
+    ("lr", "lr", "{:.3g}"),  # of the matrices, else of the first group
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("mfu", "mfu", "{:.1%}"),  # fraction of the device's peak
 )
@@ -76,7 +76,7 @@ class Tracker:
             self._mlflow.log(step, metrics)
 
     def update(self, step: int, **shown: float | None) -> None:
-        """Move the bar, after each step; `shown`: new values of loss, lr_factor, tokens_per_second, mfu (None: n/a)."""
+        """Move the bar, after each step; `shown`: new values of loss, lr, tokens_per_second, mfu (None: n/a)."""
         self._shown |= shown
         if self._timed_from is None:  # from the first step on: it compiles, and its own time would make the rest look slow
             self._timed_from = step, time.monotonic()
@@ -115,10 +115,17 @@ class Tracker:
         """Log one line: always to train.log, and to stderr where no bar shows the same."""
         training = "train/loss" in metrics
         if training:
-            known = {name.removeprefix("train/"): value for name, value in metrics.items()}
+            known: dict[str, float | None] = {name.removeprefix("train/"): value for name, value in metrics.items()}
+            known["lr"] = next(
+                (metrics[name] for name in sorted(metrics, key="lr/matrix".__ne__) if name.startswith("lr/")), None
+            )
             self.update(step, **{key: known.get(key) for key, _, _ in PROGRESS})
         in_progress = ("train/", "lr") if training else ()  # prefixes of metrics that the progress columns show
-        rest = [f"{name} {value:.5g}" for name, value in metrics.items() if not name.startswith(in_progress)]
+        rest = [
+            f"{name} {value:.5g}"
+            for name, value in metrics.items()
+            if not name.startswith(in_progress) and not name.endswith(DETAILS)
+        ]
         cells = [*self._progress(step), *rest] if training else rest
         file_only = not self._console or (training and self._bar is not None)
         logger.info("step %d/%d  %s", step, self._num_steps, "  ".join(cells), extra={"file_only": file_only})

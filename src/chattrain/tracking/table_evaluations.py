@@ -1,0 +1,72 @@
+"""Results of command=evaluate, as text: one checkpoint, or a table of several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from chattrain.tracking.metrics import DETAILS
+
+
+def describe(result: dict) -> list[str]:
+    """The lines that say what was measured, on what, and how sure it is. `result`: what command=evaluate returns."""
+    metrics, measured = result["metrics"], result.get("validation")
+    lines = [f"{label(result)}, {PARTS[result['part']]}" + (f": {measured['label']}" if measured else "")]
+    for name in metrics:
+        if not name.endswith(DETAILS):
+            lines.append(f"  {name + _over(name, measured):44s} {_value(name, metrics)}{_counted(name, measured)}".rstrip())
+    return lines
+
+
+PARTS = {"val": "validation part", "test": "test part"}
+
+
+def label(result: dict) -> str:
+    """`sft/farm step_000050` for a run's checkpoint, the folder for another."""
+    folder = Path(result["checkpoint"])
+    if folder.parent.name == "checkpoints":
+        run = folder.parents[1]
+        trained = f"{result['trained']}/{run.name} {folder.name}"
+        return trained if result["stage"] == result["trained"] else f"{trained} measured as stage={result['stage']}"
+    return f"{folder} measured as stage={result['stage']}"
+
+
+def _over(name: str, measured: dict | None) -> str:
+    return f" over {measured['over']}" if measured and name.endswith("/loss") else ""
+
+
+def _counted(name: str, measured: dict | None) -> str:
+    return f"  {measured['tokens']:,} tokens of {measured['rows']:,} rows" if measured and name.endswith("/loss") else ""
+
+
+def _value(name: str, metrics: dict[str, float]) -> str:
+    """A metric with its error, count and bits per byte where it has them."""
+    stem = name.removesuffix("_acc")
+    if stem == name or f"{stem}_n" not in metrics:
+        return f"{metrics[name]:.4f}"
+    return (
+        f"{metrics[name]:.1%} +- {metrics[f'{stem}_stderr']:.1%}  {metrics[f'{stem}_n']:,} questions, "
+        f"{metrics[f'{stem}_bpb']:.3f} bits per byte of the right answer"
+    )
+
+
+def show_evaluations(results: list[dict]) -> None:
+    """Print one row a result, as `command=evaluate` returns it; losses over different targets are told apart."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for result in results for name in result["metrics"] if not name.endswith(DETAILS)))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("checkpoint", "part", "loss over", "tokens", *(name.removeprefix("eval/") for name in names)):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("checkpoint", "part", "loss over") else "right")
+    for result in results:
+        measured, metrics = result.get("validation"), result["metrics"]
+        table.add_row(
+            label(result),
+            result["part"],
+            measured["over"] if measured else "",
+            f"{measured['tokens']:,}" if measured else "",
+            *(_value(name, metrics).partition("  ")[0] if name in metrics else "" for name in names),
+        )
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -1,0 +1,199 @@
+"""command=evaluate measures with the checkpoint's own settings, says what it measured and how sure that is."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+import chattrain
+from chattrain.commands.evaluate import score_on_test
+from chattrain.errors import UserError
+from chattrain.tracking.metrics import DETAILS
+from tests.helpers import TINY, command_line, metrics, standing_in, train, write_talk
+
+QUESTIONS = [{"question": f"Is it {i}?", "choices": ["yes", "no", "maybe"], "answer": i % 3} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, cache):
+    """A mid and an sft run on the same conversations and questions; mid is measured on all tokens, sft on replies."""
+    folder = tmp_path_factory.mktemp("place")
+    with standing_in(folder, cache):
+        write_talk(folder)
+        write_talk(folder, "held.jsonl", 20, factor=5)
+        (folder / "questions").mkdir()
+        (folder / "questions/test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+        asked = ["eval=mmlu_arc", "eval.mmlu_path=questions", "data.test_path=held.jsonl", "train.device_batch_size=1"]
+        train("mid", "farm", "train.max_steps=4", "init.from=scratch", *asked)
+        train("sft", "farm", "train.max_steps=3", "init.from=mid/farm", "schedule.init_lr_frac=1", *asked)
+        yield folder
+
+
+def summary(stage: str) -> dict:
+    return json.loads(Path(f"runs/{stage}/farm/summary.json").read_text())
+
+
+def evaluate(*typed: str) -> dict:
+    return chattrain.run(["command=evaluate", *typed])
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_a_checkpoint_is_measured_as_it_was_in_training_without_a_word_about_it(place, stage):
+    found = evaluate(f"init.from={stage}/farm")
+    assert found["metrics"] == pytest.approx({name: summary(stage)["metrics"][name] for name in found["metrics"]})
+    assert {"val/loss", "eval/mmlu_acc"} <= set(found["metrics"])
+    assert (found["stage"], found["part"]) == (stage, "val")
+
+
+def test_losses_over_different_targets_are_told_apart(place, capsys):
+    assert (summary("mid")["validation"]["targets"], summary("sft")["validation"]["targets"]) == ("all", "replies")
+    assert 0 < summary("sft")["validation"]["tokens"] < summary("mid")["validation"]["tokens"]
+    for stage, over in (("mid", "val/loss over all tokens"), ("sft", "val/loss over replies (assistant tokens)")):
+        evaluate(f"init.from={stage}/farm")
+        out = capsys.readouterr().out
+        tokens, rows = (summary(stage)["validation"][name] for name in ("tokens", "rows"))
+        assert over in out and f"{tokens} tokens of {rows} rows" in out
+
+
+def test_the_same_weights_have_another_loss_as_another_stage_and_the_output_says_so(place, capsys):
+    as_mid = evaluate("init.from=sft/farm", "stage=mid")
+    assert as_mid["metrics"]["val/loss"] != pytest.approx(summary("sft")["metrics"]["val/loss"], rel=1e-3)
+    assert as_mid["validation"]["targets"] == "all"
+    assert "sft/farm step_000003 measured as stage=mid" in capsys.readouterr().out
+
+
+def test_what_is_typed_wins_over_the_checkpoints_own(place):
+    own = evaluate("init.from=sft/farm")
+    held = evaluate("init.from=sft/farm", "data=local", "data.val_path=held.jsonl")
+    assert held["validation"]["rows"] == 20 and own["validation"]["rows"] == 3
+    assert "eval/mmlu_acc" in held["metrics"]
+    assert set(evaluate("init.from=sft/farm", "eval=bpb")["metrics"]) == {"val/loss", "val/bpb"}
+    assert evaluate("init.from=sft/farm", "eval.max_problems=7")["metrics"]["eval/mmlu_n"] == 7
+    packed = evaluate("init.from=sft/farm", "collator=packed", "eval=bpb")
+    assert packed["validation"]["targets"] == "all"
+    cut = evaluate("init.from=sft/farm", "data=local", "data.val_path=held.jsonl", "train.seq_len=32", "eval=bpb")
+    assert cut["validation"]["tokens"] <= held["validation"]["tokens"]
+
+
+def test_a_key_that_the_checkpoints_part_does_not_have_is_refused(place):
+    with pytest.raises(UserError, match=r"no key collator\.isolate_documents.*leave it out"):
+        evaluate("init.from=sft/farm", "collator.isolate_documents=true")
+
+
+def test_questions_of_the_data_are_kept_where_only_the_choice_of_evaluation_is_typed(place):
+    assert evaluate("init.from=sft/farm", "eval=full")["metrics"]["eval/mmlu_n"] == 40
+
+
+# --- error bars and answers ------------------------------------------------------------------------------------------
+
+
+def test_an_accuracy_comes_with_its_error_and_count_and_each_answer_is_kept(place, capsys):
+    found = evaluate("init.from=sft/farm")
+    accuracy, n = found["metrics"]["eval/mmlu_acc"], found["metrics"]["eval/mmlu_n"]
+    assert n == 40
+    assert found["metrics"]["eval/mmlu_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / n))
+    out = capsys.readouterr().out
+    assert f"{accuracy:.1%} +- {found['metrics']['eval/mmlu_stderr']:.1%}  40 questions" in out
+    answers = [json.loads(line) for line in (Path(found["folder"]) / "answers.jsonl").read_text().splitlines()]
+    assert sum(a["choice"] == a["answer"] for a in answers) / n == accuracy
+    assert [a["index"] for a in answers] == list(range(40)) and [a["answer"] for a in answers] == [i % 3 for i in range(40)]
+    for a in answers:
+        assert len(a["logprobs"]) == 3 and a["choice"] == max(range(3), key=lambda i: a["logprobs"][i])
+        assert sum(map(math.exp, a["logprobs"])) < 1 + 1e-6
+    bits = sum(-a["logprobs"][a["answer"]] for a in answers) / math.log(2)
+    assert found["metrics"]["eval/mmlu_bpb"] == pytest.approx(bits / n)  # a letter is one byte
+    assert (place / "runs/sft/farm/answers.jsonl").read_text() == (Path(found["folder"]) / "answers.jsonl").read_text()
+
+
+def test_a_measurement_never_replaces_another(place):
+    folders = [evaluate("init.from=sft/farm", "eval=bpb")["folder"] for _ in range(2)]
+    assert len(set(folders)) == 2 and all((Path(folder) / "result.json").is_file() for folder in folders)
+
+
+def test_the_log_of_a_run_shows_accuracies_without_their_details(place):
+    log = Path("runs/sft/farm/train.log").read_text()
+    assert "eval/mmlu_acc" in log and "eval/mmlu_stderr" not in log
+    assert any("eval/mmlu_stderr" in row for row in metrics("runs/sft/farm"))
+    assert "validation: 3 rows" in log and DETAILS
+
+
+# --- several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_compared_question_by_question(place, capsys):
+    found = evaluate("runs=[mid/farm,sft/farm]", "stage=sft", "data=local", "data.val_path=talk.jsonl")
+    assert [result["trained"] for result in found["runs"]] == ["mid", "sft"]
+    first, second = (result["metrics"] for result in found["runs"])
+    pair = found["pairs"][0]
+    assert (pair["mmlu_acc"]["first"], pair["mmlu_acc"]["second"]) == (first["eval/mmlu_acc"], second["eval/mmlu_acc"])
+    assert pair["val/loss"]["second"] == pytest.approx(second["val/loss"])
+    assert pair["val/loss"]["significant"] == (abs(first["val/loss"] - second["val/loss"]) > 0.01)
+    out = capsys.readouterr().out
+    assert "sft/farm step_000003 against mid/farm step_000004" in out and "McNemar" in out and "noise" in out
+
+
+def test_a_run_does_not_differ_from_itself(place):
+    pair = evaluate("runs=[sft/farm,sft/farm]", "train.device_batch_size=1")["pairs"][0]
+    assert pair["mmlu_acc"]["significant"] is False and "p = 1" in pair["mmlu_acc"]["text"]
+
+
+def test_runs_that_answered_different_questions_are_not_compared(place):
+    shutil.copytree("runs/sft/farm", "runs/sft/fewer")
+    file = place / "runs/sft/fewer/checkpoints/step_000003/config.yaml"
+    damaged = file.read_text()
+    try:
+        settings = damaged.replace("max_problems: 1024", "max_problems: 12")
+        assert settings != damaged
+        file.write_text(settings)
+        manifest = file.with_name("manifest.json")
+        import hashlib
+
+        sums = json.loads(manifest.read_text()) | {"config.yaml": hashlib.sha256(settings.encode()).hexdigest()}
+        manifest.write_text(json.dumps(sums))
+        with pytest.raises(UserError, match=r"same questions in mmlu: 40 and 12, 12 of them in both"):
+            evaluate("runs=[sft/farm,sft/fewer]")
+        advised = evaluate("runs=[sft/farm,sft/fewer]", "eval.max_problems=12")
+        assert advised["pairs"][0]["mmlu_acc"]["first"] == advised["runs"][1]["metrics"]["eval/mmlu_acc"]
+    finally:
+        shutil.rmtree("runs/sft/fewer")
+
+
+@pytest.mark.parametrize("typed", [["runs=[sft/farm]"], ["runs=[sft/farm,mid/farm]", "run.name=farm"]])
+def test_runs_are_two_or_more_and_the_only_name(place, typed):
+    with pytest.raises(UserError, match="takes the place of"):
+        evaluate(*typed)
+
+
+def test_a_sweep_of_evaluations_ends_in_a_table(place, capsys):
+    done = command_line(capsys, "-m", "command=evaluate", "init.from=mid/farm,sft/farm", "tracking=none")
+    assert done.status == 0, done.err
+    table = done.out[done.out.rindex("loss over") :]
+    for cell in ("mid/farm step_000004", "sft/farm step_000003", "all tokens", "replies", "+-"):
+        assert cell in table
+
+
+# --- the test part ---------------------------------------------------------------------------------------------------
+
+
+def test_the_test_part_is_measured_only_where_it_is_asked_for(place):
+    found = evaluate("init.from=sft/farm", "eval=bpb", "eval.on=test")
+    assert found["part"] == "test" and set(found["metrics"]) == {"test/loss", "test/bpb"}
+    assert found["validation"]["rows"] == 20
+    assert score_on_test(place / "runs/sft/farm")["metrics"] == pytest.approx(found["metrics"])
+
+
+def test_a_training_never_looks_at_its_test_part(place):
+    with pytest.raises(UserError, match=r"eval\.on=test is for command=evaluate"):
+        train("sft", "cheat", "train.max_steps=1", "eval.on=test")
+
+
+def test_data_without_a_test_part_says_how_to_give_one(place):
+    with pytest.raises(UserError, match=r"no test part.*data\.test_path"):
+        evaluate("init.from=sft/farm", "data=local", "data.val_path=held.jsonl", "eval.on=test", "eval=bpb")
+    train("mid", "plain", *TINY, "train.max_steps=1", "init.from=scratch")
+    assert score_on_test(place / "runs/mid/plain") is None
+    shutil.rmtree("runs/mid/plain")
