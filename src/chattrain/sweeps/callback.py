@@ -47,6 +47,6 @@ class Begin(Callback):
     def _begin(self, config: DictConfig, multirun: bool) -> None:
         try:
             if (launch := launching.current()) is not None:
-                launch.sweep.begin(config, multirun, launch.command)
+                launch.begin(config, multirun)
         except UserError as error:
             raise Refused(error) from None

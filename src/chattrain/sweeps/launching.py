@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from omegaconf import DictConfig
 
 from chattrain.commands.exit import report_error
+from chattrain.config import Config
 from chattrain.errors import RunFailed, UserError
+from chattrain.setup.mlflow_target import mlflow_target
 from chattrain.setup.names import is_main_process, run_folder
 from chattrain.sweeps.record import JobOutcome, read_outcome, read_outcomes
 from chattrain.sweeps.schedule import Done, Skipped
@@ -67,6 +69,7 @@ class Launch(Bystander):
         self.jobs: dict[int, JobRecord] = {}
         self.results: list[dict] = []  # what the jobs' commands returned
         self.table: LiveTable | None = None
+        self.mlflow_uri = ""
         _current = self
 
     @contextmanager
@@ -75,6 +78,28 @@ class Launch(Bystander):
         with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
             os.environ["CHATTRAIN_SCRATCH"] = scratch
             yield
+
+    # --- called by Hydra's callback ----------------------------------------------------------------------------------
+
+    def begin(self, config: DictConfig, multirun: bool) -> None:
+        """Before the first job. Raises UserError; nothing is written before."""
+        self.sweep.begin(config, multirun, self.command)
+        if self.sweep.launcher:  # it tells us nothing of its jobs before they run
+            self._open_parent(config)
+
+    def _open_parent(self, config: DictConfig) -> None:
+        """Make the sweep's run in MLflow, under which those of its jobs are nested, or go on with that of an earlier launch."""
+        folder = self.sweep.folder
+        if folder is None or not config.tracking.mlflow or not self.sweep.trains or not is_main_process():
+            return
+        from chattrain.tracking.mlflow_parent import open_parent  # imports mlflow, for seconds
+
+        before = SweepRecord.read(folder).mlflow_run_id if (folder / FILE).is_file() else None
+        self.mlflow_uri, experiment = mlflow_target(cast(Config, config))  # the same keys
+        run_id = before or os.environ.get("MLFLOW_RUN_ID")
+        self.sweep.mlflow_run_id = open_parent(
+            self.mlflow_uri, experiment, f"sweep {folder.name}", self.command, self.sweep.swept, run_id
+        )
 
     # --- called by our launcher --------------------------------------------------------------------------------------
 
@@ -100,6 +125,7 @@ class Launch(Bystander):
             self.sweep.set_objective(config)  # of the last job: where stages are swept, that of the last stage
         if self.record is None and self.sweep.folder:
             shutil.rmtree(self.sweep.folder / "jobs", ignore_errors=True)  # of an earlier launch of this sweep
+            self._open_parent(list(configs.values())[-1])
         self.direction = self.sweep.direction
         self._open_record(planned)
 
@@ -116,7 +142,7 @@ class Launch(Bystander):
         if self.record is None:
             before = SweepRecord.read(folder) if (folder / FILE).is_file() else None
             self.record = SweepRecord(folder.name, self.command, before.created_at if before else time.time())
-            self.record.mlflow_run_id = before.mlflow_run_id if before else None
+            self.record.mlflow_run_id = self.sweep.mlflow_run_id
             self.kept = [job for job in before.jobs if job.status == "completed"] if before else []
         self.jobs |= planned
         folders = {job.run_dir for job in self.jobs.values()}
@@ -198,18 +224,25 @@ class Launch(Bystander):
 
     def show(self) -> None:
         """Print what a sweep found, or the stages of a chain side by side; nothing without `-m`."""
-        jobs = self.record.jobs if self.record else []
-        if not jobs or not is_main_process() or self.record is None or self.sweep.folder is None:
-            return
-        from chattrain.tracking.table import show_runs, show_sweep
+        if self.record is not None and self.record.jobs and self.sweep.folder is not None and is_main_process():
+            from chattrain.sweeps.results import show_results  # imports rich and numpy
 
-        if set(self.record.swept) - {"stage"}:
-            show_sweep(self.sweep.folder)
+            show_results(self.record, self.sweep.folder, self.results, self.sweep.trains)
+            self._close_parent(self.sweep.folder)
+
+    def _close_parent(self, folder: Path) -> None:
+        """End the sweep's run in MLflow with its result and its files."""
+        if self.sweep.mlflow_run_id is None:
             return
-        run_dirs = [Path(job.run_dir) for job in jobs if job.run_dir and job.status == "completed"]
-        trained = [run_dir for run_dir in run_dirs if (run_dir / "metrics.jsonl").is_file()]
-        if trained:
-            show_runs(trained)
+        from chattrain.sweeps.results import read_answer
+        from chattrain.tracking.mlflow_parent import close_parent
+
+        answer = read_answer(folder)
+        statuses = {job.status for job in self.jobs.values()}
+        status = "KILLED" if "interrupted" in statuses else "FAILED" if "failed" in statuses else "FINISHED"
+        files = [folder / name for name in ("sweep.json", "table.md", "answer.json", "report.html")]
+        files = [file for file in files if file.is_file()]
+        close_parent(self.mlflow_uri, self.sweep.mlflow_run_id, answer, files, status)
 
     @property
     def explains(self) -> bool:

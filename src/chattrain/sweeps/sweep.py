@@ -56,7 +56,7 @@ class Sweep:
         self.multirun, self.command = multirun, str(config.command)
         given = [key for key in map(key_of, config.hydra.overrides.task) if key in ONLY_IN_SWEEPS]
         if not multirun:
-            if given and self.command.endswith("train"):
+            if given and self.trains:
                 raise UserError(f"{given[0]} has no effect on a single run; add -m, or leave it out")
             return refuse_unused_sweep(config.hydra, typed)
         settings = OmegaConf.to_object(config.sweep)
@@ -133,6 +133,11 @@ class Sweep:
                 given = " ".join(f"{key}={value}" for key, value in values.items())
                 raise UserError(f"two jobs would share one folder: {given} is given twice; leave one out")
             folders.add(folder)
+
+    @property
+    def trains(self) -> bool:
+        """Are the jobs trainings?"""
+        return self.command.endswith("train")
 
     def values(self, overrides: list[str]) -> dict[str, str]:
         """The swept keys and groups of a job, with its values."""
