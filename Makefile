@@ -54,8 +54,8 @@ lint: setup ## ruff, the contract of imports, types
 bench: setup ## speed, as ratios in one run
 	$(BIN)/python -m benchmarks
 
-ui: setup ## open the MLflow store of runs/ in a browser
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+ui: setup ## open the runs in MLflow in a browser: of runs/, or of MLFLOW_TRACKING_URI
+	$(BIN)/python -m chattrain.tracking.mlflow_ui
 
 clean: ## remove .venv and caches, keep runs/
 	rm -rf .venv .pytest_cache .ruff_cache

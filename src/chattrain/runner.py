@@ -103,7 +103,7 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
                 log.warning(setup.start.warning)
             report_counts(data.train, data.num_steps)
             saved = checkpoint.load_state(setup.resume) if setup.resume else None
-            tracker = build_tracker(cfg, setup.run_dir, data.num_steps, saved, ranks)
+            tracker = build_tracker(cfg, setup, data, saved, ranks)
             trainer, state = build_components(cfg, setup, ranks, data, tracker, stop_asked, saved)
             cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, cfg.train.last_step(data.num_steps))
             try:

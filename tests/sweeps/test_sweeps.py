@@ -119,8 +119,10 @@ def test_a_group_and_a_list_are_swept(place, name, capsys):
         (["-m", "run.seed=1,2", "sweep.gpus_per_job=64"], ["sweep.gpus_per_job=64", "sweep.jobs"]),
         (["-m", "stage=mid,sft", "sweep.prune=2"], ["sweep.prune=2", "one stage"]),
         (["-m", "run.seed=1,2", "train.max_step=3"], ["train.max_step", "train.max_steps"]),
-        (["sweep.jobs=0"], ["sweep.jobs=0", "1 or more"]),
-        (["sweep.name=a/b"], ["sweep.name=a/b"]),
+        (["sweep.jobs=2"], ["sweep.jobs", "-m"]),
+        (["-m", "run.seed=1,2", "sweep.jobs=2", "hydra/launcher=submitit_local"], ["sweep.jobs", "submitit_local"]),
+        (["sweep.jobs=0", "-m"], ["sweep.jobs=0", "1 or more"]),
+        (["sweep.name=a/b", "-m"], ["sweep.name=a/b"]),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_written(typed, named, place, capsys):

@@ -1,4 +1,7 @@
-"""command=export: write a trained model as a folder for other programs (format=hf: Hugging Face transformers)."""
+"""command=export: write a trained model as a folder for other programs.
+
+format=hf: for Hugging Face transformers. format=mlflow: an MLflow model that chats.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import yaml
 from safetensors.torch import save_file
 
 from chattrain.config import Config
+from chattrain.config.words import Format
 from chattrain.errors import UserError
-from chattrain.formats import huggingface
+from chattrain.formats import huggingface, mlflow_model
 from chattrain.setup.start import find_checkpoint
 from chattrain.storage import checkpoint
 from chattrain.storage.files import read_json, replace_folder
@@ -39,9 +43,11 @@ def main(cfg: Config) -> dict:
             raise UserError(f"export.dir={folder} is a file; name a folder")
         if folder.exists() and any(folder.iterdir()) and not (folder / EXPORT_FILE).is_file():
             raise UserError(f"export.dir={folder} is in use and holds no earlier export; name another folder")
-        replace_folder(folder, lambda scratch: _write(scratch, source))
+        replace_folder(folder, lambda scratch: _write(scratch, source, cfg.format))
         kind = checkpoint.load_state(source).model.get("model_type", huggingface.MODEL_TYPE)
         log.info("exported %s (model type %s) to", source, kind)
+        if cfg.format == Format.mlflow:
+            log.info("serve it: mlflow models serve -m %s --env-manager local", folder)
         print(folder)
         return {"folder": str(folder), "checkpoint": str(source)}
     finally:
@@ -49,7 +55,7 @@ def main(cfg: Config) -> dict:
 
 
 def _target(cfg: Config, source: Path) -> Path:
-    """export.dir, else <run>/hf/<step>."""
+    """export.dir, else <run>/<format>/<step>."""
     if cfg.export.dir:
         return Path(cfg.export.dir).expanduser().resolve()
     if source.parent.name != "checkpoints":
@@ -57,8 +63,16 @@ def _target(cfg: Config, source: Path) -> Path:
     return source.parents[1] / cfg.format.name / source.name
 
 
-def _write(folder: Path, source: Path) -> None:
+def _write(folder: Path, source: Path, format: Format) -> None:
     state = checkpoint.load_state(source)
+    if format == Format.mlflow:
+        mlflow_model.write(folder, source)
+    else:
+        _write_hf(folder, source, state)
+    (folder / EXPORT_FILE).write_text(json.dumps({"checkpoint": str(source), "stage": state.stage, "step": state.step}, indent=1))
+
+
+def _write_hf(folder: Path, source: Path, state: checkpoint.CheckpointState) -> None:
     weights = read_tensors(source / "model.safetensors")
     tokenizer = Tokenizer.load(source)
     if "model_type" in state.model:
@@ -71,7 +85,6 @@ def _write(folder: Path, source: Path) -> None:
                 "exported with a tokenizer of the nanochat architecture; train with chattrain's own or nanochat's tokenizer"
             )
         huggingface.write(folder, state.model, weights, tokenizer, seq_len)
-    (folder / EXPORT_FILE).write_text(json.dumps({"checkpoint": str(source), "stage": state.stage, "step": state.step}, indent=1))
 
 
 def _write_hf_model(folder: Path, source: Path, weights: dict[str, torch.Tensor], tokenizer: AnyTokenizer) -> None:

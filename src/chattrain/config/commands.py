@@ -34,4 +34,4 @@ class InspectConfig:
 
 @dataclass
 class ExportConfig:
-    dir: str | None = None  # folder to write; null: <run>/hf/<step>
+    dir: str | None = None  # folder to write; null: <run>/<format>/<step>

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -10,5 +10,7 @@ from omegaconf import MISSING
 @dataclass
 class TrackingConfig:
     mlflow: bool = MISSING
-    uri: str | None = None  # of the MLflow server; null: the SQLite file mlflow.db in run.root
-    experiment: str = "chattrain"
+    uri: str | None = None  # of the MLflow server; null: $MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in run.root
+    experiment: str | None = None  # null: $MLFLOW_EXPERIMENT_NAME, else chattrain
+    tags: dict[str, str] = field(default_factory=dict)  # of the run in MLflow: +tracking.tags.team=blue
+    system_metrics: bool = True  # CPU, memory, disk, network and GPU of this machine, every 10 seconds, by MLflow

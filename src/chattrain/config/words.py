@@ -25,6 +25,7 @@ Command = Enum(
 
 class Format(Enum):
     hf = "hf"
+    mlflow = "mlflow"
 
 
 class Direction(Enum):

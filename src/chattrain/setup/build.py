@@ -27,6 +27,7 @@ from chattrain.parallel.strategy import ParallelStrategy, SingleProcess
 from chattrain.parallel.zero import ZeroDDP
 from chattrain.setup.data import RunData
 from chattrain.setup.evaluation import build_evaluation
+from chattrain.setup.mlflow_run import model_params
 from chattrain.setup.plan import RunSetup
 from chattrain.storage import checkpoint
 from chattrain.tracking.tracker import NullTracker, Tracker
@@ -68,6 +69,7 @@ def build_components(
     batch_size, num_steps = cfg.train.device_batch_size, data.num_steps
     evaluate = build_evaluation(cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy)
     schedule = instantiate_config(cfg.schedule)
+    tracker.describe(model_params(model, optimizer, schedule, num_steps))
     return loop.TrainerComponents(
         model=model,
         loss_of=in_context(autocast, model.loss),
@@ -211,7 +213,10 @@ def save_checkpoint(
             metrics=dict(tracker.last),
             mlflow_run_id=tracker.mlflow_run_id,
         )
-        checkpoint.save(run_dir, saved, weights, optimizer_state, data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep, model.files)
+        folder = checkpoint.save(
+            run_dir, saved, weights, optimizer_state, data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep, model.files
+        )
+        tracker.checkpoint(state.step, folder)
 
     ranks.at(f"saving step {state.step}")
     weights, optimizer_state = strategy.full_weights(model), strategy.consolidate_state(optimizer.state())

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+import logging
 
 from chattrain.config import Config
 from chattrain.parallel.ranks import Ranks
+from chattrain.setup import mlflow_run
+from chattrain.setup.data import RunData
+from chattrain.setup.job import current_job
+from chattrain.setup.mlflow_target import given_run_id, mlflow_target
+from chattrain.setup.plan import RunSetup
 from chattrain.storage.checkpoint import CheckpointState
-from chattrain.tracking.mlflow_sink import MLflowSink, Param
+from chattrain.tracking.mlflow_sink import MLflowSink
+from chattrain.tracking.provenance import without_passwords
 from chattrain.tracking.tracker import NullTracker, Tracker
+
+log = logging.getLogger("chattrain")
 
 
 def build_tracker(
-    cfg: Config, run_dir: Path, num_steps: int, saved: CheckpointState | None, ranks: Ranks
+    cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointState | None, ranks: Ranks
 ) -> Tracker | NullTracker:
     """The tracker on rank 0, a NullTracker on other ranks. `saved`: the state of the checkpoint that the run resumes from."""
     if not ranks.is_main:
         return NullTracker()
-    sink = None
-    if cfg.tracking.mlflow:
-        uri = cfg.tracking.uri or f"sqlite:///{(Path(cfg.run.root) / 'mlflow.db').resolve()}"
-        sink = MLflowSink(
-            uri,
-            cfg.tracking.experiment,
-            f"{cfg.stage}/{run_dir.name}",
-            flatten(asdict(cfg)),
-            {"stage": cfg.stage, "run_dir": str(run_dir)},
-            saved.mlflow_run_id if saved else None,
-        )
-    return Tracker(run_dir, num_steps, saved.step if saved else 0, sink)
+    sink = _build_sink(cfg, setup, data, saved, ranks.world_size) if cfg.tracking.mlflow else None
+    return Tracker(setup.run_dir, data.num_steps, saved.step if saved else 0, sink)
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Param]:
-    """A nested configuration as dotted keys, enums as their names.
-
-    >>> flatten({"run": {"seed": 1, "name": None}, "betas": [0.8, 0.95]})
-    {'run.seed': 1, 'run.name': None, 'betas': '[0.8, 0.95]'}
-    """
-    flat: dict[str, Param] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, str | int | float | bool | None):
-            flat[f"{prefix}{key}"] = value
-        else:
-            flat[f"{prefix}{key}"] = getattr(value, "name", str(value))
-    return flat
+def _build_sink(cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointState | None, world_size: int) -> MLflowSink:
+    """Open the store, say where numbers go, and describe the run there."""
+    job, (uri, experiment) = current_job(), mlflow_target(cfg)
+    data_sets, measured_on = mlflow_run.data_sets(cfg, data)
+    sink = MLflowSink(
+        uri,
+        experiment,
+        mlflow_run.run_name(cfg.stage, setup.run_dir.name, job),
+        mlflow_run.chosen_params(cfg, job) | mlflow_run.derived_params(cfg, data, world_size),
+        mlflow_run.run_tags(cfg, setup.run_dir, job),
+        given_run_id(saved.mlflow_run_id if saved else None, job),
+        measured_on,
+        lambda result: mlflow_run.note(setup.run_dir, job, result),
+    )
+    if sink.run_id:
+        where = without_passwords(uri), sink.experiment, sink.run_id
+        log.info("numbers go to metrics.jsonl and to MLflow: %s, experiment %s, run %s", *where)
+        sink.inputs(data_sets, None if setup.resume else setup.start.checkpoint)
+        if cfg.tracking.system_metrics:
+            sink.watch_system()
+    return sink

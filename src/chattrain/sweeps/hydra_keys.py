@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from chattrain.errors import UserError
 
@@ -20,7 +20,7 @@ def refuse_keys_without_effect(hydra: DictConfig) -> None:
     """Raises UserError where the command line or a YAML file sets one of them. `hydra`: the node `hydra` of the configuration."""
     for key, (ours, instead) in WITHOUT_EFFECT.items():
         group, _, name = key.partition(".")
-        value = OmegaConf.to_container(hydra[group], resolve=False)[name]
+        value = hydra[group]._get_node(name)._value()  # as written, not resolved
         if value != ours:
             raise UserError(f"hydra.{key}={value} has no effect here: {instead}")
 

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from chattrain.commands.exit import report_error
 from chattrain.config import Config, schema
+from chattrain.config.compose import key_of
 from chattrain.config.run import InitConfig
+from chattrain.config.sweep import SweepConfig
 from chattrain.config.words import Command
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup.job import Job, SweepMember, set_job
@@ -26,6 +28,8 @@ from chattrain.sweeps.hydra_keys import refuse_keys_without_effect, refuse_unuse
 from chattrain.sweeps.naming import parse, run_name, swept_values
 from chattrain.sweeps.objective import direction_of, metrics_at, objective_of
 from chattrain.sweeps.record import JobOutcome
+
+ONLY_IN_SWEEPS = ("sweep.name", "sweep.jobs", "sweep.gpus_per_job", "sweep.prune", "sweep.direction")
 
 
 @dataclass
@@ -50,8 +54,14 @@ class Sweep:
         """Decide what can be decided before the first job. `typed`: the arguments. Raises UserError, with nothing written."""
         refuse_keys_without_effect(config.hydra)
         self.multirun, self.command = multirun, str(config.command)
+        given = [key for key in map(key_of, config.hydra.overrides.task) if key in ONLY_IN_SWEEPS]
         if not multirun:
+            if given and self.command.endswith("train"):
+                raise UserError(f"{given[0]} has no effect on a single run; add -m, or leave it out")
             return refuse_unused_sweep(config.hydra, typed)
+        settings = OmegaConf.to_object(config.sweep)
+        assert isinstance(settings, SweepConfig)
+        settings.check()
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         overrides = parse([*params, *config.hydra.overrides.task])
         self.swept = [key for key, override in overrides.items() if override.is_sweep_override()]
@@ -62,15 +72,15 @@ class Sweep:
             self.launcher = config.hydra.runtime.choices["hydra/launcher"]
         self.searches = not config.hydra.sweeper._target_.endswith("BasicSweeper")
         name = config.sweep.name or config.run.name or self.launch
-        self.folder = (Path(config.run.root).expanduser() / "sweeps" / name).resolve()
+        folder = self.folder = (Path(config.run.root).expanduser() / "sweeps" / name).resolve()
         self.set_objective(config)
         self._refuse(config)
         if not self.searches:
             self._refuse_duplicates(config, list(overrides.values()))
         if self.launcher:
-            shutil.rmtree(self.folder / "jobs", ignore_errors=True)  # of an earlier launch of this sweep
-            self.folder.mkdir(parents=True, exist_ok=True)
-            os.environ["CHATTRAIN_SCRATCH"] = str(self.folder)  # Hydra's own files of the sweep; other hosts read them
+            shutil.rmtree(folder / "jobs", ignore_errors=True)  # of an earlier launch of this sweep
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["CHATTRAIN_SCRATCH"] = str(folder)  # Hydra's own files of the sweep; other hosts read them
 
     def set_objective(self, config: DictConfig) -> None:
         """Take sweep.objective and sweep.direction of a composed configuration."""
@@ -89,6 +99,11 @@ class Sweep:
             raise UserError(
                 "-m starts one run after another, but torchrun starts one process group for all of them; leave torchrun out and "
                 "use distributed.nproc=<number> with -m"
+            )
+        if self.launcher and (config.sweep.jobs or config.sweep.gpus_per_job):
+            raise UserError(
+                f"sweep.jobs and sweep.gpus_per_job are keys of hydra/launcher=local; hydra/launcher={self.launcher} has keys "
+                "of its own, hydra.launcher.*"
             )
         if self.stages and self.launcher:
             raise UserError(

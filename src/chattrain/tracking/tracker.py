@@ -16,6 +16,7 @@ from pathlib import Path
 from chattrain.tracking.console import is_quiet
 from chattrain.tracking.metrics import read_metrics, write_metrics
 from chattrain.tracking.mlflow_sink import MLflowSink
+from chattrain.tracking.mlflow_store import Param
 
 logger = logging.getLogger("chattrain")
 
@@ -88,6 +89,16 @@ class Tracker:
             self._bar.update(self._bar.task_ids[0], completed=step, shown=text, refresh=redraw)
             self._drawn = time.monotonic() if redraw else self._drawn
 
+    def describe(self, params: dict[str, Param]) -> None:
+        """Tell MLflow parameters that are known only once the model is built."""
+        if self._mlflow:
+            self._mlflow.describe(params)
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Tell MLflow of a checkpoint that was written."""
+        if self._mlflow:
+            self._mlflow.checkpoint(step, folder)
+
     def finish(self, summary: dict) -> None:
         """Stop the bar, send the run's files to MLflow and end its run with summary["status"]. Call it once, last."""
         if self._bar:
@@ -97,6 +108,7 @@ class Tracker:
             for path in (self._run_dir / name for name in ARTIFACTS):
                 if path.exists():
                     self._mlflow.artifact(path)
+            self._mlflow.result(_result(summary))
             self._mlflow.close(RUN_STATUS[summary["status"]])
 
     def _show_line(self, step: int, metrics: dict[str, float]) -> None:
@@ -133,7 +145,22 @@ class NullTracker:
 
     def update(self, step: int, **shown: float | None) -> None: ...
 
+    def describe(self, params: dict[str, Param]) -> None: ...
+
+    def checkpoint(self, step: int, folder: Path) -> None: ...
+
     def finish(self, summary: dict) -> None: ...
+
+
+def _result(summary: dict) -> str:
+    """How a run ended, in a line: `completed at step 20 of 20: val/bpb 1.25`."""
+    steps = f" at step {summary['steps']} of {summary['num_steps']}" if "steps" in summary else ""
+    measured = [f"{name} {value:.5g}" for name, value in summary.get("metrics", {}).items() if _is_measure(name, value)]
+    return f"{summary['status']}{steps}" + (": " + ", ".join(measured) if measured else "")
+
+
+def _is_measure(name: str, value: float | None) -> bool:
+    return value is not None and name.startswith(("val/", "eval/"))
 
 
 def _progress_bar(num_steps: int, start_step: int):

@@ -1,0 +1,23 @@
+"""Where a run or a sweep goes in MLflow. It imports no torch, so that the process that launches a sweep may ask too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from chattrain.config import Config
+from chattrain.setup.job import Job
+
+DEFAULT_EXPERIMENT = "chattrain"
+
+
+def mlflow_target(cfg: Config) -> tuple[str, str]:
+    """(URI of the store, name of the experiment): of tracking.*, else of MLflow's environment variables, else our own."""
+    uri = cfg.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    experiment = cfg.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    return uri or f"sqlite:///{(Path(cfg.run.root) / 'mlflow.db').resolve()}", experiment or DEFAULT_EXPERIMENT
+
+
+def given_run_id(saved: str | None, job: Job) -> str | None:
+    """The run in MLflow to go on with: that of the checkpoint, else $MLFLOW_RUN_ID. In a sweep that names the sweep's run."""
+    return saved or (None if job.sweep else os.environ.get("MLFLOW_RUN_ID") or None)
