@@ -108,7 +108,7 @@ def test_the_gradient_norm_of_each_group_is_tracked_with_that_of_all():
     here = Recorder("cpu")
     tracked = []
     here.parts.track = lambda step, metrics: tracked.append(metrics)
-    loop.fit(here.parts, loop.State(), loop.Cadence(log=1, evaluate=None, save=None, num_steps=2))
+    loop.fit(here.parts, loop.State(), loop.Cadence(log=1, evaluate=None, save=None, last_step=2))
     for metrics in tracked:
         groups = {name: norm for name, norm in metrics.items() if name.startswith("train/grad_norm/")}
         assert {name.removeprefix("train/grad_norm/") for name in groups} == {"matrix", "embed", "lm_head"}

@@ -22,6 +22,7 @@ table { border-collapse: collapse; } tr { border-bottom: 1px solid #8b949e55; }
 td, th { text-align: left; padding: .2em 1.5em .2em 0; overflow-wrap: anywhere; vertical-align: top; }
 th { font-weight: 400; opacity: .75; white-space: nowrap; }
 .wide td { white-space: nowrap; padding-right: 1.2em; font-variant-numeric: tabular-nums; }
+.wide td:first-child, .wide th:first-child { position: sticky; left: 0; background: Canvas; }
 .jobs td:last-child { white-space: normal; min-width: 14em; } .best { font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 1.2rem 2rem; }
 .chart { margin: 0; min-width: 0; } .chart.tall { grid-column: 1 / -1; max-width: 800px; }
