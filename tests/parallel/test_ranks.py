@@ -42,7 +42,7 @@ def test_one_command_with_two_processes_is_one_run_in_every_job_of_a_sweep(place
     done = command_line(capsys, "-m", "stage=mid", *TWO, "distributed.nproc=2", "optimizer.lr_scale=1,0.5", "tracking=mlflow")
     assert done.status == 0, done.err
     runs = summaries(place)
-    assert [run["status"] for run in runs] == ["completed"] * 2 and mlflow_runs(place) == 2
+    assert [run["status"] for run in runs] == ["completed"] * 2 and mlflow_runs(place) == 3  # and the sweep's
     for run in runs:
         trained = [line["step"] for line in metrics(run["run_dir"]) if "train/loss" in line]
         assert trained == [1, 2]
