@@ -31,6 +31,8 @@ TEXTS = [
 INTEGRATION = [
     "parallel/test_world_size.py",
     "parallel/test_launch.py",
+    "sweeps/test_hydra_suite.py",
+    "sweeps/test_sweeps.py",
     "model/test_recompute.py::test_compiled_",
     "model/test_recompute.py::test_a_run_",
     "parallel/test_ranks.py",

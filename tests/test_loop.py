@@ -71,7 +71,7 @@ def test_a_step_on_another_device_reads_nothing_back():
     """A meta tensor has no values: whatever asks for one raises, as waiting for a GPU would cost time."""
     there = Recorder("meta")
     for step in range(2):
-        result = loop.train_step(there.parts, there.parts.loader.step(step), step)
+        result = loop.train_step(there.parts, there.parts.loader.step(step), step, logged=True)
     with pytest.raises(RuntimeError):
         result.loss.item()
 
@@ -104,9 +104,20 @@ def test_elsewhere_the_first_step_that_is_not_finite_is_named_before_anything_is
     assert here.calls == []
 
 
+def test_the_gradient_norm_of_each_group_is_tracked_with_that_of_all():
+    here = Recorder("cpu")
+    tracked = []
+    here.parts.track = lambda step, metrics: tracked.append(metrics)
+    loop.fit(here.parts, loop.State(), loop.Cadence(log=1, evaluate=None, save=None, num_steps=2))
+    for metrics in tracked:
+        groups = {name: norm for name, norm in metrics.items() if name.startswith("train/grad_norm/")}
+        assert {name.removeprefix("train/grad_norm/") for name in groups} == {"matrix", "embed", "lm_head"}
+        assert sum(norm**2 for norm in groups.values()) == pytest.approx(metrics["train/grad_norm"] ** 2, rel=1e-5)
+
+
 def test_the_loop_evaluates_logs_and_saves_when_due():
     here = Recorder("cpu")
-    state = loop.fit(here.parts, loop.State(), loop.Cadence(log=2, evaluate=3, save=4, num_steps=5))
+    state = loop.fit(here.parts, loop.State(), loop.Cadence(log=2, evaluate=3, save=4, last_step=5))
     assert (state.step, state.tokens_seen) == (5, 5 * 64)
     assert here.calls == [
         ("evaluate", 0),

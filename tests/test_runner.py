@@ -186,8 +186,8 @@ def test_stages_swept_with_something_else_start_from_the_run_of_their_own_value(
     done = command_line(capsys, "-m", "stage=base,mid", "optimizer.lr_scale=1,0.5", *TINY, "train.max_steps=1", "run.name=x")
     assert done.status == 0
     for value in ("1", "0.5"):
-        summary = json.loads((workplace / f"runs/mid/x-lr_scale={value}/summary.json").read_text())
-        assert f"runs/base/x-lr_scale={value}/" in summary["init"]
+        summary = json.loads((workplace / f"runs/mid/x-lr_scale_{value}/summary.json").read_text())
+        assert f"runs/base/x-lr_scale_{value}/" in summary["init"]
 
 
 def test_a_chain_stops_where_a_stage_has_nothing_to_start_from(workplace, capsys):
@@ -227,10 +227,11 @@ def test_a_sweep_gives_each_run_a_name_of_its_own(base, place, capsys):
     )
     assert done.status == 0, done.err
     runs = sorted((place / "runs/sft").glob("lr*"))
-    assert [run.name for run in runs] == ["lr-lr_scale=0.3", "lr-lr_scale=1"]
+    assert [run.name for run in runs] == ["lr-lr_scale_0.3", "lr-lr_scale_1"]
     scales = [yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr_scale"] for run in runs]
     assert scales == [0.3, 1.0]
-    assert "lr_scale=0.3" in done.out and "lr_scale=1" in done.out
+    assert "Best: optimizer.lr_scale=" in done.out and "run.name=lr-best" in done.out
+    assert {file.name for file in (place / "runs/sweeps/lr").iterdir()} >= {"table.md", "answer.json", "report.html"}
 
 
 def test_a_job_that_fails_does_not_stop_the_others_of_a_sweep_and_the_status_tells(base, place, capsys):
@@ -247,7 +248,7 @@ def test_a_job_that_fails_does_not_stop_the_others_of_a_sweep_and_the_status_tel
     assert done.status == 2
     assert done.err.count("chattrain: ") == 2 and "Traceback" not in done.err
     runs = {run.name: json.loads((run / "summary.json").read_text())["status"] for run in (place / "runs/mid").glob("some*")}
-    assert runs == {"some-lr_scale=1e+35": "failed", "some-lr_scale=1": "completed"}
+    assert runs == {"some-lr_scale_1e+35": "failed", "some-lr_scale_1": "completed"}
 
 
 # --- commands on a finished run --------------------------------------------------------------------------------------

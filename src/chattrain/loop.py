@@ -38,15 +38,15 @@ class State:
 
 @dataclass(frozen=True)
 class Cadence:
-    """Every how many steps to log, evaluate and save; None: only after the last step."""
+    """Every how many steps to log, evaluate and save, besides after the last step that is made; None: only then."""
 
     log: int
     evaluate: int | None
     save: int | None
-    num_steps: int
+    last_step: int  # to be made now: the run's last, or an earlier one from which it resumes later
 
     def due(self, every: int | None, step: int) -> bool:
-        return step == self.num_steps or (every is not None and step % every == 0)
+        return step == self.last_step or (every is not None and step % every == 0)
 
 
 @dataclass
@@ -79,23 +79,24 @@ class StepResult:
     step: int  # steps completed before it
     loss: Tensor  # () this rank's summed loss in nats, divided by the supervised tokens of all ranks and micro-batches
     grad_norm: Tensor  # () of the gradients summed over all ranks
+    group_norms: Tensor | None  # (groups,) the same of each of the optimizer's groups; None at steps that are not logged
     tokens: int  # of all ranks, without padding
     num_supervised: int  # tokens, of all ranks
     stop: bool  # was a rank asked to stop?
 
 
 def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
-    """Train from state.step to cadence.num_steps, or until a rank is asked to stop; saves in both cases. Returns the state."""
+    """Train from state.step to cadence.last_step, or until a rank is asked to stop; saves in both cases. Returns the state."""
     if state.step == 0:
         measure(trainer, 0)
     speed = Speed(trainer, state)
     unchecked: list[StepResult] = []
-    while state.step < cadence.num_steps and not state.interrupted:
+    while state.step < cadence.last_step and not state.interrupted:
         state.current_step = state.step + 1
         batches = trainer.loader.step(state.step)
         factor = trainer.lr_factor(state.step)
         trainer.optimizer.set_lr_factor(factor)
-        result = train_step(trainer, batches, state.step)
+        result = train_step(trainer, batches, state.step, logged=cadence.due(cadence.log, state.step + 1))
         unchecked.append(result)
 
         state.step += 1
@@ -109,7 +110,8 @@ def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
             loss, grad_norm = sync_and_check_finite(trainer, unchecked)
             unchecked.clear()
             if log:
-                log_step(trainer, state, speed, {"train/loss": loss, "train/grad_norm": grad_norm, "lr_factor": factor})
+                norms = {"train/grad_norm": grad_norm, **trainer.optimizer.by_group("train/grad_norm", result.group_norms)}
+                log_step(trainer, state, speed, {"train/loss": loss, **norms, "lr_factor": factor})
         state.tokens_per_second = speed.overall()
         if evaluate:
             with speed.paused():
@@ -135,9 +137,10 @@ def measure(trainer: TrainerComponents, step: int) -> None:
         trainer.track(step, metrics)
 
 
-def train_step(trainer: TrainerComponents, batches: list[Batch], step: int) -> StepResult:
+def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logged: bool = False) -> StepResult:
     """One optimizer step on this rank's micro-batches. `step`: steps completed before. parallel/strategy.py has the timeline.
 
+    `logged`: take the gradient norm of each group too, which reads the gradients once more.
     The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches and ranks: a mean
     of means would give a token in a batch with few of them more weight. Raises RunFailed before the weights change if the step
     has no supervised token or, with checks_each_step, if loss or gradient norm are not finite.
@@ -156,7 +159,8 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int) -> S
         loss.backward()
         losses.append(loss.detach())
     norm = trainer.strategy.reduce_gradients(trainer.optimizer)
-    result = StepResult(step, sum(losses[1:], losses[0]), norm, int(tokens), int(supervised), stop > 0)
+    group_norms = trainer.strategy.group_norms(trainer.optimizer, norm) if logged else None
+    result = StepResult(step, sum(losses[1:], losses[0]), norm, group_norms, int(tokens), int(supervised), stop > 0)
     if trainer.checks_each_step:
         sync_and_check_finite(trainer, [result])
     if trainer.max_grad_norm is not None:

@@ -109,7 +109,7 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             trainer, state = build_components(cfg, setup, ranks, data, tracker, stop_asked, saved)
             data.learning_rates = peak_rates(trainer.optimizer, trainer.lr_factor, data.num_steps)
             report_rates(cfg, data.learning_rates)
-            cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, data.num_steps)
+            cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, cfg.train.last_step(data.num_steps))
             try:
                 with collect_garbage_between_steps():
                     state = loop.fit(trainer, state, cadence)

@@ -226,3 +226,9 @@ def test_the_command_line_wins_over_a_recipe():
     assert (cfg.train.device_batch_size, cfg.optimizer.lr_scale, cfg.model.n_layer) == (2, 3, 12)
     assert cfg.schedule._target_ == "chattrain.optim.schedules.cosine"
     assert (cfg.eval.validation, cfg.eval.multiple_choice) == (False, False)
+
+
+def test_the_tuned_recipe_of_the_demo_differs_from_the_reference_in_the_learning_rate_only():
+    tuned, reference = compose(["experiment=demo_sft_tuned"]), compose(["experiment=quickstart", "stage=sft"])
+    assert (tuned.optimizer.lr_scale, reference.optimizer.lr_scale) == (10.0, 1.0)
+    assert tuned == compose(["experiment=quickstart", "stage=sft", "optimizer.lr_scale=10"])

@@ -275,12 +275,12 @@ def test_jobs_of_a_launcher_are_a_run_each_and_one_that_fails_is_named(place):
     )
     assert run.status() == 1
     (message,) = run.signed
-    assert message.startswith("job 1 (optimizer.lr_scale=1e+39): step 2: non-finite loss (nan)")
+    assert message.startswith("job 2 (optimizer.lr_scale=1e+39): step 2: non-finite loss (nan)")
     found = [json.loads(file.read_text()) for file in (place / "runs/mid").glob("*/summary.json")]
     assert sorted(s["status"] for s in found) == ["completed", "failed"]
-    launches = {Path(s["run_dir"]).name.rpartition("-lr_scale=")[0] for s in found}
+    launches = {Path(s["run_dir"]).name.rpartition("-lr_scale_")[0] for s in found}
     assert len(launches) == 1  # named once, by the launch
-    assert "first value -> last value" in run.said and "lr_scale=1 " in run.said  # the table has what came back
+    assert "failed: step 2: non-finite loss" in run.said  # in the table, beside what came back
 
 
 @pytest.mark.slow
@@ -306,7 +306,7 @@ def test_jobs_of_slurm_on_two_nodes_are_a_run_each(place):
     )
     assert run.status() == 0, run.said
     found = [file.parent for file in (place / "runs/mid").glob("*/summary.json")]
-    assert len(found) == 2 and "lr_scale=0.5 " in run.said
+    assert len(found) == 2 and run.said.count(" completed ") == 2, run.said
     assert all(sorted(file.name for file in folder.glob("*.log")) == ["rank_1.log", "train.log"] for folder in found)
 
 

@@ -1,49 +1,15 @@
 """A report shows what a run folder holds, whatever it holds."""
 
 import json
-import math
-from html.parser import HTMLParser
+import re
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
-from chattrain.tracking.report import curve_svg, write_report
-
-SVG = "{http://www.w3.org/2000/svg}"
-OPEN_ENDED = {"meta", "br", "img", "link"}  # HTML elements without an end tag
-
-
-class Page(HTMLParser):
-    """Every element of a page, and whether each that opens also closes, in order."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.elements, self.addresses, self.open = [], [], []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in OPEN_ENDED:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def run_folder(folder: Path, rows: list[dict], config: str = "", summary: dict | None = None, torn: str = "") -> Path:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
-    if config:
-        (folder / "config.yaml").write_text(config)
-    if summary:
-        (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
+from chattrain.tracking.charts import running_mean
+from chattrain.tracking.comparison import write_comparison
+from chattrain.tracking.report import write_report
+from tests.tracking.folders import Page, line, run_folder
 
 
 def report(run_dir: Path) -> str:
@@ -67,39 +33,80 @@ SUMMARY = {
     "checkpoint": "checkpoints/step_000020",
 }
 CONFIG = "stage: sft\nrun:\n  name: tuesday\n"
+CHARTS = ["train/loss", "val/loss", "val/bpb", "accuracy", "lr_factor"]  # of ROWS
 
 
 def test_a_report_shows_title_summary_charts_metrics_and_config(tmp_path):
     html = report(run_folder(tmp_path, ROWS, CONFIG, SUMMARY))
     page = Page(html)
-    assert page.elements.count("svg") == 5  # train/loss, val/bpb, val/loss, lr_factor, accuracies
+    assert list(page.charts) == CHARTS
     assert "<h1>sft tuesday <span" in html and "completed</span>" in html
     for words in ("81,920", "60,000", "41,234", "runs/mid/a", "checkpoints/step_000020", "1.125", "name: tuesday"):
-        assert words in html
-    assert "eval/mmlu_acc" in html and "eval/arc_easy_acc" in html
+        assert words in page.text
+    assert line(page.charts["accuracy"], "arc_easy_acc") == {20: 0.5}
+
+
+def test_rates_and_gradients_are_shown_by_group_with_speed_and_memory(tmp_path):
+    names = [
+        "lr/matrix",
+        "lr/embed",
+        "train/grad_norm",
+        "train/grad_norm/embed",
+        "train/tokens_per_second",
+        "train/peak_memory_gib",
+    ]
+    rows = [
+        {"step": step, "time": 0.0, "lr_factor": 0.5, **{name: float(step + i) for i, name in enumerate(names)}}
+        for step in (1, 2)
+    ]
+    charts = Page(report(run_folder(tmp_path, rows))).charts
+    assert list(charts) == ["learning rate by group", "gradient norm", "throughput, tokens/s", "peak memory, GiB"]
+    assert line(charts["learning rate by group"], "lr/embed") == {1: 2, 2: 3}
+    assert line(charts["gradient norm"], "train/grad_norm/embed") == {1: 4, 2: 5}
+
+
+def test_accuracies_have_their_95_percent_interval(tmp_path):
+    rows = [{"step": step, "time": 0.0, "eval/arc_acc": 0.5, "eval/arc_stderr": 0.02, "eval/arc_n": 625} for step in (0, 9)]
+    page = Page(report(run_folder(tmp_path, rows)))
+    assert page.charts["accuracy"]["series"][0]["half"] == pytest.approx([0.0392, 0.0392])
+    assert "50.0% ± 3.9" in page.text
+
+
+def test_validation_losses_say_what_they_are_over(tmp_path):
+    page = Page(report(run_folder(tmp_path, ROWS, CONFIG, SUMMARY | {"validation": {"targets": "assistant", "tokens": 1234}})))
+    assert "val/loss (replies)" in page.charts and "val/loss (replies)" in page.text and "tokens 1,234" in page.text
 
 
 def test_only_metrics_that_are_present_get_a_chart(tmp_path):
     html = report(run_folder(tmp_path, ROWS[:1]))
-    assert Page(html).elements.count("svg") == 2
+    assert list(Page(html).charts) == ["train/loss", "lr_factor"]
     assert "val/bpb" not in html and "accuracy" not in html
 
 
 def test_a_report_needs_nothing_from_outside(tmp_path):
     html = report(run_folder(tmp_path, ROWS, CONFIG, SUMMARY))
     page = Page(html)
-    assert page.addresses == [] and not {"script", "link", "img", "iframe"} & set(page.elements)
+    assert page.addresses == [] and not {"link", "img", "iframe"} & set(page.elements)
     assert "@import" not in html and "url(" not in html
-    assert html.replace('xmlns="http://www.w3.org/2000/svg"', "").count("http") == 0
+    assert re.findall(r"https?:[^ )]*", html) == ["https://github.com/leeoniya/uPlot"]  # in the comment that names the library
+
+
+def test_a_report_is_small(tmp_path):
+    rows = [
+        {"step": step, "time": 0.0, "train/loss": 1.0 + step % 7, "lr/embed": 0.1, "lr/matrix": 0.1} for step in range(50_000)
+    ]
+    assert len(report(run_folder(tmp_path, rows))) < 400_000  # bytes; the numbers are in metrics.jsonl
 
 
 def test_what_users_write_is_escaped_everywhere(tmp_path):
-    evil = "<script>alert(1)</script>&\"'"
-    rows = [{"step": 1, "time": 0.0, "eval/<script>_acc": 0.5, "eval/b_acc": 0.5, "<script>": 1.0}]
-    summary = {"status": evil, "init": evil, "error": evil}
+    evil = "</script><b>alert(1)</b>&\"'"
+    rows = [{"step": 1, "time": 0.0, f"eval/{evil}_acc": 0.5, "eval/b_acc": 0.5, evil: 1.0, f"lr/{evil}": 1.0}]
+    summary = {"status": evil, "init": evil, "error": evil, "validation": {"targets": evil, evil: evil}}
     config = json.dumps({"stage": evil, "run": {"name": evil}, "data": evil})  # JSON is YAML
-    page = Page(report(run_folder(tmp_path, rows, config, summary)))
-    assert "script" not in page.elements and "svg" in page.elements
+    run_dir = run_folder(tmp_path / "run", rows, config, summary)
+    for html in (report(run_dir), write_comparison([run_dir, run_dir], tmp_path / "both.html").read_text()):
+        page = Page(html)
+        assert "b" not in page.elements and page.charts
 
 
 def test_a_report_does_not_resolve_interpolations(tmp_path, monkeypatch):
@@ -110,52 +117,90 @@ def test_a_report_does_not_resolve_interpolations(tmp_path, monkeypatch):
 
 def test_an_interrupted_run_has_a_report(tmp_path):
     html = report(run_folder(tmp_path, ROWS, CONFIG, torn='{"step": 30, "train/lo'))
-    assert Page(html).elements.count("svg") == 5 and "unfinished" in html and "sft tuesday" in html
+    assert list(Page(html).charts) == CHARTS and "unfinished" in html and "sft tuesday" in html
 
 
 def test_an_empty_run_has_a_report(tmp_path):
     html = report(tmp_path)
-    assert Page(html).elements.count("svg") == 0 and tmp_path.name in html and "No numbers were logged" in html
+    assert Page(html).charts == {} and tmp_path.name in html and "No numbers were logged" in html
+    assert "script" not in Page(html).elements
 
 
 def test_torn_config_and_summary_are_no_obstacle(tmp_path):
     run_folder(tmp_path, ROWS, config='stage: sft\nrun: {name: "tues')
     (tmp_path / "summary.json").write_text('{"status": "compl')
     html = report(tmp_path)
-    assert Page(html).elements.count("svg") == 5 and "unfinished" in html and "tues" in html
+    assert list(Page(html).charts) == CHARTS and "unfinished" in html and "tues" in html
 
 
 def test_a_loss_that_was_not_finite_is_left_out_of_the_curve_and_named_in_the_table(tmp_path):
-    html = report(run_folder(tmp_path, [*ROWS[:2], {"step": 30, "time": 3.0, "train/loss": None}]))
-    assert html.count("<circle") == 4  # two losses and two learning rate factors
-    assert "not finite" in html and "nan" not in html
+    page = Page(report(run_folder(tmp_path, [*ROWS[:2], {"step": 30, "time": 3.0, "train/loss": None}])))
+    assert line(page.charts["train/loss"], "one step") == {10: 3.0, 20: 2.5}
+    assert "not finite" in page.text and "nan" not in page.text
 
 
-def test_a_curve_is_a_standalone_picture_with_round_ticks_inside_its_frame():
-    points = [(float(step), 11 - step / 20) for step in range(201)]
-    svg = ElementTree.fromstring(curve_svg({"train/loss": points}, "loss & co", width=500, height=200))
-    assert svg.tag == SVG + "svg" and svg.get("viewBox") == "0 0 500 200"
-    texts = [text.text for text in svg.iter(SVG + "text")]
-    assert texts[0] == "loss & co" and {"0", "50", "200", "2", "10"} <= set(texts) and "train/loss" not in texts
-    pixels = [tuple(map(float, pair.split(","))) for pair in svg.find(SVG + "polyline").get("points").split()]
-    assert len(pixels) == 201 and all(0 <= x <= 500 and 0 <= y <= 200 for x, y in pixels)
-    assert pixels[0][0] < pixels[-1][0] and pixels[0][1] < pixels[-1][1]  # time goes right; a falling loss goes down
+def test_losses_that_rise_by_chance_are_not_drawn_as_a_rise(tmp_path):
+    """sft's demo: five batches, each of other rows, while the validation loss falls."""
+    losses = [0.407, 0.511, 0.538, 0.620, 0.464]
+    rows = [{"step": 10 * i, "time": 0.0, "train/loss": loss} for i, loss in enumerate(losses, start=1)]
+    chart = Page(report(run_folder(tmp_path, rows))).charts["train/loss"]
+    assert list(line(chart, "one step").values()) == losses
+    assert list(line(chart, "running mean").values()) == pytest.approx([sum(losses) / 5] * 5)
 
 
-def test_several_series_have_a_legend():
-    names = [f"eval/subject_{i}_acc" for i in range(12)]
-    svg = ElementTree.fromstring(curve_svg({name: [(0, 0.1), (1, 0.9)] for name in names}, "accuracy"))
-    texts = {text.text: text for text in svg.iter(SVG + "text")}
-    assert set(names) <= set(texts)
-    assert len({texts[name].get("y") for name in names}) > 1  # it goes on in a second row
-    assert len(svg.findall(SVG + "polyline")) == 12
+def test_a_divergence_is_drawn_as_one():
+    points = [(step, 1.0 if step < 100 else 0.05 * (step - 80)) for step in range(200)]
+    smooth, number = running_mean(points)
+    assert number < 20 and smooth[-1][1] > 4 * smooth[50][1]
 
 
-@pytest.mark.parametrize(
-    "points", [[], [(5, 2.0)], [(0, 0.0), (9, 0.0)], [(1, 1e-7), (2, 3e7)], [(1, math.nan), (2, math.inf)], [(7, -3.0)]]
-)
-def test_any_points_make_a_picture(points):
-    svg = ElementTree.fromstring(curve_svg({"a": points}, "a"))
-    lone = [point for point in points if math.isfinite(point[1])]
-    assert len(svg.findall(SVG + "circle")) == len(lone)
-    assert bool(lone) != ("no data" in "".join(svg.itertext()))
+def test_a_loss_that_falls_is_followed_closely():
+    points = [(step, 8.0 / (1 + step / 20)) for step in range(400)]
+    smooth, _ = running_mean(points)
+    assert max(abs(a - b) / b for (_, a), (_, b) in zip(smooth, points, strict=True)) < 0.25
+
+
+def comparison(tmp_path: Path, *runs: tuple[str, dict]) -> Page:
+    """Of runs with the same metrics, each with its config and more of its summary."""
+    folders = [run_folder(tmp_path / str(i), ROWS, config, SUMMARY | more) for i, (config, more) in enumerate(runs)]
+    return Page(write_comparison(folders, tmp_path / "new" / "page.html").read_text())
+
+
+def test_a_comparison_begins_with_what_differs_in_the_configuration(tmp_path):
+    a = "stage: sft\nrun: {name: a, seed: 1}\noptimizer: {lr: 0.5, eps: 1e-8}\nschedule: {decay_ratio: 0.2}\n"
+    b = "stage: sft\nrun: {name: b, seed: 1}\noptimizer: {lr: 0.7, eps: 1e-8}\n"
+    text = comparison(tmp_path, (a, {}), (b, {})).text.split("\n")
+    rows = text[text.index("key") : text.index("What the runs reached")]
+    assert [row for row in rows if row.strip()] == [
+        "key",
+        "sft a",
+        "sft b",
+        "optimizer.lr",
+        "0.5",
+        "0.7",
+        "schedule.decay_ratio",
+        "0.2",
+        "–",
+    ]
+
+
+def test_a_comparison_lays_the_curves_of_runs_over_each_other(tmp_path):
+    a, b = (f"stage: sft\nrun: {{name: {name}}}\n" for name in "ab")
+    charts = comparison(tmp_path, (a, {}), (b, {})).charts
+    assert line(charts["val/bpb"], "sft a") == line(charts["val/bpb"], "sft b") == {20: 1.125}
+    assert len({series["color"] for series in charts["val/bpb"]["series"]}) == 2
+
+
+def test_a_comparison_of_losses_over_different_targets_says_so(tmp_path):
+    runs = [(CONFIG, {"validation": {"targets": targets}}) for targets in ("all", "assistant")]
+    page = comparison(tmp_path, *runs)
+    assert "do not rank the runs" in page.text.split("Curves, by step")[0]
+    assert "val/loss (all tokens)" in page.text and "val/loss (replies)" in page.text
+    assert "do not rank" not in comparison(tmp_path / "same", runs[0], runs[0]).text
+
+
+def test_a_comparison_takes_runs_with_missing_files(tmp_path):
+    (tmp_path / "empty").mkdir()
+    whole = run_folder(tmp_path / "whole", ROWS, CONFIG, SUMMARY)
+    page = Page(write_comparison([tmp_path / "empty", whole], tmp_path / "page.html").read_text())
+    assert "could not be read" in page.text and "unfinished" in page.text and "val/bpb" in page.charts

@@ -13,6 +13,7 @@ from chattrain.errors import UserError
 class TrainConfig:
     max_steps: int | None = None  # optimizer steps; give max_steps or num_epochs
     num_epochs: float | None = None  # epochs of the training mixture
+    stop_after: float | None = None  # fraction of the steps after which the run stops, measured and saved; it resumes without it
     seq_len: int = 256  # tokens a row
     device_batch_size: int = 16  # rows a process a forward pass; with collator=masked at most
     total_batch_size: int | None = None  # tokens an optimizer step, all ranks (rows x seq_len)
@@ -38,6 +39,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"train.{name}={value} must be above 0")
+        if self.stop_after is not None and not 0 < self.stop_after < 1:
+            raise UserError(f"train.stop_after={self.stop_after} must be a fraction of the steps, between 0 and 1")
         for one, other in ALTERNATIVES.items():
             names = [key.removeprefix("train.") for key in (one, other)]
             given = [n for n in names if getattr(self, n) is not None]
@@ -55,6 +58,14 @@ class TrainConfig:
                 f"train.fp8=true, but train.seq_len={self.seq_len} is not a multiple of {FP8_MULTIPLE}, as fp8 "
                 f"products want; try {_nearest_multiple(self.seq_len, FP8_MULTIPLE)}"
             )
+
+    def last_step(self, num_steps: int) -> int:
+        """The step after which this process stops, of a run of num_steps.
+
+        >>> TrainConfig(stop_after=0.25).last_step(10), TrainConfig().last_step(10)
+        (3, 10)
+        """
+        return num_steps if self.stop_after is None else math.ceil(self.stop_after * num_steps)
 
     def rows_a_step(self, world_size: int) -> int:
         """Rows an optimizer step over all ranks. Raises UserError if that is not a multiple of world_size x device_batch_size.

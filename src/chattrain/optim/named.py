@@ -36,6 +36,11 @@ class NamedOptimizer:
     def learning_rates(self) -> dict[str, float]:
         return {f"lr/{group['name']}": float(group["lr"]) for group in self.param_groups}
 
+    def by_group(self, metric: str, values: Tensor | None) -> dict[str, float]:
+        """`<metric>/<group>` -> value. `values`: (groups,), in the order of `param_groups`; {} without."""
+        names = [f"{metric}/{group['name']}" for group in self.param_groups]
+        return {} if values is None else dict(zip(names, values.tolist(), strict=True))
+
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()

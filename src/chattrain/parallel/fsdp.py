@@ -75,7 +75,10 @@ class FSDP(ShardedStrategy):
             rows.grad = torch.zeros_like(rows) if p.grad is None else _local(p.grad)
             grads.append(rows.grad)
             p.grad = None
-        return self.ranks.in_groups(self.ranks.world_size).norm(nn.utils.get_total_norm(grads))
+        return self.reduce_norms(nn.utils.get_total_norm(grads))
+
+    def reduce_norms(self, norms: Tensor) -> Tensor:
+        return self.ranks.in_groups(self.ranks.world_size).norm(norms)
 
     def full_weights(self, model: TrainableModel) -> dict[str, Tensor]:
         whole = {}

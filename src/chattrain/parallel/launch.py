@@ -18,6 +18,7 @@ from chattrain import torch_compat
 from chattrain.config.words import Device
 from chattrain.errors import OtherRankFailed, RunFailed, UserError
 from chattrain.parallel import slurm
+from chattrain.parallel.cores import CORES_VARIABLE, cores
 from chattrain.parallel.signals import signals_to_ranks
 
 if TYPE_CHECKING:
@@ -126,12 +127,15 @@ def start(nproc: int, nodes: slurm.Nodes | None, entry: Callable, *arguments: An
 def _threads(nproc: int) -> Iterator[None]:
     """Divide the cores of this host between the ranks, unless the user has set OMP_NUM_THREADS. Undone after the launch."""
     given = os.environ.get("OMP_NUM_THREADS")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    if given is None or given == os.environ.get(CORES_VARIABLE):  # a sweep gives a job its cores in both variables
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // nproc))
     try:
         yield
     finally:
         if given is None:
             del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = given
 
 
 def _rank(entry: Callable, *arguments: Any) -> Any:

@@ -205,8 +205,8 @@ class Group:
         return work.wait
 
     def norm(self, norms: Tensor) -> Tensor:
-        """The norm of the whole from the norm of each shard. Reduced over all ranks of the run, not over one group, so that all
-        ranks get the same bits."""
+        """The norm of the whole from the norm of each shard; also of several at once. Reduced over all ranks of the run, not over
+        one group, so that all ranks get the same bits."""
         total = norms.square()
         dist.all_reduce(total)
         return (total / (self.ranks.world_size // self.size)).sqrt()

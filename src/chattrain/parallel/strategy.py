@@ -15,6 +15,7 @@ The timeline of an optimizer step, with the calls that `loop.train_step` makes:
     reduce_gradients             zero gradients for  start the remaining reduce-scatters,  take the gradients of this rank's
                                  unused parameters   wait for all of them                  rows
       returns the gradient norm  of all gradients    of the shards: all-reduce             of the rows: all-reduce
+    group_norms (logged steps)   of each group       as above                              as above
     (the loop clips gradients)
     step                         optimizer.step      bucket by bucket, in the order of     optimizer.step on this rank's rows;
                                                      forward: step the own shard, start    Muon's matrices come together on
@@ -69,6 +70,21 @@ class ParallelStrategy(ABC):
 
         Returns the norm of all gradients of the model, a scalar on the device, the same on every rank.
         """
+
+    def group_norms(self, optimizer: NamedOptimizer, total: Tensor) -> Tensor:
+        """The norm of the gradients of each of the optimizer's groups, (groups,) on the device, the same on every rank.
+
+        Called after reduce_gradients, whose result is `total`, before gradients are clipped.
+        """
+        norms = []
+        for group in optimizer.param_groups:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            norms.append(nn.utils.get_total_norm(grads) if grads else torch.zeros_like(total))
+        return self.reduce_norms(torch.stack(norms))
+
+    def reduce_norms(self, norms: Tensor) -> Tensor:
+        """Norms over all ranks, from those of the gradients that this process holds."""
+        return norms
 
     def step(self, optimizer: NamedOptimizer) -> None:
         """Step the optimizer and free the gradients."""

@@ -136,7 +136,10 @@ class ZeroDDP(ShardedStrategy):
             sizes = [p.numel() for _, p in self.own_slices[bucket]]
             for (_, p), grad in zip(self.own_slices[bucket], bucket.grad_shard[: sum(sizes)].split(sizes), strict=True):
                 p.grad = grad.view_as(p)
-        return self.group.norm(nn.utils.get_total_norm(shards))
+        return self.reduce_norms(nn.utils.get_total_norm(shards))
+
+    def reduce_norms(self, norms: Tensor) -> Tensor:
+        return self.group.norm(norms)
 
     def step(self, optimizer: NamedOptimizer) -> None:
         """Bucket by bucket: while the weights of one are sent to the other ranks, the next is stepped."""

@@ -34,19 +34,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
+def run_folder(root: str, stage: str, name: str | None) -> Path:
+    """<root>/<stage>/<name>, absolute; None: the name of the launch, which is its time."""
+    return (Path(root).expanduser() / stage / (name or launch_name())).resolve()
+
+
 def finished_run(root: str, stage: str, name: str | None) -> str | None:
     """The folder of the completed run of this stage and name (None: the launch's name); None where there is none."""
-    folder = Path(root) / stage / (name or launch_name())
+    folder = run_folder(root, stage, name)
     summary = folder / "summary.json"
     return str(folder) if summary.is_file() and json.loads(summary.read_text()).get("status") == "completed" else None
-
-
-def sweep_suffix(job_overrides: list[str], swept: set[str]) -> str:
-    """What a job of a sweep adds to its run's name: the swept keys and their values. The stage has a folder instead.
-
-    >>> sweep_suffix(["stage=sft", "optimizer.lr_scale=0.3"], {"stage", "optimizer.lr_scale"})
-    '-lr_scale=0.3'
-    """
-    parts = [o.lstrip("+").partition("=") for o in job_overrides]
-    named = [f"{key.rpartition('.')[2]}={value}" for key, _, value in parts if key in swept and key != "stage"]
-    return "".join(f"-{name}" for name in named).replace("/", "_").replace(" ", "")

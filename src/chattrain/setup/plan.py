@@ -5,8 +5,11 @@ The user's mistakes are found here, before the run folder exists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import yaml
 
 from chattrain.config import Config
 from chattrain.config.run import RunConfig
@@ -16,11 +19,15 @@ from chattrain.device import pick_device
 from chattrain.model import fp8
 from chattrain.parallel import launch
 from chattrain.setup.data import RunData, open_data
-from chattrain.setup.names import launch_name
+from chattrain.setup.identity import differences, identify, read_identity
+from chattrain.setup.job import current_job
+from chattrain.setup.names import run_folder
 from chattrain.setup.resume import check_resumed, find_resume, move_aside
 from chattrain.setup.start import Start, check_start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.storage.files import replace_text
+
+log = logging.getLogger("chattrain")
 
 
 @dataclass(frozen=True)
@@ -43,22 +50,41 @@ def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
         fp8.check(device)
     run_dir = choose_run_dir(cfg.run, cfg.stage)
     resume = find_resume(cfg.run.resume, run_dir)
+    setup, data = _open(cfg, world_size, run_dir, resume)
+    identity = identify(cfg, data)
+    aside = cfg.run.resume == Resume.never
+    if resume and _belongs_to_named_sweep(cfg) and (changed := differences(read_identity(run_dir, resume), identity)):
+        log.warning("%s was made with other settings (%s); it is moved aside and run anew", run_dir, ", ".join(changed))
+        resume, aside = None, True
+        setup, data = _open(cfg, world_size, run_dir, resume)
+    if resume and (finished := check_resumed(cfg, run_dir, resume, data, identity)):
+        return replace(setup, finished=finished), data
+    if aside:
+        move_aside(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / "config.yaml", to_yaml(cfg))
+    if overrides := current_job().overrides:
+        replace_text(run_dir / "overrides.yaml", yaml.safe_dump(overrides, width=1000))  # the command, as Hydra's own file
+    identity.write(run_dir)
+    (run_dir / "summary.json").unlink(missing_ok=True)  # of the part of the run before this one
+    return setup, data
+
+
+def _open(cfg: Config, world_size: int, run_dir: Path, resume: Path | None) -> tuple[RunSetup, RunData]:
+    """Find the start and the tokenizer, and open the data, for a run that resumes from this checkpoint (None: begins anew)."""
     start = Start(resume, f"{resume} (resumed)") if resume else find_start(cfg)
     check_start(cfg.model, start.checkpoint, cfg.train.seq_len)
     tokenizer_dir = choose_tokenizer(cfg, start.checkpoint)
-    data = open_data(cfg, tokenizer_dir, world_size)
-    finished = check_resumed(cfg, run_dir, resume, data) if resume else None
-    if cfg.run.resume == Resume.never:
-        move_aside(run_dir)
-    if finished is None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(run_dir / "config.yaml", to_yaml(cfg))
-        (run_dir / "summary.json").unlink(missing_ok=True)  # of the part of the run before this one
-    return RunSetup(run_dir, start, resume, tokenizer_dir, finished), data
+    return RunSetup(run_dir, start, resume, tokenizer_dir), open_data(cfg, tokenizer_dir, world_size)
+
+
+def _belongs_to_named_sweep(cfg: Config) -> bool:
+    """A job of a sweep with a name is run anew where its settings have changed; any other run is refused."""
+    return cfg.sweep.name is not None and current_job().sweep is not None
 
 
 def choose_run_dir(run: RunConfig, stage: str) -> Path:
     """run.dir, or <root>/<stage>/<name>; without run.name the name is that of the launch, which is its time."""
     if run.dir:
         return Path(run.dir).expanduser().resolve()
-    return (Path(run.root) / stage / (run.name or launch_name())).resolve()
+    return run_folder(run.root, stage, run.name)

@@ -14,6 +14,7 @@ from chattrain.config.targets import recorded_target
 from chattrain.config.words import Resume
 from chattrain.errors import UserError
 from chattrain.setup.data import RunData
+from chattrain.setup.identity import Identity, differences, read_identity
 from chattrain.setup.start import shape_misfit
 from chattrain.storage import checkpoint
 
@@ -41,18 +42,26 @@ def find_resume(resume: Resume, run_dir: Path) -> Path | None:
     return newest
 
 
-def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData) -> dict | None:
+def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData, identity: Identity) -> dict | None:
     """Check that the run resumes as it began. Returns the summary of a run that has nothing left to do, else None.
 
-    Raises UserError for another model, data or optimizer than it began with, and for fewer steps than it has completed.
+    Raises UserError for another model, data or optimizer than it began with, for fewer steps than it has completed, and for a
+    complete run in whatever differs from what is asked for: its numbers are not the answer.
     """
-    state = checkpoint.load_state(resume)
+    state, anew = checkpoint.load_state(resume), "use another run.name, or run.resume=never to start anew"
+    changed = ", ".join(differences(read_identity(run_dir, resume), identity))
+    summary = _completed(run_dir) if state.step >= data.num_steps else None
+    if summary is not None and changed:
+        raise UserError(f"{run_dir} is complete, with other settings than asked for now: {changed}; {anew}")
     misfit = shape_misfit(resume, cfg.model)
     if misfit or state.data_fingerprint != data.fingerprint:
-        raise UserError(
-            f"{run_dir} began with {misfit or 'other data, seed, seq_len or batch size'}, so it "
-            "cannot resume as the same run; use another run.name, or run.resume=never to start anew"
+        began = misfit or f"other data, seed, seq_len or batch size ({changed})"
+        raise UserError(f"{run_dir} began with {began}, so it cannot resume as the same run; {anew}")
+    if summary is not None:
+        log.info(
+            "%s is complete (step %d of %d): nothing to do. run.resume=never starts anew", run_dir, state.step, data.num_steps
         )
+        return summary
     before, now = (yaml.safe_load(text) for text in ((resume / "config.yaml").read_text(), to_yaml(cfg)))
     _refuse_other_optimizer(run_dir, before["optimizer"]["_target_"], now["optimizer"]["_target_"])
     _warn_of_changes(before, now)
@@ -62,14 +71,6 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData) -> di
             state.num_steps,
             data.num_steps,
         )
-    summary = run_dir / "summary.json"
-    if state.step >= data.num_steps and summary.is_file():
-        finished = json.loads(summary.read_text())
-        if finished.get("status") == "completed":
-            log.info(
-                "%s is complete (step %d of %d): nothing to do. run.resume=never starts anew", run_dir, state.step, data.num_steps
-            )
-            return finished
     if state.step > data.num_steps:
         raise UserError(
             f"{run_dir} is at step {state.step}, beyond the {data.num_steps} steps asked for; ask for more "
@@ -79,13 +80,20 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData) -> di
     return None
 
 
+def _completed(run_dir: Path) -> dict | None:
+    """The summary of a run that is complete, else None."""
+    file = run_dir / "summary.json"
+    summary = json.loads(file.read_text()) if file.is_file() else {}
+    return summary if summary.get("status") == "completed" else None
+
+
 def _warn_of_changes(before: dict, now: dict) -> None:
     """Log the settings that differ between the configuration the run began with and today's."""
     changed = [
         f"{group}.{key} {before[group].get(key)} -> {value}"
         for group in ("init", "optimizer", "schedule", "train")
         for key, value in now[group].items()
-        if before[group].get(key) != value and (group != "init" or key == "from")
+        if before[group].get(key) != value and (group != "init" or key == "from") and key != "stop_after"
     ]
     if changed:
         log.warning("the run resumes with other settings than it began with: %s", ", ".join(changed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +19,15 @@ from chattrain.tracking.metrics import read_metrics
 from chattrain.tracking.report import write_report
 from chattrain.tracking.tracker import NullTracker, Tracker
 
+log = logging.getLogger("chattrain")
+
 
 def summarize(
     stage: str, setup: RunSetup, data: RunData, tracker: Tracker | NullTracker, state: loop.State, error: BaseException | None
 ) -> dict:
     """The content of summary.json. `error`: what ended the run before its last step; None: it completed or was interrupted."""
-    interrupted = state.interrupted or isinstance(error, KeyboardInterrupt)
+    stopped = state.interrupted or (error is None and state.step < data.num_steps)  # by a signal, or by train.stop_after
+    interrupted = stopped or isinstance(error, KeyboardInterrupt)
     newest = checkpoint.all_checkpoints(setup.run_dir)
     return {
         "status": "interrupted" if interrupted else "failed" if error else "completed",
@@ -47,9 +51,12 @@ def summarize(
 
 
 def write_summary(run_dir: Path, summary: dict) -> None:
-    """Write summary.json and, from it, report.html."""
+    """Write summary.json and, from it, report.html. A report that cannot be written is a warning: the run is worth more."""
     replace_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_report(run_dir)
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        log.warning("%s/report.html was not written: %s: %s", run_dir, type(error).__name__, error)
 
 
 def correct_summary(stage: str, setup: RunSetup, data: RunData, error: Exception) -> dict:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger("chattrain")
+
+QUIET_VARIABLE = "CHATTRAIN_QUIET"  # set for jobs side by side: their lines would mix, and the launching process shows a table
+
+
+def is_quiet() -> bool:
+    """Does another process show what this one does? It then prints nothing but what goes wrong."""
+    return bool(os.environ.get(QUIET_VARIABLE))
 
 
 class _StderrHandler(logging.Handler):
@@ -39,7 +47,7 @@ def setup_logging(run_dir: Path | None, console: bool, resume: bool, name: str =
         file = logging.FileHandler(Path(run_dir) / name, encoding="utf-8")  # appends, as parallel.failures.Watch writes to it too
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
-    if console:
+    if console and not is_quiet():
         handlers.append(_StderrHandler())
     _detach([handler for handler in logger.handlers if handler.name == logger.name])
     for handler in handlers:

@@ -1,41 +1,128 @@
-"""The runs of a sweep as a table, and the paths of their reports."""
+"""The tables that a launch prints at its end: the stages of a chain, or a sweep with its answer."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from chattrain.storage.files import replace_text
+from chattrain.tracking.answer import Answer, find_answer
 from chattrain.tracking.metrics import DETAILS, read_metrics
+from chattrain.tracking.run_folder import RunFolder
+from chattrain.tracking.sweep_record import SweepRecord
+from chattrain.tracking.sweep_table import cells, markdown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+log = logging.getLogger("chattrain")
+
+
+def show_sweep(folder: Path, test: dict | None = None) -> None:
+    """Print the table and the answer of the sweep in `folder`, and write them there: table.md, answer.json and report.html.
+
+    `test`: metrics of the best by name, measured on data that did not choose it. Raises OSError or ValueError where sweep.json
+    is missing or damaged. A report that cannot be drawn is one warning.
+    """
+    folder = Path(folder)
+    record = SweepRecord.read(folder)
+    runs = {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
+    answer = find_answer(record, runs, test)
+    header, rows = cells(answer.ranking)
+    replace_text(folder / "table.md", _as_markdown(answer, header, rows))
+    replace_text(folder / "answer.json", json.dumps(as_json(answer, test), indent=1) + "\n")
+    console = _console()
+    console.print(_rich_table(f"sweep {record.name}", header, [[*row[:-1], _cut(row[-1])] for row in rows]))
+    for line in [*answer.sentences, *(f"Warning: {doubt}" for doubt in answer.doubts)]:
+        console.print(line, highlight=False, markup=False)
+    for command in answer.commands:
+        console.print(f"Run it again:  {command}", highlight=False, markup=False, soft_wrap=True)
+    try:
+        from chattrain.tracking.sweep_report import write_sweep_report
+
+        console.print(str(write_sweep_report(folder, test)), highlight=False, markup=False, soft_wrap=True)
+    except Exception as error:  # the table stands without its picture
+        log.warning("%s/report.html was not written: %s", folder, error)
+
+
+def as_json(answer: Answer, test: dict | None = None) -> dict:
+    """The answer for programs: rows as in the table, the best marked, the fits and the command."""
+    ranking = answer.ranking
+    return {
+        "sweep": ranking.record.name,
+        "objective": ranking.objective,
+        "direction": ranking.record.direction,
+        "rows": [
+            {**asdict(row.job), "best": row.best, "targets": row.targets, "mean": row.mean, "num_seeds": row.num_seeds}
+            | {"peak_learning_rates": row.rates, "accuracies": row.accuracies}
+            for row in ranking.rows
+        ],
+        "rate_axis": ranking.rate_axis,
+        "fits": [
+            {"setting": dict(group.setting), "targets": group.targets, **(asdict(group.fit) if group.fit else {})}
+            for group in ranking.groups
+        ],
+        "answer": answer.sentences,
+        "warnings": answer.doubts,
+        "commands": answer.commands,
+        "test": test,
+    }
 
 
 def show_runs(run_dirs: list[Path]) -> None:
     """Print one row a run: each evaluation metric (train/loss where nothing was evaluated), its first and last value."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     runs = [(json.loads((d / "summary.json").read_text()), _ranges(d)) for d in run_dirs]
     names = sorted({name for _, ranges in runs for name in ranges}, key=lambda n: (not n.startswith("val/"), n))
     if any(not name.startswith("train/") for name in names):
         names = [name for name in names if not name.startswith("train/")]
-    table = Table(title="first value -> last value", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("run", "steps", "tokens/s", *(name.removeprefix("eval/") for name in names)):
-        table.add_column(column, no_wrap=True, justify="left" if column == "run" else "right")
+    header = ["run", "steps", "tokens/s", *(name.removeprefix("eval/") for name in names)]
     one_stage = len({summary["stage"] for summary, _ in runs}) == 1
+    rows = []
     for (summary, ranges), run_dir in zip(runs, run_dirs, strict=True):
         speed = summary["tokens_per_second"]
         failed = "" if summary["status"] == "completed" else f" ({summary['status']})"
-        table.add_row(
-            _label(summary, run_dir, one_stage) + failed,
-            str(summary["steps"]),
-            f"{speed:,.0f}" if speed else "n/a",
-            *(ranges.get(name, "") for name in names),
-        )
-    console = Console(width=None if sys.stdout.isatty() else 160)  # wide enough that a file or pipe has whole columns
-    console.print(table)
+        name = _label(summary, run_dir, one_stage) + failed
+        rows.append([name, str(summary["steps"]), f"{speed:,.0f}" if speed else "n/a", *(ranges.get(n, "") for n in names)])
+    console = _console()
+    console.print(_rich_table("first value -> last value", header, rows))
     for run_dir in run_dirs:
         console.print(f"{run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _cut(status: str, most: int = 100) -> str:
+    """For a terminal; table.md has the whole error."""
+    return status if len(status) <= most else status[: most - 1] + "…"
+
+
+def _as_markdown(answer: Answer, header: list[str], rows: list[list[str]]) -> str:
+    parts = [f"# Sweep {answer.ranking.record.name}\n", markdown(header, rows), *(s + "\n" for s in answer.sentences)]
+    if answer.doubts:
+        parts.append("".join(f"- Warning: {doubt}\n" for doubt in answer.doubts))
+    parts += [f"    {command}\n" for command in answer.commands]
+    return "\n".join(parts)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)  # wide enough that a file or pipe has whole columns
+
+
+def _rich_table(title: str, header: list[str], rows: list[list[str]]):
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in header:
+        table.add_column(column, no_wrap=column != "status", justify="left" if column in ("", "run", "status") else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _label(summary: dict, run_dir: Path, one_stage: bool) -> str:

@@ -13,6 +13,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from chattrain.tracking.console import is_quiet
 from chattrain.tracking.metrics import DETAILS, read_metrics, write_metrics
 from chattrain.tracking.mlflow_sink import MLflowSink
 
@@ -55,7 +56,7 @@ class Tracker:
             self.last |= {name: value for name, value in row.items() if name not in ("step", "time")}
         self._shown: dict[str, float | None] = {}
         self._timed_from: tuple[int, float] | None = None  # (step, seconds): the time left is estimated from here on
-        terminal = console and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        terminal = console and not is_quiet() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._bar, self._drawn = _progress_bar(num_steps, start_step) if terminal else None, 0.0
 
     @property

@@ -1,0 +1,59 @@
+"""Which keys decide the numbers of a run. Two runs that agree in these, in data and in start give the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Keys and groups of keys that change where a run goes, how fast it is or what it says of itself, and its numbers by rounding at
+# most. Data and start are compared by their contents, so their keys are not compared.
+FREE = (
+    "command",
+    "format",
+    "runs",
+    "run.root",
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "init",
+    "data",
+    "tracking",
+    "log",
+    "checkpoint",
+    "distributed",
+    "sweep",
+    "chat",
+    "inspect",
+    "plan",
+    "export",
+    "train.stop_after",
+    "train.max_steps",  # the number of steps is compared
+    "train.num_epochs",
+    "train.device",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.device_batch_size",
+    "train.rows_per_step",  # part of the data's fingerprint, in rows
+    "train.total_batch_size",
+    "eval.batch_size",
+)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration, as read from YAML, by dotted keys.
+
+    >>> flatten({"run": {"seed": 1}, "betas": [0.8, 0.95]})
+    {'run.seed': 1, 'betas': [0.8, 0.95]}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def deciding(flat: dict[str, Any]) -> dict[str, Any]:
+    """The keys that decide the numbers of a run.
+
+    >>> deciding({"run.seed": 1, "run.name": "a", "data.schema": "text", "optimizer.lr": 0.1})
+    {'run.seed': 1, 'optimizer.lr': 0.1}
+    """
+    return {key: value for key, value in flat.items() if not any(key == free or key.startswith(f"{free}.") for free in FREE)}

@@ -1,0 +1,39 @@
+"""Keys of Hydra that have no effect here: refused with the key that has one."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from chattrain.errors import UserError
+
+SCRATCH = "${oc.env:CHATTRAIN_SCRATCH,.}"  # as in conf/config.yaml
+# key -> its value in conf/config.yaml, and what to use instead
+WITHOUT_EFFECT = {
+    "run.dir": (SCRATCH, "runs go to run.root/<stage>/<run.name>; use run.dir, run.root or run.name"),
+    "sweep.dir": (SCRATCH, "a sweep's runs go to run.root/<stage>, its table to run.root/sweeps/<sweep.name>; use run.root"),
+    "sweep.subdir": (".", "a sweep's runs are named after what is swept; use sweep.name"),
+    "job.chdir": (False, "a run never leaves the folder in which it was started; use run.root for where runs go"),
+}
+
+
+def refuse_keys_without_effect(hydra: DictConfig) -> None:
+    """Raises UserError where the command line or a YAML file sets one of them. `hydra`: the node `hydra` of the configuration."""
+    for key, (ours, instead) in WITHOUT_EFFECT.items():
+        group, _, name = key.partition(".")
+        value = hydra[group]._get_node(name)._value()  # as written, not resolved
+        if value != ours:
+            raise UserError(f"hydra.{key}={value} has no effect here: {instead}")
+
+
+def refuse_unused_sweep(hydra: DictConfig, typed: list[str]) -> None:
+    """Raises UserError for values to sweep in a configuration that is run once, unless hydra.mode asks for that.
+
+    `typed`: the arguments as typed. Hydra adds hydra.mode=RUN to the overrides where nothing gives a mode.
+    """
+    params = hydra.sweeper.get("params")
+    given = "hydra.mode=RUN" not in hydra.overrides.hydra or "hydra.mode=RUN" in typed
+    if params and not given:
+        raise UserError(
+            f"hydra.sweeper.params has values for {', '.join(params)}, but this is one run; add -m, or "
+            "`hydra: { mode: MULTIRUN }` to the YAML file (hydra.mode=RUN runs once all the same)"
+        )

@@ -1,0 +1,255 @@
+"""The launching process's side of a sweep: its record in sweep.json, what is shown while it runs, its exit status, its table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from chattrain.commands.exit import report_error
+from chattrain.errors import RunFailed, UserError
+from chattrain.setup.names import is_main_process, run_folder
+from chattrain.sweeps.record import JobOutcome, read_outcome, read_outcomes
+from chattrain.sweeps.schedule import Done, Skipped
+from chattrain.sweeps.sweep import Sweep
+from chattrain.tracking.sweep_record import FILE, JobRecord, SweepRecord
+
+if TYPE_CHECKING:
+    from chattrain.sweeps.live import LiveTable
+
+_current: Launch | None = None
+
+
+def current() -> Launch | None:
+    """The launch of this process; None where Hydra was started by something else."""
+    return _current
+
+
+class Bystander:
+    """Watches jobs that are no trainings, such as those of Hydra's own tests: does nothing."""
+
+    prune: int | None = None  # sweep.prune
+    direction = "minimize"  # of the jobs' results
+
+    def plan(self, configs: dict[int, DictConfig]) -> None: ...
+
+    def waits_for(self, num: int) -> list[int]:
+        return []
+
+    def shown(self, live: bool):
+        return nullcontext()
+
+    def started(self, num: int) -> None: ...
+
+    def ended(self, num: int, done: Done) -> None: ...
+
+    def pruned(self, num: int) -> None: ...
+
+    def poll(self) -> None: ...
+
+
+class Launch(Bystander):
+    """One command line. `status`: the exit status, the highest of all jobs."""
+
+    def __init__(self, command: list[str]):
+        global _current
+        self.sweep, self.command, self.status = Sweep(), command, 0
+        self.record: SweepRecord | None = None
+        self.kept: list[JobRecord] = []  # of earlier launches of the same sweep
+        self.jobs: dict[int, JobRecord] = {}
+        self.results: list[dict] = []  # what the jobs' commands returned
+        self.table: LiveTable | None = None
+        _current = self
+
+    @contextmanager
+    def workspace(self) -> Iterator[None]:
+        """The folder that Hydra writes to. It is removed after the launch: a sweep has sweep.json, a run its config.yaml."""
+        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
+            os.environ["CHATTRAIN_SCRATCH"] = scratch
+            yield
+
+    # --- called by our launcher --------------------------------------------------------------------------------------
+
+    def plan(self, configs: dict[int, DictConfig]) -> None:
+        """Give each job of a batch its folder and its line in sweep.json. Raises UserError where two would share a folder."""
+        planned: dict[int, JobRecord] = {}
+        for num, config in configs.items():
+            overrides = list(config.hydra.overrides.task)
+            values = self.sweep.values(overrides)
+            record = JobRecord(num, config.stage, values, self.command_alone(overrides))
+            if str(config.command).endswith("train"):
+                if config.run.dir is not None and len(configs) > 1:
+                    raise UserError("run.dir names one folder, but this sweep has several jobs; use run.name or sweep.name")
+                name = self.sweep.name_of_run(config.run.name, values)
+                record.run_dir = config.run.dir or str(run_folder(config.run.root, config.stage, name))
+                twin = next((job for job in planned.values() if job.run_dir == record.run_dir), None)
+                if twin and not self.sweep.searches:
+                    raise UserError(f"jobs {twin.num + 1} and {num + 1} would share {record.run_dir}; make their names differ")
+            planned[num] = record
+            if before := self.sweep.stage_before(config.stage):
+                record.overrides += [f"init.from={run_folder(config.run.root, before, name)}"]
+            self.prune = config.sweep.prune
+            self.sweep.set_objective(config)  # of the last job: where stages are swept, that of the last stage
+        if self.record is None and self.sweep.folder:
+            shutil.rmtree(self.sweep.folder / "jobs", ignore_errors=True)  # of an earlier launch of this sweep
+        self.direction = self.sweep.direction
+        self._open_record(planned)
+
+    def command_alone(self, overrides: list[str]) -> list[str]:
+        """What `python -m chattrain` takes to run one job alone, under a name of its own."""
+        folders = [a for pair in zip(self.command, [*self.command[1:], ""], strict=True) for a in _config_dir(*pair)]
+        own = [o for o in overrides if not o.startswith(("sweep.", "run.name="))]
+        return [*folders, *own, *(["hydra.mode=RUN"] if not {"-m", "--multirun"} & set(self.command) else [])]
+
+    def _open_record(self, planned: dict[int, JobRecord]) -> None:
+        """Add jobs to the record; the first time, make it, with the completed jobs of earlier launches of this sweep."""
+        folder = self.sweep.folder
+        assert folder is not None
+        if self.record is None:
+            before = SweepRecord.read(folder) if (folder / FILE).is_file() else None
+            self.record = SweepRecord(folder.name, self.command, before.created_at if before else time.time())
+            self.record.mlflow_run_id = before.mlflow_run_id if before else None
+            self.kept = [job for job in before.jobs if job.status == "completed"] if before else []
+        self.jobs |= planned
+        folders = {job.run_dir for job in self.jobs.values()}
+        settings = {_settings(job) for job in self.jobs.values()}
+        self.kept = [job for job in self.kept if job.run_dir not in folders and _settings(job) in settings]
+        self.record.swept = sorted({key for job in self.jobs.values() for key in job.values})
+        self.record.objective, self.record.direction = self.sweep.objective, self.sweep.direction
+        self._write()
+
+    def waits_for(self, num: int) -> list[int]:
+        """The job of the stage before with the same other values, and any job before that has the same folder."""
+        job = self.jobs[num]
+        same_folder = [n for n, other in self.jobs.items() if n < num and job.run_dir and other.run_dir == job.run_dir]
+        wanted = {**job.values, "stage": self.sweep.stage_before(job.stage)}
+        return same_folder + [n for n, other in self.jobs.items() if other.values == wanted]
+
+    @contextmanager
+    def shown(self, live: bool) -> Iterator[None]:
+        """Show the jobs while they run: `live` as a table, else each run shows its own progress."""
+        from chattrain.sweeps.live import LiveTable  # imports rich
+
+        self.table = LiveTable(self.jobs) if live else None
+        try:
+            with self.table or nullcontext():
+                yield
+        finally:
+            self.table = None
+            self._write()
+
+    def started(self, num: int) -> None:
+        self.jobs[num].status = "running"
+        self._write()
+        label = JobOutcome(num, self.jobs[num].values, []).label
+        if self.table:
+            self.table.say(f"{label} started")
+        elif len(self.jobs) > 1:
+            print(f"\n{label} of {len(self.jobs)}", file=sys.stderr, flush=True)
+
+    def ended(self, num: int, done: Done) -> None:
+        outcome = read_outcome(self.sweep.folder, num) if self.sweep.folder else None
+        if outcome is None:  # skipped, or its process died
+            outcome = JobOutcome(num, self.jobs[num].values, self.jobs[num].overrides)
+            outcome.failed(done.error or RunFailed("it wrote no outcome"))
+            if isinstance(done.error, Skipped):
+                outcome.status = "skipped"
+        self._note(outcome)
+        self._write()
+        if self.table and outcome.status == "completed":
+            value = "" if outcome.objective is None else f": {outcome.metric} {outcome.objective:.5g}"
+            self.table.say(f"{outcome.label} {outcome.status}{value}")
+
+    def pruned(self, num: int) -> None:
+        self.jobs[num].status = "pruned"
+        self._write()
+        if self.table:
+            self.table.say(f"{JobOutcome(num, self.jobs[num].values, []).label} pruned")
+
+    def poll(self) -> None:
+        if self.table:
+            self.table.refresh()
+
+    # --- after the jobs ----------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """Note how jobs ended that ran in another launcher's processes, or that were interrupted."""
+        folder = self.sweep.folder
+        if folder is None or not is_main_process():
+            return
+        outcomes = read_outcomes(folder)
+        self.results = [outcome.result for outcome in outcomes]
+        new = [outcome for outcome in outcomes if outcome.num not in self.jobs or self.jobs[outcome.num].status == "running"]
+        if new:
+            jobs = [JobRecord(o.num, o.stage, o.values, o.overrides, o.run_dir) for o in new]
+            self._open_record({job.num: job for job in jobs})
+            for outcome in new:
+                self._note(outcome)
+            self._write()
+        shutil.rmtree(folder / "jobs", ignore_errors=True)
+
+    def show(self) -> None:
+        """Print what a sweep found, or the stages of a chain side by side; nothing without `-m`."""
+        jobs = self.record.jobs if self.record else []
+        if not jobs or not is_main_process() or self.record is None or self.sweep.folder is None:
+            return
+        from chattrain.tracking.table import show_runs, show_sweep
+
+        evaluations = [result for result in self.results if "part" in result]
+        if evaluations:
+            from chattrain.tracking.table_evaluations import show_evaluations
+
+            show_evaluations(evaluations)
+            return
+        if set(self.record.swept) - {"stage"}:
+            show_sweep(self.sweep.folder)
+            return
+        run_dirs = [Path(job.run_dir) for job in jobs if job.run_dir and job.status == "completed"]
+        trained = [run_dir for run_dir in run_dirs if (run_dir / "metrics.jsonl").is_file()]
+        if trained:
+            show_runs(trained)
+
+    @property
+    def explains(self) -> bool:
+        """Has a job failed? Hydra then ends with that job's error, which was printed, or with one of its own about it."""
+        return any(job.status in ("failed", "skipped") for job in self.jobs.values())
+
+    def _note(self, outcome: JobOutcome) -> None:
+        """Write the outcome into the job's record, print its error unless that was done, and raise the exit status."""
+        job = self.jobs[outcome.num]
+        job.status, job.objective, job.error = outcome.status, outcome.objective, outcome.error
+        job.steps, job.num_steps = (outcome.result.get(key) for key in ("steps", "num_steps"))
+        job.run_dir = outcome.run_dir or job.run_dir
+        self.status = max(self.status, outcome.exit_status)
+        if outcome.error and not outcome.reported and outcome.status != "skipped":
+            report_error(RunFailed(f"{outcome.label}: {outcome.error}"))
+
+    def _write(self) -> None:
+        if self.record is not None and self.sweep.folder is not None and is_main_process():
+            jobs = [self.jobs[num] for num in sorted(self.jobs)]
+            self.record.jobs = jobs + self.kept
+            self.record.write(self.sweep.folder)
+
+
+def _settings(job: JobRecord) -> tuple[str, ...]:
+    """The overrides of a job that all jobs of its sweep share."""
+    return tuple(sorted(o for o in job.overrides if o.lstrip("+").partition("=")[0] not in job.values))
+
+
+def _config_dir(argument: str, following: str) -> list[str]:
+    """The argument, with the one that follows it, if it names the user's folder of YAML files.
+
+    >>> _config_dir("--config-dir", "mine"), _config_dir("--config-dir=mine", "-m"), _config_dir("mine", "-m")
+    (['--config-dir', 'mine'], ['--config-dir=mine'], [])
+    """
+    if argument in ("--config-dir", "-cd"):
+        return [argument, following]
+    return [argument] if argument.startswith("--config-dir=") else []
