@@ -126,9 +126,9 @@ def test_the_advice_after_ctrl_c_resumes_the_run(place, sweep, capsys, monkeypat
     typed = [*sweep, *TINY, "stage=sft", "run.root=stopped", "train.max_steps=3", "init.from=runs/mid/farm"]
     train_step = loop.train_step
 
-    def interrupted(trainer, batches, step):
+    def interrupted(*arguments, **named):
         os.kill(os.getpid(), signal.SIGINT)
-        return train_step(trainer, batches, step)
+        return train_step(*arguments, **named)
 
     monkeypatch.setattr(loop, "train_step", interrupted)
     stopped = command_line(capsys, *typed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hydra._internal.core_plugins.file_config_source import FileConfigSource as HydraFileConfigSource
+from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource as HydraStructuredConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -24,6 +25,12 @@ class FileConfigSource(HydraFileConfigSource):  # of the same name: Hydra regist
         return result
 
 
+class StructuredConfigSource(HydraStructuredConfigSource):
+    def __deepcopy__(self, memo: dict) -> StructuredConfigSource:
+        """Itself: Hydra copies its sources before it reads files, and a copy would not have the schemas that these register."""
+        return self
+
+
 def _add_schema(config: DictConfig, part: DictConfig, group: str, choice: str, package: str) -> None:
     """Register the schema of an own part, and put it first in the choice's defaults list, so that its file and the command line
     are checked against it. A choice that extends another one has that one's schema."""
@@ -41,4 +48,5 @@ def _add_schema(config: DictConfig, part: DictConfig, group: str, choice: str, p
 def install() -> None:
     """Make Hydra read YAML files this way in this process."""
     Plugins.instance()  # registers Hydra's own sources
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
+    for source in (FileConfigSource, StructuredConfigSource):
+        SourcesRegistry.instance().types[source.scheme()] = source
