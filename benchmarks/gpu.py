@@ -71,7 +71,7 @@ def measure(model: str, device: str, steps: int, overrides: list[str]) -> dict:
     components = build_components(cfg, lambda step, values: found.update(values), Ranks())
     state = loop.State()
     for until in (WARM_UP, WARM_UP + steps):  # the second call measures its own steps only
-        state = loop.fit(components, state, loop.Cadence(log=until, evaluate=None, save=None, num_steps=until))
+        state = loop.fit(components, state, loop.Cadence(log=until, evaluate=None, save=None, last_step=until))
     kept = {key: getattr(value, "name", value) for key, value in vars(cfg.train).items()}
     return {
         "model": model,

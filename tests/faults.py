@@ -6,9 +6,13 @@ import os
 import signal
 import time
 
+asked = 0  # times that the factor of the fourth step was asked for: before training, to tell the highest rate, and in that step
+
 
 def schedule(step: int, num_steps: int, **settings) -> float:
-    if step == 3:
+    global asked
+    asked += step == 3
+    if step == 3 and asked == 2:
         mine = os.environ["RANK"] == os.environ["FAULT_RANK"]
         happen(os.environ["FAULT"] if mine else os.environ.get("FAULT_OF_OTHERS"))
     return 1.0

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from hydra import version
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+
+from chattrain.sweeps import launching
+
+
+@pytest.fixture(autouse=True)
+def without_chattrain(monkeypatch):
+    """What an earlier test's command line left in this process: Hydra's version and our launch."""
+    version.setbase("1.1")
+    monkeypatch.setattr(launching, "_current", None)
+
 
 IN_THIS_PROCESS: list[str] = []
 SIDE_BY_SIDE = ["hydra.launcher.jobs=2"]

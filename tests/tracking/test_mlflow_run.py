@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from chattrain.commands.execute import execute
+from chattrain.config.compose import compose
 from chattrain.setup.job import JOB_VARIABLE, Job, SweepMember, set_job
 from chattrain.storage import checkpoint
 from chattrain.tracking.mlflow_parent import close_parent, open_parent
 from chattrain.tracking.mlflow_store import connect
-from tests.helpers import standing_in, train, write_talk
+from tests.helpers import TINY, standing_in, train, write_talk
 
 SAVES = ["tracking=mlflow", "train.max_steps=6", "eval.every=2", "checkpoint.every=2", "checkpoint.keep=2"]
 CHOICES = {"stage": "sft", "model": "tiny", "tracking": "mlflow", "experiment": "null", "hydra/launcher": "basic"}
@@ -53,7 +55,8 @@ def place(tmp_path_factory, cache):
         jobs = []
         for lr_scale in ("1", "3"):
             with environment(member(parent, lr_scale), MLFLOW_RUN_ID=parent or ""):
-                jobs.append(train("sft", f"try{lr_scale}", *SAVES, f"optimizer.lr_scale={lr_scale}", "run.seed=3"))
+                typed = [*TINY, *SAVES, "stage=sft", f"run.name=try{lr_scale}", f"optimizer.lr_scale={lr_scale}", "run.seed=3"]
+                jobs.append(execute(compose(typed)))  # chattrain.run would be a job of its own
         (folder / "table.txt").write_text("the table")
         close_parent(uri, parent, {"val/bpb (best)": 1.25}, [folder / "table.txt"])
         yield SimpleNamespace(folder=folder, client=connect(uri), base=base, mid=mid, parent=parent, jobs=jobs)

@@ -62,7 +62,6 @@ class Launch(Bystander):
     """One command line. `status`: the exit status, the highest of all jobs."""
 
     def __init__(self, command: list[str]):
-        global _current
         self.sweep, self.command, self.status = Sweep(), command, 0
         self.record: SweepRecord | None = None
         self.kept: list[JobRecord] = []  # of earlier launches of the same sweep
@@ -70,14 +69,17 @@ class Launch(Bystander):
         self.results: list[dict] = []  # what the jobs' commands returned
         self.table: LiveTable | None = None
         self.mlflow_uri = ""
-        _current = self
 
     @contextmanager
     def workspace(self) -> Iterator[None]:
-        """The folder that Hydra writes to. It is removed after the launch: a sweep has sweep.json, a run its config.yaml."""
+        """This launch is the current one, and has a folder that Hydra writes to. The folder is removed after the launch: a sweep
+        has sweep.json, a run its config.yaml."""
+        global _current
+        _current = self
         with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
             os.environ["CHATTRAIN_SCRATCH"] = scratch
             yield
+        _current = None
 
     # --- called by Hydra's callback ----------------------------------------------------------------------------------
 
