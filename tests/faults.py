@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-
-asked = 0  # times that the factor of the fourth step was asked for: before training, to tell the highest rate, and in that step
+import traceback
 
 
 def schedule(step: int, num_steps: int, **settings) -> float:
-    global asked
-    asked += step == 3
-    if step == 3 and asked == 2:
+    training = any(frame.name == "fit" for frame in traceback.extract_stack())  # the highest rate is asked for before
+    if step == 3 and training:
         mine = os.environ["RANK"] == os.environ["FAULT_RANK"]
         happen(os.environ["FAULT"] if mine else os.environ.get("FAULT_OF_OTHERS"))
     return 1.0

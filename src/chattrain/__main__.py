@@ -42,14 +42,14 @@ def main() -> None:
         return sweep.run_job(composed)
 
     with launch.workspace():
-        try:
-            help.show(job, arguments) if show_help else job()
-        except BaseException as error:
-            launch.collect()
-            launch.status = max(launch.status, _status(error, launch))
-        else:
-            launch.collect()
-        launch.show()
+        for act in (lambda: help.show(job, arguments) if show_help else job(), launch.show):
+            try:
+                act()
+            except BaseException as error:
+                launch.collect()
+                launch.status = max(launch.status, _status(error, launch))
+            else:
+                launch.collect()
     sys.exit(launch.status)
 
 
@@ -68,7 +68,7 @@ def _status(error: BaseException, launch: Launch) -> int:
         if names.is_main_process():
             print("chattrain: interrupted", file=sys.stderr)
         return 130
-    if launch.explains:
+    if launch.explains(error):
         return 0
     if launch.sweep.launcher and not isinstance(error, UserError | RunFailed | HydraException | OmegaConfBaseException):
         error = RunFailed(f"hydra/launcher={launch.sweep.launcher}: {error}")

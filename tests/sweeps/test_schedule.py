@@ -18,6 +18,7 @@ from chattrain.sweeps.naming import NAME_LENGTH, run_name
 from chattrain.sweeps.objective import direction_of, objective_of
 from chattrain.sweeps.prune import rungs, survivors
 from chattrain.sweeps.schedule import Done, Skipped, Task, run_here, run_side_by_side
+from chattrain.sweeps.worker import Pool
 
 
 class Notes:
@@ -49,7 +50,11 @@ def in_process(tasks, notes):
 
 
 def in_workers(tasks, notes):
-    return run_side_by_side(tasks, [{"SLOT": "0"}, {"SLOT": "1"}], notes, {})
+    pool = Pool([{"SLOT": "0"}, {"SLOT": "1"}])
+    try:
+        return run_side_by_side(tasks, pool, notes, {})
+    finally:
+        pool.close()
 
 
 @pytest.mark.parametrize("run", [in_process, in_workers])
@@ -75,6 +80,16 @@ def test_a_worker_that_dies_is_replaced_and_its_job_has_failed():
     for num in (0, 1):
         assert "SIGKILL" in str(done[num].error) and "memory" in str(done[num].error)
     assert all(isinstance(done[num].result, int) for num in (2, 3))
+
+
+def test_a_worker_that_dies_between_jobs_is_replaced():
+    pool = Pool([{}])
+    first = run_side_by_side([Task(0, os.getpid)], pool, Notes(), {})[0].result
+    os.kill(first, signal.SIGKILL)
+    pool.workers[0].process.join()
+    second = run_side_by_side([Task(0, os.getpid)], pool, Notes(), {})[0]
+    pool.close()
+    assert second.error is None and second.result != first
 
 
 def test_workers_are_reused_and_have_their_own_environment():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -120,6 +121,7 @@ def test_a_group_and_a_list_are_swept(place, name, capsys):
         (["-m", "stage=mid,sft", "sweep.prune=2"], ["sweep.prune=2", "one stage"]),
         (["-m", "run.seed=1,2", "train.max_step=3"], ["train.max_step", "train.max_steps"]),
         (["sweep.jobs=2"], ["sweep.jobs", "-m"]),
+        (["command=evaluate", "sweep.name=nosuch"], ["sweep.name", "-m"]),
         (["-m", "run.seed=1,2", "sweep.jobs=2", "hydra/launcher=submitit_local"], ["sweep.jobs", "submitit_local"]),
         (["sweep.jobs=0", "-m"], ["sweep.jobs=0", "1 or more"]),
         (["sweep.name=a/b", "-m"], ["sweep.name=a/b"]),
@@ -299,6 +301,79 @@ def test_a_finished_run_is_the_answer_where_only_speed_and_place_differ(place, n
     command_line(capsys, *typed)
     same = command_line(capsys, *typed, "train.device_batch_size=2", "log.every=2", "eval.batch_size=3", "checkpoint.keep=5")
     assert same.status == 0 and "nothing to do" in same.err
+
+
+def test_what_a_run_began_with_counts_not_what_is_newest_when_it_resumes(place, name, capsys):
+    """The run is cut short, another mid run is trained, and the run resumes: it is still that of the first mid run."""
+    root = f"run.root={name}"
+    mid, sft = (
+        ["stage=mid", *TINY, root, "train.max_steps=1"],
+        ["stage=sft", *TINY, root, "train.max_steps=4", f"run.name={name}"],
+    )
+    command_line(capsys, *mid, "init.from=scratch", "run.name=a")
+    assert command_line(capsys, *sft, "train.stop_after=0.5").status == 0
+    command_line(capsys, *mid, "init.from=scratch", "run.name=b", "run.seed=5")
+    assert command_line(capsys, *sft).status == 0
+    refused = command_line(capsys, *sft)
+    assert refused.status == 2 and "mid/a" in refused.message and "mid/b" in refused.message
+
+
+def test_a_run_that_resumed_under_other_settings_is_the_answer_to_neither(place, name, capsys):
+    typed = [*SFT, "train.max_steps=4", f"run.name={name}"]
+    command_line(capsys, *typed, "train.stop_after=0.5")
+    assert command_line(capsys, *typed, "optimizer.lr_scale=3").status == 0
+    for again in ([], ["optimizer.lr_scale=3"]):
+        refused = command_line(capsys, *typed, *again)
+        assert refused.status == 2 and "optimizer.lr_scale 1.0 -> 3.0" in refused.message
+
+
+def test_a_damaged_record_of_a_run_or_a_sweep_is_said(place, name, capsys):
+    typed = ["-m", *SFT, f"sweep.name={name}", "run.seed=1,2"]
+    command_line(capsys, *typed)
+    (place / f"runs/sft/{name}-seed_1/identity.json").write_text("{")
+    assert "identity.json cannot be read" in command_line(capsys, *typed).err
+    (place / f"runs/sweeps/{name}/sweep.json").write_text("{")
+    refused = command_line(capsys, *typed)
+    assert refused.status == 2 and "sweep.json cannot be read" in refused.message
+
+
+def test_names_of_runs_can_be_swept(place, name, capsys):
+    done = command_line(capsys, "-m", *SFT, f"run.name={name}a,{name}b", "run.seed=1,2")
+    assert done.status == 0, done.err
+    found = {run.name for run in (place / "runs/sft").glob(f"{name}*")}
+    assert found == {f"{name}{letter}-seed_{seed}" for letter in "ab" for seed in "12"}
+
+
+def test_one_more_value_of_a_named_sweep_joins_the_others(place, name, capsys):
+    command_line(capsys, "-m", *SFT, f"sweep.name={name}", "run.seed=1,2")
+    assert command_line(capsys, "-m", *SFT, f"sweep.name={name}", "run.seed=3").status == 0
+    found = {job.values["run.seed"]: job for job in jobs(name)}
+    assert sorted(found) == ["1", "2", "3"] and len({job.num for job in found.values()}) == 3
+    assert all(Path(job.run_dir or "").name == f"{name}-seed_{seed}" for seed, job in found.items())
+
+
+def test_a_command_that_reads_runs_leaves_their_sweep_alone(place, name, capsys):
+    command_line(capsys, "-m", *SFT, f"sweep.name={name}", "run.seed=1,2")
+    before = contents(place / "runs/sweeps")
+    read = command_line(capsys, "-m", "command=evaluate", f"init.from=sft/{name}-seed_1,sft/{name}-seed_2", "tracking=none")
+    assert read.status == 0, read.err
+    assert contents(place / "runs/sweeps") == before
+
+
+def test_a_sweep_that_runs_is_not_begun_twice(place, name, capsys):
+    command_line(capsys, "-m", *SFT, f"sweep.name={name}", "run.seed=1,2")
+    with (place / f"runs/sweeps/{name}/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = command_line(capsys, "-m", *SFT, f"sweep.name={name}", "run.seed=1,2")
+    assert refused.status == 2 and "another process" in refused.message
+
+
+def test_alternative_keys_are_settled_in_a_sweep_written_in_yaml_too(place, name, capsys):
+    text = IN_YAML.replace("optimizer.lr_scale: 0.5,1", "train.max_steps: 1,2")
+    where = own_yaml(place, "experiment", "steps", text)
+    done = command_line(capsys, *where, "experiment=steps", *(o for o in SFT if "max_steps" not in o), f"run.name={name}")
+    assert done.status == 0, done.err
+    assert [job.steps for job in jobs(name)] == [1, 2]
 
 
 # --- side by side, and stopped ---------------------------------------------------------------------------------------

@@ -56,6 +56,14 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
     return settled
 
 
+def drop_other_alternatives(composed: DictConfig, overrides: list[str]) -> None:
+    """The same for a composed configuration whose overrides a sweeper made, from values in a YAML file."""
+    given = {key_of(o) for o in overrides}
+    for key, other in (ALTERNATIVES | {b: a for a, b in ALTERNATIVES.items()}).items():
+        if key in given and other not in given and OmegaConf.select(composed, key) is not None:
+            OmegaConf.update(composed, other, None)
+
+
 def key_of(override: str) -> str:
     """The key of an override: `a.b` of `+a.b=1`."""
     return override.partition("=")[0].lstrip("+~")

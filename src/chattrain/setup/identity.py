@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from chattrain.config.schema import to_yaml
 from chattrain.config.targets import recorded_target
 from chattrain.errors import UserError
 from chattrain.setup.data import RunData
-from chattrain.setup.start import find_start
+from chattrain.setup.start import Start, find_start
 from chattrain.storage import checkpoint
 from chattrain.storage.files import replace_text
 
@@ -36,18 +37,18 @@ class Identity:
     questions: str | None
     start: str | None  # where the weights come from, in words
     weights: str | None  # hash of the weights at the start and of their tokenizer
+    changes: list[str] = field(default_factory=list)  # settings that changed when the run resumed: its numbers are of a mixture
 
     def write(self, run_dir: Path) -> None:
         replace_text(run_dir / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def identify(cfg: Config, data: RunData) -> Identity:
-    """The identity that a run of this configuration has."""
+def identify(cfg: Config, data: RunData, start: Start | None) -> Identity:
+    """The identity that a run of this configuration has. `start`: of a run that begins anew; None: what it would start from."""
     flat = flatten(yaml.safe_load(to_yaml(cfg)))
-    try:
-        start = find_start(cfg)
-    except UserError:  # what it started from is gone: it may still resume
-        start = None
+    if start is None:
+        with suppress(UserError):  # what it started from may be gone: it can still resume
+            start = find_start(cfg)
     return Identity(
         settings=_settings(flat),
         data_settings={key: value for key, value in flat.items() if key.startswith("data.")},
@@ -64,10 +65,21 @@ def read_identity(run_dir: Path, saved: Path) -> Identity:
     """The identity of an existing run; of one without identity.json what its checkpoint `saved` tells."""
     file = run_dir / FILE
     if file.is_file():
-        return Identity(**json.loads(file.read_text()))
+        known = {each.name for each in fields(Identity)}
+        try:
+            return Identity(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} cannot be read: {error}; remove it, or use another run.name") from error
     flat, state = flatten(yaml.safe_load((saved / "config.yaml").read_text())), checkpoint.load_state(saved)
     data_settings = {key: value for key, value in flat.items() if key.startswith("data.")}
     return Identity(_settings(flat), data_settings, state.num_steps, state.data_fingerprint, None, None, None, None)
+
+
+def resumed(before: Identity, now: Identity) -> Identity:
+    """The identity of a run that goes on under other settings: what it began with, and what changed. The number of steps is that
+    which the run now goes to, as a run may be extended."""
+    changed = differences(replace(before, changes=[]), replace(now, num_steps=before.num_steps))
+    return replace(before, num_steps=now.num_steps, changes=before.changes + changed)
 
 
 def differences(before: Identity, now: Identity) -> list[str]:
@@ -87,6 +99,8 @@ def differences(before: Identity, now: Identity) -> list[str]:
         found += _changed(before.data_settings, now.data_settings) or [f"the contents of the data: {', '.join(contents)}"]
     if before.weights and now.weights and before.weights != now.weights:
         found.append(f"the start, {before.start} -> {now.start}")
+    if before.changes:
+        found.append(f"settings that changed while it ran ({', '.join(before.changes)})")
     return found
 
 

@@ -19,7 +19,7 @@ from chattrain.device import pick_device
 from chattrain.model import fp8
 from chattrain.parallel import launch
 from chattrain.setup.data import RunData, open_data
-from chattrain.setup.identity import differences, identify, read_identity
+from chattrain.setup.identity import differences, identify, read_identity, resumed
 from chattrain.setup.job import current_job
 from chattrain.setup.names import run_folder
 from chattrain.setup.resume import check_resumed, find_resume, move_aside
@@ -51,12 +51,13 @@ def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
     run_dir = choose_run_dir(cfg.run, cfg.stage)
     resume = find_resume(cfg.run.resume, run_dir)
     setup, data = _open(cfg, world_size, run_dir, resume)
-    identity = identify(cfg, data)
+    identity = identify(cfg, data, None if resume else setup.start)
     aside = cfg.run.resume == Resume.never
     if resume and _belongs_to_named_sweep(cfg) and (changed := differences(read_identity(run_dir, resume), identity)):
         log.warning("%s was made with other settings (%s); it is moved aside and run anew", run_dir, ", ".join(changed))
         resume, aside = None, True
         setup, data = _open(cfg, world_size, run_dir, resume)
+        identity = identify(cfg, data, setup.start)
     if resume and (finished := check_resumed(cfg, run_dir, resume, data, identity)):
         return replace(setup, finished=finished), data
     if aside:
@@ -65,7 +66,7 @@ def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
     replace_text(run_dir / "config.yaml", to_yaml(cfg))
     if overrides := current_job().overrides:
         replace_text(run_dir / "overrides.yaml", yaml.safe_dump(overrides, width=1000))  # the command, as Hydra's own file
-    identity.write(run_dir)
+    (resumed(read_identity(run_dir, resume), identity) if resume else identity).write(run_dir)
     (run_dir / "summary.json").unlink(missing_ok=True)  # of the part of the run before this one
     return setup, data
 

@@ -115,4 +115,4 @@ def move_aside(run_dir: Path) -> None:
     while (old := run_dir.with_name(f"{run_dir.name}.old{number}")).exists():
         number += 1
     run_dir.rename(old)
-    log.warning("run.resume=never: the earlier contents of %s are now in %s", run_dir, old)
+    log.warning("the earlier contents of %s are now in %s", run_dir, old)

@@ -21,6 +21,7 @@ from chattrain.sweeps.devices import environments
 from chattrain.sweeps.launching import Bystander, current
 from chattrain.sweeps.prune import rungs, survivors
 from chattrain.sweeps.schedule import Done, Task, run_here, run_side_by_side
+from chattrain.sweeps.worker import Pool
 
 
 class Jobs:
@@ -29,6 +30,7 @@ class Jobs:
     def __init__(self, context: HydraContext, task_function: TaskFunction, config: DictConfig):
         self.context, self.task_function, self.config = context, task_function, config
         self.done: dict[int, Done] = {}  # of the batches before
+        self.pool: Pool | None = None  # of jobs side by side
 
     def launch(
         self, overrides: Sequence[Sequence[str]], first: int, jobs: int | None, gpus_per_job: int | None
@@ -37,35 +39,36 @@ class Jobs:
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        slots = environments(jobs, gpus_per_job)
+        if self.pool is None and (slots := environments(jobs, gpus_per_job)) is not None:
+            self.pool = Pool(slots)
         configs = {num: self._compose(num, list(job)) for num, job in enumerate(overrides, start=first)}
         watcher = current() or Bystander()
         watcher.plan(configs)
-        with watcher.shown(live=slots is not None):
+        if self.pool is not None:
+            watcher.at_end.callback(self.pool.close)
+        with watcher.shown(live=self.pool is not None):
             if watcher.prune is None:
-                done = self._run(configs, slots, watcher)
+                done = self._run(configs, watcher)
             else:
-                done = self._halve(configs, slots, watcher, watcher.prune)
+                done = self._halve(configs, watcher, watcher.prune)
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.done |= done
         return [_returned(done[num], list(overrides[num - first])) for num in configs]
 
-    def _run(self, configs: dict[int, DictConfig], slots: list[dict[str, str]] | None, watcher: Bystander) -> dict[int, Done]:
-        """Run the jobs to their ends, in this process (slots None) or in workers with these environment variables."""
+    def _run(self, configs: dict[int, DictConfig], watcher: Bystander) -> dict[int, Done]:
+        """Run the jobs to their ends, in workers, or in this process where there are none."""
         tasks = [Task(num, self._call(config), watcher.waits_for(num)) for num, config in configs.items()]
-        if slots is None:
+        if self.pool is None:
             return run_here(tasks, watcher, self.done)
-        return run_side_by_side(tasks, slots[: len(tasks)], watcher, self.done)
+        return run_side_by_side(tasks, self.pool, watcher, self.done)
 
-    def _halve(
-        self, configs: dict[int, DictConfig], slots: list[dict[str, str]] | None, watcher: Bystander, keep: int
-    ) -> dict[int, Done]:
+    def _halve(self, configs: dict[int, DictConfig], watcher: Bystander, keep: int) -> dict[int, Done]:
         """Run the jobs to the first rung, the best of them to the next, and so on."""
         done: dict[int, Done] = {}
         for fraction in rungs(len(configs), keep):
             for config in configs.values():
                 config.train.stop_after = fraction if fraction < 1 else None
-            done |= self._run(configs, slots, watcher)
+            done |= self._run(configs, watcher)
             objectives = {num: done[num].result.return_value for num in configs if not done[num].failed}
             if fraction < 1:
                 best = survivors(objectives, keep, watcher.direction)

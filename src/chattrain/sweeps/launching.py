@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,10 +21,10 @@ from chattrain.config import Config
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup.mlflow_target import mlflow_target
 from chattrain.setup.names import is_main_process, run_folder
-from chattrain.sweeps.record import JobOutcome, read_outcome, read_outcomes
+from chattrain.sweeps.record import JobOutcome, read_outcome, read_outcomes, read_record
 from chattrain.sweeps.schedule import Done, Skipped
 from chattrain.sweeps.sweep import Sweep
-from chattrain.tracking.sweep_record import FILE, JobRecord, SweepRecord
+from chattrain.tracking.sweep_record import JobRecord, SweepRecord
 
 if TYPE_CHECKING:
     from chattrain.sweeps.live import LiveTable
@@ -40,6 +42,9 @@ class Bystander:
 
     prune: int | None = None  # sweep.prune
     direction = "minimize"  # of the jobs' results
+
+    def __init__(self):
+        self.at_end = ExitStack()  # what to close after the launch
 
     def plan(self, configs: dict[int, DictConfig]) -> None: ...
 
@@ -62,6 +67,7 @@ class Launch(Bystander):
     """One command line. `status`: the exit status, the highest of all jobs."""
 
     def __init__(self, command: list[str]):
+        super().__init__()
         self.sweep, self.command, self.status = Sweep(), command, 0
         self.record: SweepRecord | None = None
         self.kept: list[JobRecord] = []  # of earlier launches of the same sweep
@@ -69,6 +75,7 @@ class Launch(Bystander):
         self.results: list[dict] = []  # what the jobs' commands returned
         self.table: LiveTable | None = None
         self.mlflow_uri = ""
+        self.started_at: dict[int, float] = {}  # of running jobs, seconds since the epoch
 
     @contextmanager
     def workspace(self) -> Iterator[None]:
@@ -76,7 +83,7 @@ class Launch(Bystander):
         has sweep.json, a run its config.yaml."""
         global _current
         _current = self
-        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="chattrain-") as scratch, self.at_end:
             os.environ["CHATTRAIN_SCRATCH"] = scratch
             yield
         _current = None
@@ -86,8 +93,20 @@ class Launch(Bystander):
     def begin(self, config: DictConfig, multirun: bool) -> None:
         """Before the first job. Raises UserError; nothing is written before."""
         self.sweep.begin(config, multirun, self.command)
-        if self.sweep.launcher:  # it tells us nothing of its jobs before they run
+        if self.sweep.launcher and self.sweep.folder is not None:  # it tells us nothing of its jobs before they run
+            self._take_folder(self.sweep.folder)
+            os.environ["CHATTRAIN_SCRATCH"] = str(self.sweep.folder)  # Hydra's own files of the sweep; other hosts read them
             self._open_parent(config)
+
+    def _take_folder(self, folder: Path) -> None:
+        """Make the sweep's folder this launch's own. Raises UserError where another process runs the sweep."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = self.at_end.enter_context((folder / ".lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process runs the sweep {folder.name}; wait for it, or use another sweep.name") from None
+        shutil.rmtree(folder / "jobs", ignore_errors=True)  # of an earlier launch of this sweep
 
     def _open_parent(self, config: DictConfig) -> None:
         """Make the sweep's run in MLflow, under which those of its jobs are nested, or go on with that of an earlier launch."""
@@ -96,9 +115,9 @@ class Launch(Bystander):
             return
         from chattrain.tracking.mlflow_parent import open_parent  # imports mlflow, for seconds
 
-        before = SweepRecord.read(folder).mlflow_run_id if (folder / FILE).is_file() else None
+        before = read_record(folder)
         self.mlflow_uri, experiment = mlflow_target(cast(Config, config))  # the same keys
-        run_id = before or os.environ.get("MLFLOW_RUN_ID")
+        run_id = (before.mlflow_run_id if before else None) or os.environ.get("MLFLOW_RUN_ID")
         self.sweep.mlflow_run_id = open_parent(
             self.mlflow_uri, experiment, f"sweep {folder.name}", self.command, self.sweep.swept, run_id
         )
@@ -112,21 +131,21 @@ class Launch(Bystander):
             overrides = list(config.hydra.overrides.task)
             values = self.sweep.values(overrides)
             record = JobRecord(num, config.stage, values, self.command_alone(overrides))
-            if str(config.command).endswith("train"):
-                if config.run.dir is not None and len(configs) > 1:
-                    raise UserError("run.dir names one folder, but this sweep has several jobs; use run.name or sweep.name")
+            if self.sweep.trains:
                 name = self.sweep.name_of_run(config.run.name, values)
                 record.run_dir = config.run.dir or str(run_folder(config.run.root, config.stage, name))
+                if config.run.dir is not None and len(configs) > 1:
+                    raise UserError("run.dir names one folder, but this sweep has several jobs; use run.name or sweep.name")
                 twin = next((job for job in planned.values() if job.run_dir == record.run_dir), None)
                 if twin and not self.sweep.searches:
                     raise UserError(f"jobs {twin.num + 1} and {num + 1} would share {record.run_dir}; make their names differ")
+                if before := self.sweep.stage_before(config.stage):
+                    record.overrides += [f"init.from={run_folder(config.run.root, before, name)}"]
             planned[num] = record
-            if before := self.sweep.stage_before(config.stage):
-                record.overrides += [f"init.from={run_folder(config.run.root, before, name)}"]
             self.prune = config.sweep.prune
             self.sweep.set_objective(config)  # of the last job: where stages are swept, that of the last stage
-        if self.record is None and self.sweep.folder:
-            shutil.rmtree(self.sweep.folder / "jobs", ignore_errors=True)  # of an earlier launch of this sweep
+        if self.record is None and self.sweep.folder is not None:
+            self._take_folder(self.sweep.folder)
             self._open_parent(list(configs.values())[-1])
         self.direction = self.sweep.direction
         self._open_record(planned)
@@ -142,14 +161,15 @@ class Launch(Bystander):
         folder = self.sweep.folder
         assert folder is not None
         if self.record is None:
-            before = SweepRecord.read(folder) if (folder / FILE).is_file() else None
+            before = read_record(folder)
             self.record = SweepRecord(folder.name, self.command, before.created_at if before else time.time())
             self.record.mlflow_run_id = self.sweep.mlflow_run_id
             self.kept = [job for job in before.jobs if job.status == "completed"] if before else []
         self.jobs |= planned
         folders = {job.run_dir for job in self.jobs.values()}
-        settings = {_settings(job) for job in self.jobs.values()}
-        self.kept = [job for job in self.kept if job.run_dir not in folders and _settings(job) in settings]
+        swept = {key for job in [*self.jobs.values(), *self.kept] for key in job.values}
+        settings = {_settings(job, swept) for job in self.jobs.values()}
+        self.kept = [job for job in self.kept if job.run_dir not in folders and _settings(job, swept) in settings]
         self.record.swept = sorted({key for job in self.jobs.values() for key in job.values})
         self.record.objective, self.record.direction = self.sweep.objective, self.sweep.direction
         self._write()
@@ -166,7 +186,7 @@ class Launch(Bystander):
         """Show the jobs while they run: `live` as a table, else each run shows its own progress."""
         from chattrain.sweeps.live import LiveTable  # imports rich
 
-        self.table = LiveTable(self.jobs) if live else None
+        self.table = LiveTable(self.jobs, self.started_at) if live else None
         try:
             with self.table or nullcontext():
                 yield
@@ -175,7 +195,7 @@ class Launch(Bystander):
             self._write()
 
     def started(self, num: int) -> None:
-        self.jobs[num].status = "running"
+        self.jobs[num].status, self.started_at[num] = "running", time.time()
         self._write()
         label = JobOutcome(num, self.jobs[num].values, []).label
         if self.table:
@@ -226,11 +246,17 @@ class Launch(Bystander):
 
     def show(self) -> None:
         """Print what a sweep found, or the stages of a chain side by side; nothing without `-m`."""
-        if self.record is not None and self.record.jobs and self.sweep.folder is not None and is_main_process():
-            from chattrain.sweeps.results import show_results  # imports rich and numpy
+        folder, complete = self.sweep.folder, self.status != 130 and self.sweep.launcher is None
+        if self.record is None or not self.record.jobs or folder is None or not is_main_process():
+            return
+        from chattrain.sweeps.results import show_results  # imports rich and numpy
 
-            show_results(self.record, self.sweep.folder, self.results, self.sweep.trains)
-            self._close_parent(self.sweep.folder)
+        try:
+            show_results(self.record, folder, self.results, self.sweep.trains, complete)
+        finally:
+            self._close_parent(folder)
+            if not self.sweep.trains:
+                shutil.rmtree(folder, ignore_errors=True)  # what only reads runs leaves no sweep
 
     def _close_parent(self, folder: Path) -> None:
         """End the sweep's run in MLflow with its result and its files."""
@@ -246,10 +272,9 @@ class Launch(Bystander):
         files = [file for file in files if file.is_file()]
         close_parent(self.mlflow_uri, self.sweep.mlflow_run_id, answer, files, status)
 
-    @property
-    def explains(self) -> bool:
-        """Has a job failed? Hydra then ends with that job's error, which was printed, or with one of its own about it."""
-        return any(job.status in ("failed", "skipped") for job in self.jobs.values())
+    def explains(self, error: BaseException) -> bool:
+        """Is this the error of a job, which was printed when the job failed? Hydra's sweepers raise it again."""
+        return str(error) in {job.error for job in self.jobs.values() if job.status in ("failed", "skipped")}
 
     def _note(self, outcome: JobOutcome) -> None:
         """Write the outcome into the job's record, print its error unless that was done, and raise the exit status."""
@@ -263,14 +288,16 @@ class Launch(Bystander):
 
     def _write(self) -> None:
         if self.record is not None and self.sweep.folder is not None and is_main_process():
-            jobs = [self.jobs[num] for num in sorted(self.jobs)]
-            self.record.jobs = jobs + self.kept
-            self.record.write(self.sweep.folder)
+            self.record.jobs = [self.jobs[num] for num in sorted(self.jobs)]
+            for num, job in enumerate(self.kept, start=max(self.jobs, default=-1) + 1):
+                self.record.jobs.append(replace(job, num=num))
+            if self.sweep.trains:
+                self.record.write(self.sweep.folder)
 
 
-def _settings(job: JobRecord) -> tuple[str, ...]:
-    """The overrides of a job that all jobs of its sweep share."""
-    return tuple(sorted(o for o in job.overrides if o.lstrip("+").partition("=")[0] not in job.values))
+def _settings(job: JobRecord, swept: set[str]) -> tuple[str, ...]:
+    """The overrides of a job that all jobs of its sweep share; where it starts from follows from the others."""
+    return tuple(sorted(o for o in job.overrides if o.lstrip("+").partition("=")[0] not in swept | {"init.from"}))
 
 
 def _config_dir(argument: str, following: str) -> list[str]:

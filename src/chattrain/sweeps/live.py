@@ -22,8 +22,9 @@ TAIL_BYTES = 65536  # of metrics.jsonl, read at each look
 class LiveTable:
     """On a terminal a table of all jobs; in a file or pipe one line for each that starts or ends. Both on stderr."""
 
-    def __init__(self, jobs: dict[int, JobRecord]):
-        self.jobs = jobs
+    def __init__(self, jobs: dict[int, JobRecord], started_at: dict[int, float]):
+        self.jobs, self.started_at = jobs, started_at
+        self.ended: dict[tuple[int, str], tuple[str, str, str]] = {}  # number and status of a job that runs no more -> its cells
         console = Console(stderr=True)
         terminal = console.is_terminal and os.environ.get("TERM") != "dumb"
         self.live = Live(console=console, auto_refresh=False, transient=True) if terminal else None
@@ -47,29 +48,38 @@ class LiveTable:
 
     def refresh(self) -> None:
         if self.live:
-            self.live.update(_table(list(self.jobs.values())), refresh=True)
+            self.live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for column in ("job", "status", "step", "loss", "left"):
+            table.add_column(column, justify="left" if column in ("job", "status") else "right", no_wrap=True)
+        for job in self.jobs.values():
+            values = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in job.values.items())
+            table.add_row(values or str(job.num + 1), job.status, *self._progress(job), style=STYLES.get(job.status, ""))
+        return table
+
+    def _progress(self, job: JobRecord) -> tuple[str, str, str]:
+        if job.status == "running":
+            return progress(job, self.started_at.get(job.num, 0.0))
+        key = (job.num, job.status)
+        if key not in self.ended:
+            self.ended[key] = progress(job, 0.0)
+        return self.ended[key]
 
 
-def _table(jobs: list[JobRecord]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("job", "status", "step", "loss", "left"):
-        table.add_column(column, justify="left" if column in ("job", "status") else "right", no_wrap=True)
-    for job in jobs:
-        values = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in job.values.items())
-        step, loss, left = progress(job)
-        table.add_row(values or str(job.num), job.status, step, loss, left, style=STYLES.get(job.status, ""))
-    return table
+def progress(job: JobRecord, started_at: float) -> tuple[str, str, str]:
+    """Step of steps, training loss and time left of a job, from the files of its run; empty where they are not known.
 
-
-def progress(job: JobRecord) -> tuple[str, str, str]:
-    """Step of steps, training loss and time left of a job, from the files of its run; empty where they are not known."""
+    `started_at`: seconds since the epoch; the time left follows from what the job has done since.
+    """
     if job.run_dir is None or job.status == "waiting":
         return "", "", ""
     total = job.num_steps or _planned_steps(Path(job.run_dir))
     rows = [row for row in _tail(Path(job.run_dir) / "metrics.jsonl") if "train/loss" in row]
     if not rows:
         return "", "", ""
-    first, last = rows[0], rows[-1]
+    first, last = next((row for row in rows if row["time"] >= started_at), rows[-1]), rows[-1]
     step = f"{last['step']}/{total}" if total else str(last["step"])
     loss = "n/a" if last["train/loss"] is None else f"{last['train/loss']:.4g}"
     if job.status != "running" or not total or last["step"] == first["step"]:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chattrain.errors import UserError
 from chattrain.storage.files import replace_text
+from chattrain.tracking.sweep_record import FILE, SweepRecord
 
 
 @dataclass
@@ -59,3 +61,11 @@ def read_outcomes(folder: Path) -> list[JobOutcome]:
     """Of all jobs of this launch that have ended, by number."""
     nums = sorted(int(file.stem) for file in (folder / "jobs").glob("*.json") if file.stem.isdigit())
     return [outcome for num in nums if (outcome := read_outcome(folder, num)) is not None]
+
+
+def read_record(folder: Path) -> SweepRecord | None:
+    """The record of a sweep, None where it has none. Raises UserError for one that cannot be read."""
+    try:
+        return SweepRecord.read(folder) if (folder / FILE).is_file() else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / FILE} cannot be read: {error}; remove it, or use another sweep.name") from error

@@ -15,14 +15,15 @@ from chattrain.tracking.table_evaluations import show_evaluations
 log = logging.getLogger("chattrain")
 
 
-def show_results(record: SweepRecord, folder: Path, results: list[dict], trains: bool) -> None:
-    """`results`: what the commands of the jobs returned; `trains`: are the jobs trainings?"""
+def show_results(record: SweepRecord, folder: Path, results: list[dict], trains: bool, complete: bool) -> None:
+    """`results`: what the commands of the jobs returned; `trains`: are the jobs trainings? `complete`: all jobs ran, in this
+    process or in workers of this host, so that the best may be measured here."""
     if not trains:
         if measured := [result for result in results if "part" in result]:
             show_evaluations(measured)
         return
     if set(record.swept) - {"stage"}:
-        show_sweep(folder, _score_winner(record))
+        show_sweep(folder, _score_winner(record) if complete else None)
         return
     run_dirs = [Path(job.run_dir) for job in record.jobs if job.run_dir and job.status == "completed"]
     if trained := [run_dir for run_dir in run_dirs if (run_dir / "metrics.jsonl").is_file()]:

@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from chattrain.errors import RunFailed
-from chattrain.sweeps.worker import Worker
+from chattrain.sweeps.worker import Pool, Worker
 
 POLL_S = 0.5  # seconds between looks at the running jobs, for the live table
 
@@ -66,48 +66,49 @@ def run_here(tasks: list[Task], watcher: Watcher, earlier: dict[int, Done]) -> d
     return done
 
 
-def run_side_by_side(
-    tasks: list[Task], environments: list[dict[str, str]], watcher: Watcher, earlier: dict[int, Done]
-) -> dict[int, Done]:
-    """Run the jobs in worker processes, one job at a time in each; returns how each ended.
+def run_side_by_side(tasks: list[Task], pool: Pool, watcher: Watcher, earlier: dict[int, Done]) -> dict[int, Done]:
+    """Run the jobs in the workers of a pool, one job at a time in each; returns how each ended.
 
-    `environments`: the environment variables of each worker: its devices, its threads. A worker that dies is replaced, and its
-    job has failed. Ctrl-C is passed on to the running jobs, which save and stop; then KeyboardInterrupt is raised.
+    A worker that dies is replaced, and its job has failed. Ctrl-C is passed on to the running jobs, which save and stop; then
+    KeyboardInterrupt is raised.
     """
     waiting, done = _in_order(tasks), {}
-    idle, running = list(range(len(environments))), {}  # slots; slot -> (worker, task)
-    workers: dict[int, Worker] = {}
+    idle, running = list(range(len(pool.environments))), {}  # slots; slot -> (worker, task)
     interrupted = False
-    try:
-        while waiting or running:
-            try:
-                if not interrupted:
-                    _start_what_can(waiting, idle, running, workers, environments, {**earlier, **done}, done, watcher)
-                ready = wait([worker.connection for worker, _ in running.values()], timeout=POLL_S) if running else []
-                for slot, (worker, task) in list(running.items()):
-                    if worker.connection in ready:
-                        done[task.num], died = _receive(worker)
-                        del running[slot]
-                        if died:
-                            del workers[slot]
-                        idle.append(slot)
-                        watcher.ended(task.num, done[task.num])
-                watcher.poll()
-                if interrupted and not running:
-                    raise KeyboardInterrupt
-            except KeyboardInterrupt:
-                if not running:
-                    raise
-                interrupted = True
-                for worker, _ in running.values():
-                    worker.interrupt()
-    finally:
-        for worker in workers.values():
-            worker.close()
+    while waiting or running:
+        try:
+            if not interrupted:
+                _start_what_can(waiting, idle, running, pool, {**earlier, **done}, done, watcher)
+            ready = wait([worker.connection for worker, _ in running.values()], timeout=POLL_S) if running else []
+            for slot, (worker, task) in list(running.items()):
+                if worker.connection in ready:
+                    done[task.num], died = _receive(worker)
+                    del running[slot]
+                    if died:
+                        pool.forget(slot)
+                    idle.append(slot)
+                    watcher.ended(task.num, done[task.num])
+            watcher.poll()
+            if interrupted and not running:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if not running:
+                raise
+            interrupted = True
+            for worker, _ in running.values():
+                worker.interrupt()
     return done
 
 
-def _start_what_can(waiting, idle, running, workers, environments, known, done, watcher) -> None:
+def _start_what_can(
+    waiting: list[Task],
+    idle: list[int],
+    running: dict[int, tuple[Worker, Task]],
+    pool: Pool,
+    known: dict[int, Done],
+    done: dict[int, Done],
+    watcher: Watcher,
+) -> None:
     """Give idle slots the first jobs that wait for nothing."""
     for task in list(waiting):
         if _skip(task, known, done, watcher):
@@ -115,12 +116,9 @@ def _start_what_can(waiting, idle, running, workers, environments, known, done, 
             known[task.num] = done[task.num]
         elif idle and all(num in known for num in task.after):
             slot = idle.pop(0)
-            if slot not in workers:
-                workers[slot] = Worker(environments[slot])
             waiting.remove(task)
-            running[slot] = (workers[slot], task)
             watcher.started(task.num)
-            workers[slot].send(task.call)
+            running[slot] = (pool.send(slot, task.call), task)
 
 
 def _skip(task: Task, known: dict[int, Done], done: dict[int, Done], watcher: Watcher) -> bool:

@@ -7,27 +7,26 @@ run_job   the task function, here or in another process: trains, writes jobs/<nu
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from chattrain.commands.exit import report_error
 from chattrain.config import Config, schema
-from chattrain.config.compose import key_of
-from chattrain.config.run import InitConfig
+from chattrain.config.compose import drop_other_alternatives, key_of
 from chattrain.config.sweep import SweepConfig
 from chattrain.config.words import Command
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup.job import Job, SweepMember, set_job
 from chattrain.setup.names import finished_run, is_main_process, launch_name, run_folder, set_launch
 from chattrain.sweeps.hydra_keys import refuse_keys_without_effect, refuse_unused_sweep
-from chattrain.sweeps.naming import parse, run_name, swept_values
+from chattrain.sweeps.naming import UNNAMED, parse, run_name, swept_values
 from chattrain.sweeps.objective import direction_of, metrics_at, objective_of
-from chattrain.sweeps.record import JobOutcome
+from chattrain.sweeps.record import JobOutcome, read_record
 
 ONLY_IN_SWEEPS = ("sweep.name", "sweep.jobs", "sweep.gpus_per_job", "sweep.prune", "sweep.direction")
 
@@ -56,8 +55,8 @@ class Sweep:
         self.multirun, self.command = multirun, str(config.command)
         given = [key for key in map(key_of, config.hydra.overrides.task) if key in ONLY_IN_SWEEPS]
         if not multirun:
-            if given and self.trains:
-                raise UserError(f"{given[0]} has no effect on a single run; add -m, or leave it out")
+            if given and not (self.command.endswith("report") and given == ["sweep.name"]):
+                raise UserError(f"{given[0]} has no effect without -m; add -m, or leave it out")
             return refuse_unused_sweep(config.hydra, typed)
         settings = OmegaConf.to_object(config.sweep)
         assert isinstance(settings, SweepConfig)
@@ -71,16 +70,15 @@ class Sweep:
         if not target.endswith(("chattrain_local.LocalLauncher", "basic_launcher.BasicLauncher")):
             self.launcher = config.hydra.runtime.choices["hydra/launcher"]
         self.searches = not config.hydra.sweeper._target_.endswith("BasicSweeper")
-        name = config.sweep.name or config.run.name or self.launch
-        folder = self.folder = (Path(config.run.root).expanduser() / "sweeps" / name).resolve()
+        name = (config.sweep.name or config.run.name) if self.trains else None  # what only reads runs is no part of their sweep
+        folder = self.folder = (Path(config.run.root).expanduser() / "sweeps" / (name or self.launch)).resolve()
+        if config.sweep.name and (before := read_record(folder)):  # one value of what was swept is still swept
+            self.swept += [key for key in before.swept if key in self.fixed and key not in UNNAMED]
+            self.fixed -= set(self.swept)
         self.set_objective(config)
         self._refuse(config)
-        if not self.searches:
-            self._refuse_duplicates(config, list(overrides.values()))
-        if self.launcher:
-            shutil.rmtree(folder / "jobs", ignore_errors=True)  # of an earlier launch of this sweep
-            folder.mkdir(parents=True, exist_ok=True)
-            os.environ["CHATTRAIN_SCRATCH"] = str(folder)  # Hydra's own files of the sweep; other hosts read them
+        if self.trains and not self.searches:
+            self._refuse_duplicates(list(overrides.values()))
 
     def set_objective(self, config: DictConfig) -> None:
         """Take sweep.objective and sweep.direction of a composed configuration."""
@@ -91,7 +89,7 @@ class Sweep:
         """Raises UserError where `-m` does not go with the other keys or with torchrun."""
         if not (self.swept or self.searches):
             return
-        if config.run.dir is not None or "run.dir" in self.swept:
+        if self.trains and (config.run.dir is not None or "run.dir" in self.swept):
             raise UserError(
                 "run.dir names one folder, but -m starts several runs; use run.name, to which each run adds what was swept"
             )
@@ -115,6 +113,12 @@ class Sweep:
                 f"sweep.prune={config.sweep.prune} compares the jobs of one stage while they run, so it needs "
                 "hydra/launcher=local, Hydra's basic sweeper and one stage"
             )
+        at_once = config.hydra.sweeper.get("n_jobs")
+        if self.searches and at_once == 1 and (config.sweep.jobs or 1) > 1:
+            raise UserError(
+                f"sweep.jobs={config.sweep.jobs}, but hydra.sweeper.n_jobs=1 gives one job at a time; add "
+                f"hydra.sweeper.n_jobs={config.sweep.jobs}"
+            )
         direction = config.hydra.sweeper.get("direction")
         if self.searches and isinstance(direction, str) and direction != self.direction:
             raise UserError(
@@ -122,13 +126,13 @@ class Sweep:
                 f"hydra.sweeper.direction={self.direction} or sweep.direction={direction}"
             )
 
-    def _refuse_duplicates(self, config: DictConfig, overrides: list) -> None:
+    def _refuse_duplicates(self, overrides: list[Override]) -> None:
         """Raises UserError where two jobs would have the same folder."""
         (jobs,) = BasicSweeper.split_arguments(overrides, None)
-        folders: set[tuple[str, str]] = set()
+        folders: set[tuple[str | None, ...]] = set()
         for job in jobs:
             values = self.values(job)
-            folder = (values.get("stage", ""), run_name("", values))
+            folder = (*(values.get(key) for key in UNNAMED), run_name("", values))
             if folder in folders:
                 given = " ".join(f"{key}={value}" for key, value in values.items())
                 raise UserError(f"two jobs would share one folder: {given} is given twice; leave one out")
@@ -160,11 +164,11 @@ class Sweep:
             choices={k: str(v) for k, v in hydra.runtime.choices.items() if v is not None and not k.startswith("hydra/")},
         )
         if not self.multirun:
-            return self._execute(schema.from_hydra(composed), job, JobOutcome(0, {}, job.overrides))
+            return self._execute(composed, job, JobOutcome(0, {}, job.overrides))
         set_launch(self.launch)  # another host need not inherit the environment
         outcome = JobOutcome(hydra.job.num, self.values(job.overrides), job.overrides)
         try:
-            return self._execute(schema.from_hydra(composed), job, outcome)
+            return self._execute(composed, job, outcome)
         except BaseException as error:
             outcome.failed(error)
             if os.getpid() == self.process and isinstance(error, Exception):
@@ -174,8 +178,10 @@ class Sweep:
             if is_main_process() and self.folder is not None:
                 outcome.write(self.folder)
 
-    def _execute(self, cfg: Config, job: Job, outcome: JobOutcome) -> float | None:
+    def _execute(self, composed: DictConfig, job: Job, outcome: JobOutcome) -> float | None:
         """Run the command of one configuration, under the name and from the start that the sweep gives it."""
+        drop_other_alternatives(composed, job.overrides)
+        cfg = schema.from_hydra(composed)
         from chattrain.commands.execute import execute  # imports torch: a wrong value is answered before
 
         outcome.stage = cfg.stage
@@ -189,11 +195,16 @@ class Sweep:
         set_job(job)
         result = execute(cfg)
         outcome.succeeded(result)
-        at_rung = cfg.train.stop_after is not None and result["steps"] >= cfg.train.last_step(result["num_steps"])
-        if result.get("status") == "interrupted" and not at_rung:
+        return self._objective(cfg, result, outcome) if cfg.command == Command.train else None
+
+    def _objective(self, cfg: Config, summary: dict, outcome: JobOutcome) -> float | None:
+        """What the job returns to the sweeper, of a run with this summary. Raises KeyboardInterrupt where it was interrupted."""
+        last = cfg.train.last_step(summary["num_steps"])
+        at_rung = last < summary["num_steps"] and summary["steps"] >= last
+        if summary["status"] == "interrupted" and not at_rung:
             raise KeyboardInterrupt
-        if "metrics" in result and self.multirun:
-            metrics = metrics_at(result, cfg.train.last_step(result["num_steps"])) if at_rung else result["metrics"]
+        if self.multirun:
+            metrics = metrics_at(summary, last) if at_rung else summary["metrics"]
             outcome.metric = cfg.sweep.objective
             outcome.objective = objective_of(cfg.sweep, metrics, required=self.searches or at_rung)
         return outcome.objective
@@ -209,5 +220,6 @@ class Sweep:
         start = finished_run(cfg.run.root, before, cfg.run.name)
         if start is None:
             raise RunFailed(f"the {before} run {cfg.run.name}, from which this {cfg.stage} run starts, is not complete")
-        cfg.init = InitConfig(strict=cfg.init.strict, after=cfg.init.after)
-        setattr(cfg.init, "from", start)
+        from chattrain.setup.start import start_at  # imports torch
+
+        cfg.init = start_at(cfg.init, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -52,6 +53,37 @@ class Worker:
             self.process.terminate()
             self.process.join(STOP_S)
             self.process.kill()
+
+
+class Pool:
+    """The workers of a sweep, by slot; each starts with its first call. Closed when the program ends, or before by `close`."""
+
+    def __init__(self, environments: list[dict[str, str]]):
+        self.environments = environments
+        self.workers: dict[int, Worker] = {}
+        atexit.register(self.close)  # before multiprocessing waits for its children
+
+    def send(self, slot: int, call: Callable[[], object]) -> Worker:
+        """Give the slot's worker a call. One that died while it had none, as the kernel may end it, is replaced."""
+        if slot in self.workers:
+            try:
+                self.workers[slot].send(call)
+                return self.workers[slot]
+            except OSError:
+                pass
+        self.workers[slot] = Worker(self.environments[slot])
+        self.workers[slot].send(call)
+        return self.workers[slot]
+
+    def forget(self, slot: int) -> None:
+        """The slot's worker has died."""
+        del self.workers[slot]
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+        atexit.unregister(self.close)
 
 
 def _serve(connection: Connection, environment: dict[str, str]) -> None:
