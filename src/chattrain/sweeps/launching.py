@@ -21,6 +21,7 @@ from chattrain.config import Config
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup.mlflow_target import mlflow_target
 from chattrain.setup.names import is_main_process, run_folder
+from chattrain.sweeps.overrides import command_alone, shared_settings
 from chattrain.sweeps.record import JobOutcome, read_outcome, read_outcomes, read_record
 from chattrain.sweeps.schedule import Done, Skipped
 from chattrain.sweeps.sweep import Sweep
@@ -130,7 +131,7 @@ class Launch(Bystander):
         for num, config in configs.items():
             overrides = list(config.hydra.overrides.task)
             values = self.sweep.values(overrides)
-            record = JobRecord(num, config.stage, values, self.command_alone(overrides))
+            record = JobRecord(num, config.stage, values, command_alone(self.command, overrides))
             if self.sweep.trains:
                 name = self.sweep.name_of_run(config.run.name, values)
                 record.run_dir = config.run.dir or str(run_folder(config.run.root, config.stage, name))
@@ -150,12 +151,6 @@ class Launch(Bystander):
         self.direction = self.sweep.direction
         self._open_record(planned)
 
-    def command_alone(self, overrides: list[str]) -> list[str]:
-        """What `python -m chattrain` takes to run one job alone, under a name of its own."""
-        folders = [a for pair in zip(self.command, [*self.command[1:], ""], strict=True) for a in _config_dir(*pair)]
-        own = [o for o in overrides if not o.startswith(("sweep.", "run.name="))]
-        return [*folders, *own, *(["hydra.mode=RUN"] if not {"-m", "--multirun"} & set(self.command) else [])]
-
     def _open_record(self, planned: dict[int, JobRecord]) -> None:
         """Add jobs to the record; the first time, make it, with the completed jobs of earlier launches of this sweep."""
         folder = self.sweep.folder
@@ -168,8 +163,8 @@ class Launch(Bystander):
         self.jobs |= planned
         folders = {job.run_dir for job in self.jobs.values()}
         swept = {key for job in [*self.jobs.values(), *self.kept] for key in job.values}
-        settings = {_settings(job, swept) for job in self.jobs.values()}
-        self.kept = [job for job in self.kept if job.run_dir not in folders and _settings(job, swept) in settings]
+        settings = {shared_settings(job, swept) for job in self.jobs.values()}
+        self.kept = [job for job in self.kept if job.run_dir not in folders and shared_settings(job, swept) in settings]
         self.record.swept = sorted({key for job in self.jobs.values() for key in job.values})
         self.record.objective, self.record.direction = self.sweep.objective, self.sweep.direction
         self._write()
@@ -293,19 +288,3 @@ class Launch(Bystander):
                 self.record.jobs.append(replace(job, num=num))
             if self.sweep.trains:
                 self.record.write(self.sweep.folder)
-
-
-def _settings(job: JobRecord, swept: set[str]) -> tuple[str, ...]:
-    """The overrides of a job that all jobs of its sweep share; where it starts from follows from the others."""
-    return tuple(sorted(o for o in job.overrides if o.lstrip("+").partition("=")[0] not in swept | {"init.from"}))
-
-
-def _config_dir(argument: str, following: str) -> list[str]:
-    """The argument, with the one that follows it, if it names the user's folder of YAML files.
-
-    >>> _config_dir("--config-dir", "mine"), _config_dir("--config-dir=mine", "-m"), _config_dir("mine", "-m")
-    (['--config-dir', 'mine'], ['--config-dir=mine'], [])
-    """
-    if argument in ("--config-dir", "-cd"):
-        return [argument, following]
-    return [argument] if argument.startswith("--config-dir=") else []
