@@ -73,7 +73,7 @@ def test_accuracies_have_their_95_percent_interval(tmp_path):
 
 
 def test_validation_losses_say_what_they_are_over(tmp_path):
-    page = Page(report(run_folder(tmp_path, ROWS, CONFIG, SUMMARY | {"validation": {"targets": "assistant", "tokens": 1234}})))
+    page = Page(report(run_folder(tmp_path, ROWS, CONFIG, SUMMARY | {"validation": {"targets": "replies", "tokens": 1234}})))
     assert "val/loss (replies)" in page.charts and "val/loss (replies)" in page.text and "tokens 1,234" in page.text
 
 
@@ -192,7 +192,7 @@ def test_a_comparison_lays_the_curves_of_runs_over_each_other(tmp_path):
 
 
 def test_a_comparison_of_losses_over_different_targets_says_so(tmp_path):
-    runs = [(CONFIG, {"validation": {"targets": targets}}) for targets in ("all", "assistant")]
+    runs = [(CONFIG, {"validation": {"targets": targets}}) for targets in ("all", "replies")]
     page = comparison(tmp_path, *runs)
     assert "do not rank the runs" in page.text.split("Curves, by step")[0]
     assert "val/loss (all tokens)" in page.text and "val/loss (replies)" in page.text
