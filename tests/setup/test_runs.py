@@ -121,7 +121,10 @@ def test_the_advice_of_a_refusal_works_when_typed(place):
     assert found[0] == found[1] and found[0].parents[1].name == "farm"
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m", "optimizer.lr_scale=1,2"]], ids=["one run", "a sweep"])
+SWEEP = ["-m", "optimizer.lr_scale=1,2"]
+
+
+@pytest.mark.parametrize("sweep", [[], SWEEP, [*SWEEP, "sweep.name=night"]], ids=["one run", "a sweep", "a sweep with a name"])
 def test_the_advice_after_ctrl_c_resumes_the_run(place, sweep, capsys, monkeypatch):
     typed = [*sweep, *TINY, "stage=sft", "run.root=stopped", "train.max_steps=3", "init.from=runs/mid/farm"]
     train_step = loop.train_step
@@ -136,11 +139,18 @@ def test_the_advice_after_ctrl_c_resumes_the_run(place, sweep, capsys, monkeypat
     monkeypatch.undo()
     monkeypatch.chdir(place)
     (advice,) = (line for line in stopped.err.splitlines() if "to resume" in line)
-    resumed = command_line(capsys, *typed, advice.split()[-1])
+    resumed = command_line(capsys, *typed, *(word for word in advice.split() if "=" in word))
     assert resumed.status == 0 and "resuming from" in resumed.err, resumed.err
     runs = [json.loads(file.read_text()) for file in Path("stopped").rglob("summary.json")]
     assert [run["status"] for run in runs] == ["completed"] * (2 if sweep else 1)
     shutil.rmtree("stopped")
+
+
+def test_a_run_that_stops_where_it_was_asked_to_is_not_told_how_to_resume(place, capsys):
+    typed = [*TINY, "stage=sft", "run.root=half", "run.name=a", "train.max_steps=2", "init.from=runs/mid/farm"]
+    done = command_line(capsys, *typed, "train.stop_after=0.5")
+    assert done.status == 0 and "at step 1 of 2" in done.err and "to resume" not in done.err, done.err
+    shutil.rmtree("half")
 
 
 def test_a_reference_is_a_folder_or_a_name(place):

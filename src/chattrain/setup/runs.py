@@ -165,8 +165,11 @@ def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
 
 
 def resume_with(run_dir: Path) -> str:
-    """What to add to the command line that began a run, alone or in a sweep (which refuses run.dir), so that it resumes."""
-    if any(key_of(override) in ("run.name", "run.dir") for override in current_job().overrides):
+    """What to add to the command line that began a run, alone or in a sweep (which refuses run.dir), so that it resumes.
+
+    Nothing where the command line names the run or the sweep.
+    """
+    if any(key_of(override) in ("run.name", "run.dir", "sweep.name") for override in current_job().overrides):
         return ""
     launch = launch_name()  # the runs of a sweep have this name, and what was swept after it
     return f", with run.name={launch if run_dir.name.startswith(launch) else run_dir.name}"
