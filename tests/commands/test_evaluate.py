@@ -162,10 +162,11 @@ def test_runs_that_answered_different_questions_are_not_compared(place):
         shutil.rmtree("runs/sft/fewer")
 
 
-@pytest.mark.parametrize("typed", [["runs=[sft/farm]"], ["runs=[sft/farm,mid/farm]", "run.name=farm"]])
-def test_runs_are_two_or_more_and_the_only_name(place, typed):
-    with pytest.raises(UserError, match="takes the place of"):
-        evaluate(*typed)
+def test_runs_are_two_or_more_and_the_only_name(place):
+    with pytest.raises(UserError, match="two runs or more"):
+        evaluate("runs=[sft/farm]")
+    with pytest.raises(UserError, match="takes the place of run.name=farm"):
+        evaluate("runs=[sft/farm,mid/farm]", "run.name=farm")
 
 
 def test_a_sweep_of_evaluations_ends_in_a_table(place, capsys):

@@ -44,6 +44,7 @@ READING = ["chat", "evaluate", "export", "report"]
 WAYS = {
     "by its name": ["run.name=solo"],
     "by its name and stage": ["stage=sft", "run.name=farm"],
+    "by its stage and name": ["run.name=sft/farm"],
     "by its folder": ["run.dir=runs/sft/solo"],
     "as a start, by its name": ["init.from=solo"],
     "as a start, by stage and name": ["init.from=sft/farm"],
@@ -85,6 +86,8 @@ REFUSED = {
     "a name of several stages": (["run.name=farm"], ["mid/farm", "sft/farm", "stage=mid"]),
     "two names": (["run.name=solo", "init.from=mid/farm"], ["run.name=solo", "init.from=mid/farm", "keep one"]),
     "a name and a folder": (["run.name=solo", "run.dir=runs/mid/farm"], ["run.name=solo", "run.dir=runs/mid/farm"]),
+    "a start that no run has": (["init.from=sool"], ["no run sool", "did you mean init.from=sft/solo?"]),
+    "more than a stage and a name": (["run.name=runs/sft/solo"], ["run.name=runs/sft/solo", "run.dir"]),
     "a folder that is no run": (["run.dir=runs"], ["runs"]),
     "nothing to read": (["init.from=scratch"], ["init.from=scratch", "run.name"]),
 }
@@ -105,6 +108,12 @@ def test_what_names_no_run_or_two_is_refused(place, command, mistake):
 def test_a_stage_that_is_not_the_runs_is_refused_where_it_would_have_no_effect(place, command):
     with pytest.raises(UserError, match="is a mid run, so stage=sft would have no effect"):
         read(command, "stage=sft", "init.from=runs/mid/farm")
+
+
+@pytest.mark.parametrize("command", ["train", "import"])
+def test_a_new_run_is_named_without_its_stage(place, command):
+    with pytest.raises(UserError, match="run.name=mid/x is no name of a folder"):
+        chattrain.run([f"command={command}", *TINY, "run.name=mid/x"])
 
 
 def test_runs_to_compare_are_refused_by_commands_that_compare_none(place):

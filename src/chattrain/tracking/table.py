@@ -30,7 +30,7 @@ def show_sweep(folder: Path, test: dict | None = None) -> None:
     """
     folder = Path(folder)
     record = SweepRecord.read(folder)
-    runs = {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
+    runs = read_runs(record)
     answer = find_answer(record, runs, test)
     header, rows = cells(answer.ranking)
     replace_text(folder / "table.md", _as_markdown(answer, header, rows))
@@ -47,6 +47,11 @@ def show_sweep(folder: Path, test: dict | None = None) -> None:
         console.print(str(write_sweep_report(folder, test)), highlight=False, markup=False, soft_wrap=True)
     except Exception as error:  # the table stands without its picture
         log.warning("%s/report.html was not written: %s", folder, error)
+
+
+def read_runs(record: SweepRecord) -> dict[int, RunFolder]:
+    """The run folder of each job that has one, by the job's number."""
+    return {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
 
 
 def as_json(answer: Answer, test: dict | None = None) -> dict:
