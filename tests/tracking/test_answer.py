@@ -142,6 +142,23 @@ def test_the_command_runs_the_best_alone_under_a_name_of_its_own():
     assert words[3:] == ["stage=sft", "data.train_path=[a b.jsonl,c.jsonl]", "optimizer.lr_scale=10", "run.name=lrs-best"]
 
 
+def test_two_winners_are_trained_again_under_two_names(tmp_path):
+    runs = {i: RunFolder.read(sft_run(tmp_path / str(i), targets)) for i, targets in enumerate(("all", "replies"))}
+    commands = find_answer(sweep([job(0, 0.5, rate=1), job(1, 2.0, rate=3)]), runs).commands
+    assert sorted(shlex.split(command)[-1] for command in commands) == ["run.name=lrs-best-all", "run.name=lrs-best-replies"]
+
+
+def test_a_job_without_swept_values_is_counted_from_one():
+    assert find_answer(sweep([job(0, 0.5)]), {}).sentences[0].startswith("Best: job 1,")
+
+
+def test_the_command_that_measures_the_best_names_its_run(tmp_path):
+    jobs = [job(i, loss(rate), rate=rate, run_dir=str(tmp_path / f"a run {i}")) for i, rate in enumerate(RATES)]
+    (said,) = (sentence for sentence in find_answer(sweep(jobs), {}).sentences if "too good" in sentence)
+    words = shlex.split(said[said.index("python") :])
+    assert words[3:6] == ["command=evaluate", "eval.on=test", f"init.from={tmp_path / 'a run 2'}"]
+
+
 def test_the_best_is_scored_on_data_that_did_not_choose_it_or_said_to_be_too_good():
     jobs = [job(i, loss(rate), rate=rate) for i, rate in enumerate(RATES)]
     assert any("0.8123" in sentence for sentence in find_answer(sweep(jobs), {}, test={"test/loss": 0.8123}).sentences)

@@ -12,9 +12,10 @@ from chattrain.tracking import sweep_record
 from chattrain.tracking.answer import find_answer
 from chattrain.tracking.comparison import write_comparison
 from chattrain.tracking.console import setup_logging
+from chattrain.tracking.ranking import read_runs
 from chattrain.tracking.report import write_report
 from chattrain.tracking.sweep_record import SweepRecord
-from chattrain.tracking.table import read_runs, show_sweep
+from chattrain.tracking.table import show_sweep
 
 
 def main(cfg: Config) -> dict:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from chattrain.storage.files import replace_text
 from chattrain.tracking.answer import Answer, find_answer
 from chattrain.tracking.metrics import DETAILS, read_metrics
-from chattrain.tracking.run_folder import RunFolder
+from chattrain.tracking.ranking import read_runs
 from chattrain.tracking.sweep_record import SweepRecord
 from chattrain.tracking.sweep_table import cells, markdown
 
@@ -38,7 +38,7 @@ def show_sweep(folder: Path, test: dict | None = None) -> None:
     console = _console()
     console.print(_rich_table(f"sweep {record.name}", header, [[*row[:-1], _cut(row[-1])] for row in rows]))
     for line in [*answer.sentences, *(f"Warning: {doubt}" for doubt in answer.doubts)]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)  # a command in it can be pasted
     for command in answer.commands:
         console.print(f"Run it again:  {command}", highlight=False, markup=False, soft_wrap=True)
     try:
@@ -47,11 +47,6 @@ def show_sweep(folder: Path, test: dict | None = None) -> None:
         console.print(str(write_sweep_report(folder, test)), highlight=False, markup=False, soft_wrap=True)
     except Exception as error:  # the table stands without its picture
         log.warning("%s/report.html was not written: %s", folder, error)
-
-
-def read_runs(record: SweepRecord) -> dict[int, RunFolder]:
-    """The run folder of each job that has one, by the job's number."""
-    return {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
 
 
 def as_json(answer: Answer, test: dict | None = None) -> dict:
