@@ -180,6 +180,13 @@ def test_a_run_does_not_differ_from_itself(place):
     assert pair["mmlu_acc"]["significant"] is False and "p = 1" in pair["mmlu_acc"]["text"]
 
 
+def test_runs_that_have_nothing_in_common_to_compare_are_said_to(place, capsys):
+    evaluate("runs=[mid/farm,sft/farm]", "eval=bpb")
+    out = capsys.readouterr().out
+    against = out[out.index("sft/farm step_000003 against") :].splitlines()
+    assert "nothing could be compared" in against[1]
+
+
 def test_runs_that_answered_different_questions_are_not_compared(place):
     shutil.copytree("runs/sft/farm", "runs/sft/fewer")
     file = place / "runs/sft/fewer/checkpoints/step_000003/config.yaml"

@@ -83,6 +83,8 @@ def compare(cfg: Config) -> dict:
             print(f"{label(other)} against {label(results[0])}:")
             for found in differences:
                 print(f"  {found.name}: {found.first:.4f} and {found.second:.4f}, {found.verdict}: {found.text}")
+            if not differences:
+                print("  nothing could be compared; the warning says why")
     shown = {"runs": [_public(result) for result in results], "pairs": pairs}
     if is_main_process():
         print(json.dumps(shown, default=float))
