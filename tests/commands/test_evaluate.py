@@ -211,7 +211,7 @@ def test_runs_that_answered_different_questions_are_not_compared(place):
 def test_runs_are_two_or_more_and_the_only_name(place):
     with pytest.raises(UserError, match="two runs or more"):
         evaluate("runs=[sft/farm]")
-    with pytest.raises(UserError, match="takes the place of run.name=farm"):
+    with pytest.raises(UserError, match=r"takes the place of run\.name=farm"):
         evaluate("runs=[sft/farm,mid/farm]", "run.name=farm")
 
 

@@ -112,7 +112,7 @@ def test_a_stage_that_is_not_the_runs_is_refused_where_it_would_have_no_effect(p
 
 @pytest.mark.parametrize("command", ["train", "import"])
 def test_a_new_run_is_named_without_its_stage(place, command):
-    with pytest.raises(UserError, match="run.name=mid/x is no name of a folder"):
+    with pytest.raises(UserError, match="mid/x is no name of a folder"):
         chattrain.run([f"command={command}", *TINY, "run.name=mid/x"])
 
 

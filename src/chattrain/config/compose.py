@@ -16,7 +16,6 @@ from chattrain.config.schema import VARIANTS, from_hydra, register_schemas
 from chattrain.config.train import ALTERNATIVES
 from chattrain.errors import UserError
 
-
 LOCAL_KEYS = {f"data.{name}" for name in LocalDataConfig.__dataclass_fields__.keys() - DataConfig.__dataclass_fields__.keys()}
 LOCAL_TO_COMPOSE = "data='local'"  # quoted, which tells it from a choice that was typed: that replaces the data of a run
 

@@ -77,10 +77,11 @@ def as_json(answer: Answer, test: dict | None = None) -> dict:
 
 
 def show_runs(run_dirs: list[Path], failed: Sequence[tuple[str, str]] = (), folder: Path | None = None) -> None:
-    """Print a row for each run, a stage of a chain: its evaluation metrics (train/loss where nothing was evaluated), each with its
-    first and last value.
+    """Print a row for each run, a stage of a chain: the first and last value of each evaluation metric (of train/loss where nothing
+    was evaluated).
 
-    `failed`: the label and the error of what has no result; their rows come last. `folder`: where table.md keeps what is shown.
+    `failed`: the label and the error of each stage without a result; their rows come last. `folder`: where table.md keeps what is
+    shown.
     """
     runs = [(json.loads((d / "summary.json").read_text()), _ranges(d)) for d in run_dirs]
     names = sorted({name for _, ranges in runs for name in ranges}, key=lambda n: (not n.startswith("val/"), n))
@@ -93,18 +94,20 @@ def show_runs(run_dirs: list[Path], failed: Sequence[tuple[str, str]] = (), fold
         rows.append([*row, summary["status"]])
     rows += [[label, *[""] * (len(names) + 2), error] for label, error in failed]
     header = ["run", "steps", "tokens/s", *(name.removeprefix("eval/") for name in names), "status"]
+    if all(row[-1] == "completed" for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     reports = [str(run_dir / "report.html") for run_dir in run_dirs]
     console = _console()
-    console.print(_rich_table(RANGES, header, [[*row[:-1], _cut(row[-1])] for row in rows], num_failed=len(failed)))
+    console.print(_rich_table(RANGES, header, [[_cut(cell) for cell in row] for row in rows], num_failed=len(failed)))
     for report in reports:
         console.print(report, highlight=False, soft_wrap=True)
     if folder:
-        replace_text(folder / "table.md", "\n".join([f"# {RANGES}\n", markdown(header, rows), *(f"- {r}" for r in reports)]) + "\n")
+        replace_text(folder / "table.md", "\n".join([f"# {RANGES}\n", markdown(header, rows), *(f"- {r}" for r in reports), ""]))
 
 
-def _cut(status: str, most: int = 100) -> str:
+def _cut(cell: str, most: int = 100) -> str:
     """For a terminal; table.md has the whole error."""
-    return status if len(status) <= most else status[: most - 1] + "…"
+    return cell if len(cell) <= most else cell[: most - 1] + "…"
 
 
 def _as_markdown(answer: Answer, header: list[str], rows: list[list[str]]) -> str:
