@@ -77,8 +77,8 @@ def as_json(answer: Answer, test: dict | None = None) -> dict:
 
 
 def show_runs(run_dirs: list[Path], failed: Sequence[tuple[str, str]] = (), folder: Path | None = None) -> None:
-    """Print a row for each run, a stage of a chain: the first and last value of each evaluation metric (of train/loss where nothing
-    was evaluated).
+    """Print a row for each run, a stage of a chain: the first and last value of each evaluation metric, or of train/loss
+    where nothing was evaluated.
 
     `failed`: the label and the error of each stage without a result; their rows come last. `folder`: where table.md keeps what is
     shown.
