@@ -144,7 +144,7 @@ def finalize_run(
             write_summary(setup.run_dir, summary)
             status, report = summary["status"], setup.run_dir / "report.html"
             log.info("%s %s step %d of %d: %s", status, "after" if error else "at", state.step, data.num_steps, report)
-            if summary["status"] == "interrupted":
+            if status == "interrupted" and (state.interrupted or error):  # not where train.stop_after asked for it
                 log.info("to resume from its checkpoint, give the same command again%s", resume_with(setup.run_dir))
     finally:
         tracker.finish(summary)

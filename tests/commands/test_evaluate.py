@@ -79,6 +79,45 @@ def test_what_is_typed_wins_over_the_checkpoints_own(place):
     assert cut["validation"]["tokens"] <= held["validation"]["tokens"]
 
 
+@pytest.fixture
+def sums(place):
+    """A run on data of another schema than the default."""
+    for name, count in (("sums.jsonl", 60), ("held_sums.jsonl", 9)):
+        lines = [json.dumps({"question": f"What is {i} + 1?", "answer": f"It is {i + 1}. #### {i + 1}"}) for i in range(count)]
+        Path(name).write_text("\n".join(lines) + "\n")
+    typed = ["data.train_path=sums.jsonl", "data.schema=gsm8k", "data.test_path=held_sums.jsonl"]
+    train("sft", "sums", "train.max_steps=1", "init.from=scratch", *typed)
+    yield "init.from=sft/sums"
+    shutil.rmtree("runs/sft/sums")
+
+
+def test_of_the_runs_data_only_what_is_typed_changes_where_no_data_is_chosen(sums, capsys):
+    assert evaluate(sums, "data.val_path=held_sums.jsonl")["validation"]["rows"] == 9
+    done = command_line(capsys, "command=evaluate", sums, "data.val_path=held_sums.jsonl")
+    assert done.status == 0, done.err
+    assert json.loads(done.out.splitlines()[-1])["validation"]["rows"] == 9
+    assert evaluate(sums, "data.val_path=held_sums.jsonl", "eval.on=test")["part"] == "test"
+
+
+def test_a_path_for_a_run_on_other_data_needs_the_choice_of_data(place, capsys):
+    kept = [o for o in TINY if not o.startswith("data")]
+    chattrain.run(["stage=mid", *kept, "data=demo", "run.name=demo", "train.max_steps=1", "init.from=scratch"])
+    for typed in (["data.val_path=held.jsonl"], ["data.val_path=held.jsonl", "data.schema=messages"]):
+        refused = command_line(capsys, "command=evaluate", "init.from=mid/demo", *typed)
+        assert refused.status == 2 and "no key data.val_path" in refused.message and "data=local" in refused.message
+    assert evaluate("init.from=mid/demo", "data=local", "data.val_path=held.jsonl")["validation"]["rows"] > 0
+    shutil.rmtree("runs/mid/demo")
+
+
+def test_a_choice_of_evaluation_of_ones_own_counts(place, capsys):
+    Path("my/eval").mkdir(parents=True)
+    Path("my/eval/mine.yaml").write_text("validation: false\nmultiple_choice: true\nmax_problems: 5\nmmlu_path: questions\n")
+    done = command_line(capsys, "--config-dir", "my", "command=evaluate", "init.from=sft/farm", "eval=mine")
+    assert done.status == 0, done.err
+    found = json.loads(done.out.splitlines()[-1])["metrics"]
+    assert found["eval/mmlu_n"] == 5 and "val/loss" not in found
+
+
 def test_a_key_that_the_checkpoints_part_does_not_have_is_refused(place):
     with pytest.raises(UserError, match=r"no key collator\.isolate_documents.*leave it out"):
         evaluate("init.from=sft/farm", "collator.isolate_documents=true")
@@ -141,6 +180,13 @@ def test_a_run_does_not_differ_from_itself(place):
     assert pair["mmlu_acc"]["significant"] is False and "p = 1" in pair["mmlu_acc"]["text"]
 
 
+def test_runs_that_have_nothing_in_common_to_compare_are_said_to(place, capsys):
+    evaluate("runs=[mid/farm,sft/farm]", "eval=bpb")
+    out = capsys.readouterr().out
+    against = out[out.index("sft/farm step_000003 against") :].splitlines()
+    assert "nothing could be compared" in against[1]
+
+
 def test_runs_that_answered_different_questions_are_not_compared(place):
     shutil.copytree("runs/sft/farm", "runs/sft/fewer")
     file = place / "runs/sft/fewer/checkpoints/step_000003/config.yaml"
@@ -162,10 +208,11 @@ def test_runs_that_answered_different_questions_are_not_compared(place):
         shutil.rmtree("runs/sft/fewer")
 
 
-@pytest.mark.parametrize("typed", [["runs=[sft/farm]"], ["runs=[sft/farm,mid/farm]", "run.name=farm"]])
-def test_runs_are_two_or_more_and_the_only_name(place, typed):
-    with pytest.raises(UserError, match="takes the place of"):
-        evaluate(*typed)
+def test_runs_are_two_or_more_and_the_only_name(place):
+    with pytest.raises(UserError, match="two runs or more"):
+        evaluate("runs=[sft/farm]")
+    with pytest.raises(UserError, match=r"takes the place of run\.name=farm"):
+        evaluate("runs=[sft/farm,mid/farm]", "run.name=farm")
 
 
 def test_a_sweep_of_evaluations_ends_in_a_table(place, capsys):

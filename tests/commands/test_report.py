@@ -1,5 +1,6 @@
 """command=report finds what it is asked for: a run, a sweep, several runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import chattrain
 from chattrain.errors import UserError
 from chattrain.setup.summary import write_summary
+from chattrain.tracking.table import show_sweep
 from tests.tracking.folders import Page, job, run_folder, sweep
 
 ROWS = [{"step": 1, "time": 0.0, "train/loss": 3.0}]
@@ -62,6 +64,41 @@ def test_runs_are_compared_by_name_by_stage_and_name_and_by_folder(root):
 def test_what_is_not_there_is_said(root, asked, said):
     with pytest.raises(UserError, match=said):
         report(asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["runs=[a,mid/b]", "run.name=a"], "runs=.* takes the place of run.name=a"),
+        (["runs=[a,mid/b]", "run.dir=runs/sft/a"], "takes the place of run.dir=runs/sft/a"),
+        (["runs=[a,mid/b]", "init.from=a"], "takes the place of init.from=a"),
+        (["runs=[a,mid/b]", "sweep.name=rates"], "takes the place of sweep.name=rates"),
+        (["sweep.name=rates", "run.name=a"], "sweep.name=rates takes the place of run.name=a"),
+    ],
+)
+def test_two_names_for_what_is_reported_are_refused(root, asked, said):
+    with pytest.raises(UserError, match=said):
+        report(*asked)
+
+
+def test_a_sweep_that_is_reported_again_keeps_the_test_score_of_its_best(root):
+    folder = root / "sweeps" / "rates"
+    jobs = [job(i, 0.5 - i / 10, rate=rate, run_dir=str(root / "sft" / "ab"[i])) for i, rate in enumerate((1, 3))]
+    sweep(jobs).write(folder)
+    show_sweep(folder, {"test/loss": 0.4321})
+    report("sweep.name=rates")
+    assert json.loads((folder / "answer.json").read_text())["test"] == {"test/loss": 0.4321}
+    assert "0.4321" in (folder / "table.md").read_text() and "0.4321" in (folder / "report.html").read_text()
+    jobs[0].objective = 0.1
+    sweep(jobs).write(folder)
+    report("sweep.name=rates")
+    assert json.loads((folder / "answer.json").read_text())["test"] is None  # it was another's
+
+
+def test_a_damaged_answer_is_written_again(root):
+    (root / "sweeps" / "rates" / "answer.json").write_text("{")
+    report("sweep.name=rates")
+    assert json.loads((root / "sweeps" / "rates" / "answer.json").read_text())["test"] is None
 
 
 def test_a_damaged_record_of_a_sweep_is_said(root):

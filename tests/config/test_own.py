@@ -12,10 +12,12 @@ import pytest
 import yaml
 
 import chattrain
+from chattrain.commands.execute import execute
 from chattrain.config.compose import compose
 from chattrain.config.instantiate import instantiate_config
 from chattrain.config.schema import to_yaml
 from chattrain.errors import UserError
+from chattrain.tracking.mlflow_store import connect
 from tests.helpers import TINY, command_line, write_talk
 
 CODE = """
@@ -148,6 +150,14 @@ def test_init_lr_frac_multiplies_a_schedule_that_does_not_take_it(mine):
         assert factors == pytest.approx([0.5 * expected, expected])
     taken = compose([*mine, "stage=sft", "schedule=shaped"]).schedule
     assert instantiate_config(taken)(0, 10) * taken.outer_factor == pytest.approx(0.02)
+
+
+def test_the_peak_rates_in_mlflow_are_the_real_ones_with_a_schedule_of_ones_own(mine):
+    typed = ["stage=sft", *TINY, "tracking=mlflow", "schedule=bumpy", "init.from=scratch", "train.max_steps=2"]
+    summary = execute(compose([*mine, *typed]))
+    params = connect(f"sqlite:///{Path('runs/mlflow.db').resolve()}").get_run(summary["mlflow_run_id"]).data.params
+    recorded = {f"peak_lr/{group}": rate for group, rate in summary["learning_rates"].items()}
+    assert {name: float(value) for name, value in params.items() if name.startswith("peak_lr/")} == pytest.approx(recorded)
 
 
 def test_an_own_part_is_swept_recorded_and_resumed(mine, workplace, capsys):

@@ -44,6 +44,7 @@ READING = ["chat", "evaluate", "export", "report"]
 WAYS = {
     "by its name": ["run.name=solo"],
     "by its name and stage": ["stage=sft", "run.name=farm"],
+    "by its stage and name": ["run.name=sft/farm"],
     "by its folder": ["run.dir=runs/sft/solo"],
     "as a start, by its name": ["init.from=solo"],
     "as a start, by stage and name": ["init.from=sft/farm"],
@@ -85,6 +86,8 @@ REFUSED = {
     "a name of several stages": (["run.name=farm"], ["mid/farm", "sft/farm", "stage=mid"]),
     "two names": (["run.name=solo", "init.from=mid/farm"], ["run.name=solo", "init.from=mid/farm", "keep one"]),
     "a name and a folder": (["run.name=solo", "run.dir=runs/mid/farm"], ["run.name=solo", "run.dir=runs/mid/farm"]),
+    "a start that no run has": (["init.from=sool"], ["no run sool", "did you mean init.from=sft/solo?"]),
+    "more than a stage and a name": (["run.name=runs/sft/solo"], ["run.name=runs/sft/solo", "run.dir"]),
     "a folder that is no run": (["run.dir=runs"], ["runs"]),
     "nothing to read": (["init.from=scratch"], ["init.from=scratch", "run.name"]),
 }
@@ -107,6 +110,12 @@ def test_a_stage_that_is_not_the_runs_is_refused_where_it_would_have_no_effect(p
         read(command, "stage=sft", "init.from=runs/mid/farm")
 
 
+@pytest.mark.parametrize("command", ["train", "import"])
+def test_a_new_run_is_named_without_its_stage(place, command):
+    with pytest.raises(UserError, match="mid/x is no name of a folder"):
+        chattrain.run([f"command={command}", *TINY, "run.name=mid/x"])
+
+
 def test_runs_to_compare_are_refused_by_commands_that_compare_none(place):
     with pytest.raises(UserError, match=r"runs=.* has no effect on command=chat"):
         read("chat", "runs=[solo,farm]")
@@ -121,7 +130,10 @@ def test_the_advice_of_a_refusal_works_when_typed(place):
     assert found[0] == found[1] and found[0].parents[1].name == "farm"
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m", "optimizer.lr_scale=1,2"]], ids=["one run", "a sweep"])
+SWEEP = ["-m", "optimizer.lr_scale=1,2"]
+
+
+@pytest.mark.parametrize("sweep", [[], SWEEP, [*SWEEP, "sweep.name=night"]], ids=["one run", "a sweep", "a sweep with a name"])
 def test_the_advice_after_ctrl_c_resumes_the_run(place, sweep, capsys, monkeypatch):
     typed = [*sweep, *TINY, "stage=sft", "run.root=stopped", "train.max_steps=3", "init.from=runs/mid/farm"]
     train_step = loop.train_step
@@ -136,11 +148,18 @@ def test_the_advice_after_ctrl_c_resumes_the_run(place, sweep, capsys, monkeypat
     monkeypatch.undo()
     monkeypatch.chdir(place)
     (advice,) = (line for line in stopped.err.splitlines() if "to resume" in line)
-    resumed = command_line(capsys, *typed, advice.split()[-1])
+    resumed = command_line(capsys, *typed, *(word for word in advice.split() if "=" in word))
     assert resumed.status == 0 and "resuming from" in resumed.err, resumed.err
     runs = [json.loads(file.read_text()) for file in Path("stopped").rglob("summary.json")]
     assert [run["status"] for run in runs] == ["completed"] * (2 if sweep else 1)
     shutil.rmtree("stopped")
+
+
+def test_a_run_that_stops_where_it_was_asked_to_is_not_told_how_to_resume(place, capsys):
+    typed = [*TINY, "stage=sft", "run.root=half", "run.name=a", "train.max_steps=2", "init.from=runs/mid/farm"]
+    done = command_line(capsys, *typed, "train.stop_after=0.5")
+    assert done.status == 0 and "at step 1 of 2" in done.err and "to resume" not in done.err, done.err
+    shutil.rmtree("half")
 
 
 def test_a_reference_is_a_folder_or_a_name(place):

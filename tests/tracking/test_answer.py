@@ -20,7 +20,7 @@ def loss(rate: float, optimum: float = 9.0) -> float:
     return 0.8 + 0.03 * np.log10(rate / optimum) ** 2
 
 
-def sft_run(folder: Path, targets: str | None = "assistant", **metrics: float) -> Path:
+def sft_run(folder: Path, targets: str | None = "replies", **metrics: float) -> Path:
     rows = [
         {"step": 10, "time": 0.0, "train/loss": 1.0, "lr_factor": 0.0164, "lr/matrix": 0.02 * 0.0164, **metrics},
         {"step": 20, "time": 0.0, "train/loss": 0.9, "lr_factor": 0.004, "lr/matrix": 0.02 * 0.004, **metrics},
@@ -126,7 +126,7 @@ def test_of_a_chain_of_stages_the_last_is_ranked():
 
 
 def test_losses_over_different_targets_are_ranked_apart(tmp_path):
-    runs = {i: RunFolder.read(sft_run(tmp_path / str(i), targets)) for i, targets in enumerate(("all", "assistant", "all"))}
+    runs = {i: RunFolder.read(sft_run(tmp_path / str(i), targets)) for i, targets in enumerate(("all", "replies", "all"))}
     answer = find_answer(sweep([job(0, 0.5, rate=1), job(1, 2.0, rate=3), job(2, 0.6, rate=10)]), runs)
     assert sorted(row.job.num for row in answer.ranking.winners) == [0, 1]
     assert any("ranked apart" in doubt for doubt in answer.doubts)
@@ -142,10 +142,34 @@ def test_the_command_runs_the_best_alone_under_a_name_of_its_own():
     assert words[3:] == ["stage=sft", "data.train_path=[a b.jsonl,c.jsonl]", "optimizer.lr_scale=10", "run.name=lrs-best"]
 
 
+def test_two_winners_are_trained_again_under_two_names(tmp_path):
+    runs = {i: RunFolder.read(sft_run(tmp_path / str(i), targets)) for i, targets in enumerate(("all", "replies"))}
+    commands = find_answer(sweep([job(0, 0.5, rate=1), job(1, 2.0, rate=3)]), runs).commands
+    assert sorted(shlex.split(command)[-1] for command in commands) == ["run.name=lrs-best-all", "run.name=lrs-best-replies"]
+
+
+def test_a_job_without_swept_values_is_counted_from_one():
+    assert find_answer(sweep([job(0, 0.5)]), {}).sentences[0].startswith("Best: job 1,")
+
+
+def test_the_command_that_measures_the_best_names_its_run(tmp_path):
+    jobs = [job(i, loss(rate), rate=rate, run_dir=str(tmp_path / f"a run {i}")) for i, rate in enumerate(RATES)]
+    (said,) = (sentence for sentence in find_answer(sweep(jobs), {}).sentences if "too good" in sentence)
+    words = shlex.split(said[said.index("python") :])
+    assert words[3:6] == ["command=evaluate", "eval.on=test", f"init.from={tmp_path / 'a run 2'}"]
+
+
 def test_the_best_is_scored_on_data_that_did_not_choose_it_or_said_to_be_too_good():
     jobs = [job(i, loss(rate), rate=rate) for i, rate in enumerate(RATES)]
     assert any("0.8123" in sentence for sentence in find_answer(sweep(jobs), {}, test={"test/loss": 0.8123}).sentences)
     assert any("too good" in sentence for sentence in find_answer(sweep(jobs), {}).sentences)
+
+
+def test_peak_rates_are_those_that_the_run_recorded_and_guessed_only_for_an_old_one(tmp_path):
+    folder = sft_run(tmp_path)
+    assert RunFolder.read(folder).peak_rates() == {"lr/matrix": pytest.approx(0.0004)}
+    (folder / "summary.json").write_text(json.dumps({"learning_rates": {"matrix": 0.0007, "vector": 0.01}}))
+    assert RunFolder.read(folder).peak_rates() == {"lr/matrix": 0.0007, "lr/vector": 0.01}
 
 
 def test_a_sweep_without_a_completed_job_says_so():

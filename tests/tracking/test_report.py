@@ -9,6 +9,7 @@ import pytest
 from chattrain.tracking.charts import running_mean
 from chattrain.tracking.comparison import write_comparison
 from chattrain.tracking.report import write_report
+from chattrain.tracking.table import show_runs
 from tests.tracking.folders import Page, line, run_folder
 
 
@@ -73,7 +74,7 @@ def test_accuracies_have_their_95_percent_interval(tmp_path):
 
 
 def test_validation_losses_say_what_they_are_over(tmp_path):
-    page = Page(report(run_folder(tmp_path, ROWS, CONFIG, SUMMARY | {"validation": {"targets": "assistant", "tokens": 1234}})))
+    page = Page(report(run_folder(tmp_path, ROWS, CONFIG, SUMMARY | {"validation": {"targets": "replies", "tokens": 1234}})))
     assert "val/loss (replies)" in page.charts and "val/loss (replies)" in page.text and "tokens 1,234" in page.text
 
 
@@ -192,7 +193,7 @@ def test_a_comparison_lays_the_curves_of_runs_over_each_other(tmp_path):
 
 
 def test_a_comparison_of_losses_over_different_targets_says_so(tmp_path):
-    runs = [(CONFIG, {"validation": {"targets": targets}}) for targets in ("all", "assistant")]
+    runs = [(CONFIG, {"validation": {"targets": targets}}) for targets in ("all", "replies")]
     page = comparison(tmp_path, *runs)
     assert "do not rank the runs" in page.text.split("Curves, by step")[0]
     assert "val/loss (all tokens)" in page.text and "val/loss (replies)" in page.text
@@ -204,3 +205,20 @@ def test_a_comparison_takes_runs_with_missing_files(tmp_path):
     whole = run_folder(tmp_path / "whole", ROWS, CONFIG, SUMMARY)
     page = Page(write_comparison([tmp_path / "empty", whole], tmp_path / "page.html").read_text())
     assert "could not be read" in page.text and "unfinished" in page.text and "val/bpb" in page.charts
+
+
+def test_the_table_of_a_chain_shows_the_stages_that_failed_last_and_is_kept(tmp_path, capsys):
+    done = []
+    for stage in ("base", "mid"):
+        summary = {"status": "completed", "stage": stage, "steps": 20, "tokens_per_second": 1000.0}
+        done.append(run_folder(tmp_path / stage / "night-lr_1", ROWS, CONFIG, summary))
+    error = "RunFailed: step 3: non-finite | loss. " + "Lower the learning rate. " * 10
+    show_runs(done, [("sft", error), ("rl", "skipped")], tmp_path)
+    shown, kept = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    for text, whole in ((shown, False), (kept, True)):
+        lines = [line.strip("| ") for line in text.splitlines()]
+        first = [line.split()[0] for line in lines if line.startswith(("base", "mid", "sft", "rl"))]
+        assert first == ["base", "mid", "sft", "rl"]
+        assert "RunFailed: step 3: non-finite" in text and "skipped" in text
+        assert text.count("Lower the learning rate") == 10 or not whole
+    assert len(max(shown.splitlines(), key=len)) <= 160

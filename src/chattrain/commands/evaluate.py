@@ -69,8 +69,8 @@ def measure(cfg: Config) -> dict:
 
 def compare(cfg: Config) -> dict:
     """Measure each of `runs`, and pair each with the first. Raises UserError where they were asked different questions."""
-    if len(cfg.runs) < 2 or cfg.run.name or cfg.run.dir or cfg.init.source != "auto":
-        raise UserError(f"runs={cfg.runs} must name two runs or more, and takes the place of run.name, run.dir and init.from")
+    if len(cfg.runs) < 2:
+        raise UserError(f"runs=[{','.join(cfg.runs)}] must name two runs or more")
     named = [replace_start(cfg, reference) for reference in cfg.runs]
     for one in named:  # a misspelt name is answered before the first is measured
         find_checkpoint(one)
@@ -83,6 +83,8 @@ def compare(cfg: Config) -> dict:
             print(f"{label(other)} against {label(results[0])}:")
             for found in differences:
                 print(f"  {found.name}: {found.first:.4f} and {found.second:.4f}, {found.verdict}: {found.text}")
+            if not differences:
+                print("  nothing could be compared; the warning says why")
     shown = {"runs": [_public(result) for result in results], "pairs": pairs}
     if is_main_process():
         print(json.dumps(shown, default=float))

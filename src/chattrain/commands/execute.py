@@ -7,7 +7,7 @@ import importlib
 from chattrain.config import Config
 from chattrain.errors import UserError
 from chattrain.parallel import launch
-from chattrain.setup.runs import refuse_runs
+from chattrain.setup.runs import check_names
 
 MANY_PROCESSES = ("train", "evaluate")  # commands that can run on several ranks
 
@@ -19,6 +19,6 @@ def execute(cfg: Config) -> dict:
     """
     if cfg.command.name not in MANY_PROCESSES and launch.started_by_launcher():
         raise UserError(f"command={cfg.command.name} runs in one process; leave torchrun out")
-    refuse_runs(cfg)
+    check_names(cfg)
     module = "import_" if cfg.command.name == "import" else cfg.command.name  # import is a keyword
     return importlib.import_module(f"chattrain.commands.{module}").main(cfg)

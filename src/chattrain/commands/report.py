@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from chattrain.config import Config
 from chattrain.errors import UserError
 from chattrain.setup.runs import named_run, run_of_name, run_to_read, typed
 from chattrain.tracking import sweep_record
+from chattrain.tracking.answer import find_answer
 from chattrain.tracking.comparison import write_comparison
 from chattrain.tracking.console import setup_logging
+from chattrain.tracking.ranking import read_runs
 from chattrain.tracking.report import write_report
+from chattrain.tracking.sweep_record import SweepRecord
 from chattrain.tracking.table import show_sweep
 
 
@@ -53,10 +57,22 @@ def _sweep_folder(cfg: Config) -> Path | None:
 def _report_sweep(folder: Path) -> dict:
     """Print the table and the answer; write them and the report into the sweep's folder."""
     try:
-        show_sweep(folder)
+        show_sweep(folder, _known_test(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / sweep_record.FILE} cannot be read: {error}") from error
     return {"report": str(folder / "report.html")}
+
+
+def _known_test(folder: Path) -> dict | None:
+    """Metrics of the best on the test part, as answer.json has them; None where it has none, or of another best."""
+    try:
+        answer = json.loads((folder / "answer.json").read_text())
+        measured = [(row["run_dir"], row["objective"]) for row in answer["rows"] if row["best"]]
+    except (OSError, ValueError, TypeError, KeyError):  # it is written again
+        return None
+    record = SweepRecord.read(folder)
+    best = [(row.job.run_dir, row.job.objective) for row in find_answer(record, read_runs(record)).ranking.winners]
+    return answer.get("test") if best == measured else None
 
 
 def _compare(cfg: Config) -> dict:

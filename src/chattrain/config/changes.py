@@ -39,14 +39,14 @@ FREE = (
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration, as read from YAML, by dotted keys.
+    """A nested configuration by dotted keys; an empty group keeps its own.
 
-    >>> flatten({"run": {"seed": 1}, "betas": [0.8, 0.95]})
-    {'run.seed': 1, 'betas': [0.8, 0.95]}
+    >>> flatten({"run": {"seed": 1}, "betas": [0.8, 0.95], "tags": {}})
+    {'run.seed': 1, 'betas': [0.8, 0.95], 'tags': {}}
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 

@@ -9,11 +9,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from chattrain.config.data import DataConfig, LocalDataConfig
 from chattrain.config.own import SCHEMAS
 from chattrain.config.root import Config
 from chattrain.config.schema import VARIANTS, from_hydra, register_schemas
 from chattrain.config.train import ALTERNATIVES
 from chattrain.errors import UserError
+
+LOCAL_KEYS = {f"data.{name}" for name in LocalDataConfig.__dataclass_fields__.keys() - DataConfig.__dataclass_fields__.keys()}
+LOCAL_TO_COMPOSE = "data='local'"  # quoted, which tells it from a choice that was typed: that replaces the data of a run
 
 
 def conf_dir() -> Path:
@@ -42,6 +46,8 @@ def compose(overrides: list[str]) -> Config:
 def settle_alternatives(overrides: list[str]) -> list[str]:
     """If one of two alternative keys is given, set the other to null, whatever the YAML says. Expand `~/` in values.
 
+    An evaluation that is given keys of data=local, but no data, composes with data=local: the run to measure may have it.
+
     >>> settle_alternatives(["train.total_batch_size=8192", "stage=sft"])
     ['train.total_batch_size=8192', 'train.rows_per_step=null', 'stage=sft']
     """
@@ -53,6 +59,8 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
         other = partner.get(key_of(override))
         if other and other not in given and not override.endswith("=null"):
             settled.append(f"{other}=null")
+    if "command=evaluate" in overrides and not given & {"data", "experiment"} and given & LOCAL_KEYS:
+        settled.append(LOCAL_TO_COMPOSE)
     return settled
 
 

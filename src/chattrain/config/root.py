@@ -23,7 +23,7 @@ from chattrain.config.sweep import SweepConfig
 from chattrain.config.tokenizer import TokenizerConfig
 from chattrain.config.tracking import TrackingConfig
 from chattrain.config.train import DistributedConfig, TrainConfig
-from chattrain.config.words import Command, Format, Part
+from chattrain.config.words import READING, Command, Format, Part
 from chattrain.errors import UserError
 
 
@@ -72,6 +72,8 @@ class Config:
             self.plan,
         ):
             part.check()
+        if "/" in (self.run.name or "") and self.command not in READING:
+            raise UserError(f"run.name={self.run.name} is no name of a folder; use run.dir for a path")
         if self.command != Command.evaluate:
             self.data.check_training()
             if self.eval.on == Part.test:

@@ -12,7 +12,7 @@ from chattrain.errors import UserError
 @dataclass
 class RunConfig:
     root: str = "runs"  # folder of all runs, relative to the working directory
-    name: str | None = None  # null: the time of the launch, the same for all processes
+    name: str | None = None  # null: the time of the launch, the same for all processes; <stage>/<name> names a run to read
     dir: str | None = None  # null: <root>/<stage>/<name>
     seed: int = 1337  # of the order of documents and the initial weights
     resume: Resume = Resume.auto
@@ -20,7 +20,8 @@ class RunConfig:
     def check(self) -> None:
         if self.seed < 0:
             raise UserError(f"run.seed={self.seed} must be 0 or more")
-        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
+        parts = self.name.split("/") if self.name is not None else ["one"]
+        if len(parts) > 2 or not all(parts) or any(part.startswith(".") for part in parts):
             raise UserError(f"run.name={self.name} is no name of a folder; use run.dir for a path")
         if self.dir is not None and Path(self.dir).expanduser().is_file():
             raise UserError(f"run.dir={self.dir} is a file; name a folder")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from chattrain.config import own
 from chattrain.config.collator import CollatorConfig, JoiningCollatorConfig
-from chattrain.config.compose import conf_dir, key_of
+from chattrain.config.compose import LOCAL_KEYS, LOCAL_TO_COMPOSE, conf_dir, key_of
 from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.root import Config
@@ -32,7 +32,7 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
     defaults. Raises UserError for a typed key that the saved part does not have.
     """
     saved, now = yaml.safe_load(config_yaml), yaml.safe_load(to_yaml(cfg))
-    typed = {key_of(override): override.partition("=")[2] for override in overrides}
+    typed = {key_of(override): override.partition("=")[2] for override in overrides if override != LOCAL_TO_COMPOSE}
     stage = saved.get("stage", cfg.stage)
     other_stage = "stage" in typed and typed["stage"] != stage
     result = copy.copy(cfg)
@@ -43,14 +43,15 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
             continue
         tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
         if name == "eval":
-            tree |= {key: now[name][key] for key in _chosen(typed, other_stage)}
+            tree |= {key: now[name][key] for key in _chosen(typed, other_stage, list(now[name]))}
         keys = [key for key in typed if key.startswith(f"{name}.")]
         for key in keys:
             _copy_value(now, {name: tree}, key)
         for key in keys:
             if key.split(".")[1] not in kind.__dataclass_fields__:
+                way_out = "add data=local, which replaces its data" if key in LOCAL_KEYS else "leave it out"
                 raise UserError(
-                    f"no key {key}: the {name} of the run ({tree.get('_target_') or kind.__name__}) has none; leave it out"
+                    f"no key {key}: the {name} of the run ({tree.get('_target_') or kind.__name__}) has none; {way_out}"
                 )
         part = _build(kind, tree)
         if "_target_" in tree:
@@ -64,11 +65,13 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
     return result
 
 
-def _chosen(typed: dict[str, str], other_stage: bool) -> list[str]:
-    """The keys of `eval` that the choice on the command line sets."""
+def _chosen(typed: dict[str, str], other_stage: bool, keys: list[str]) -> list[str]:
+    """The keys of `eval` that the choice on the command line sets: all `keys`, where its file is the user's own."""
     chosen = ["validation", "multiple_choice", "max_problems"] if other_stage else []
-    file = conf_dir() / "eval" / f"{typed.get('eval')}.yaml"
-    return [*chosen, *yaml.safe_load(file.read_text())] if file.is_file() else chosen
+    if "eval" not in typed:
+        return chosen
+    file = conf_dir() / "eval" / f"{typed['eval']}.yaml"
+    return [*chosen, *yaml.safe_load(file.read_text())] if file.is_file() else keys
 
 
 def _copy_value(source: dict, target: dict, key: str) -> None:

@@ -21,6 +21,7 @@ Command = Enum(
         "export": "export",
     },
 )
+READING = (Command.chat, Command.evaluate, Command.export, Command.report)  # commands that read a run
 
 
 class Format(Enum):

@@ -27,6 +27,7 @@ from chattrain.parallel.strategy import ParallelStrategy, SingleProcess
 from chattrain.parallel.zero import ZeroDDP
 from chattrain.setup.data import RunData
 from chattrain.setup.evaluation import build_evaluation
+from chattrain.setup.learning_rates import peak_rates
 from chattrain.setup.mlflow_run import model_params
 from chattrain.setup.plan import RunSetup
 from chattrain.storage import checkpoint
@@ -70,13 +71,13 @@ def build_components(
     evaluate = build_evaluation(
         cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy, setup.run_dir
     )
-    schedule = instantiate_config(cfg.schedule)
-    tracker.describe(model_params(model, optimizer, schedule, num_steps))
+    lr_factor = build_lr_factor(cfg, num_steps)
+    tracker.describe(model_params(model, peak_rates(optimizer, lr_factor, num_steps)))
     return loop.TrainerComponents(
         model=model,
         loss_of=in_context(autocast, model.loss),
         optimizer=optimizer,
-        lr_factor=lambda step: schedule(step, num_steps) * cfg.schedule.outer_factor,
+        lr_factor=lr_factor,
         loader=Loader(data.train, data.rows_per_step, batch_size, device, ranks.rank, ranks.world_size),
         evaluate=evaluate,
         save=lambda s: save_checkpoint(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy, s),
@@ -91,6 +92,12 @@ def build_components(
         peak_flops=devices.peak_flops(device),
         meters=build_meters(device, strategy),
     ), state
+
+
+def build_lr_factor(cfg: Config, num_steps: int) -> Callable[[int], float]:
+    """What the learning rates are multiplied by at a step."""
+    schedule = instantiate_config(cfg.schedule)
+    return lambda step: schedule(step, num_steps) * cfg.schedule.outer_factor
 
 
 def load_optimizer(optimizer: NamedOptimizer, strategy: ParallelStrategy, folder: Path) -> None:

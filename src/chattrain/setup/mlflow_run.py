@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import numpy as np
 from torch import nn
 
 from chattrain.config import Config
+from chattrain.config.changes import flatten
 from chattrain.config.compose import key_of
 from chattrain.config.data import SourceConfig
 from chattrain.data.collators import Collator
 from chattrain.data.sources import GENERATE
-from chattrain.optim.named import NamedOptimizer
 from chattrain.setup.data import EvalData, RunData
 from chattrain.setup.job import Job
 from chattrain.tracking.mlflow_models import DataSet
@@ -42,7 +41,6 @@ NOT_CHOSEN = {
     "hydra",
 }
 DIGEST = 12  # characters of a data set's hash, few enough for MLflow's table to show what stands behind it
-MAX_SAMPLES = 1000  # steps at which the largest factor of the schedule is looked for
 NUMBERED = "run.seed"  # the one key of `run` that is a choice
 
 
@@ -52,9 +50,9 @@ def run_name(stage: str, folder_name: str, job: Job) -> str:
 
     >>> from chattrain.setup.job import SweepMember
     >>> values = {"optimizer.lr_scale": "0.3", "run.seed": "1", "stage": "sft"}
-    >>> run_name("sft", "try-lr_scale=0.3-seed=1", Job(sweep=SweepMember("/runs/sweeps/try", 0, values)))
+    >>> run_name("sft", "try-lr_scale_0.3-seed_1", Job(sweep=SweepMember("/runs/sweeps/try", 0, values)))
     '0.3, 1 (lr_scale, seed) sft'
-    >>> run_name("sft", "try-lr_scale=0.3", Job(sweep=SweepMember("/runs/sweeps/try", 0, {"optimizer.lr_scale": "0.3"})))
+    >>> run_name("sft", "try-lr_scale_0.3", Job(sweep=SweepMember("/runs/sweeps/try", 0, {"optimizer.lr_scale": "0.3"})))
     'lr_scale=0.3 sft'
     >>> run_name("sft", "try", Job())
     'sft try'
@@ -74,7 +72,7 @@ def chosen_params(cfg: Config, job: Job) -> dict[str, Param]:
     for override in job.overrides:
         key, value = key_of(override), override.partition("=")[2]
         if key not in job.choices and _is_choice(key):
-            chosen[key] = flat.get(key, value)
+            chosen[key] = _param(flat.get(key, value))
     return chosen
 
 
@@ -92,13 +90,9 @@ def derived_params(cfg: Config, data: RunData, world_size: int) -> dict[str, Par
     }
 
 
-def model_params(
-    model: nn.Module, optimizer: NamedOptimizer, schedule: Callable[[int, int], float], num_steps: int
-) -> dict[str, Param]:
-    """What is known once the model is built: the number of its parameters, and the largest learning rates of the run."""
-    sampled = range(0, num_steps, max(1, num_steps // MAX_SAMPLES))  # a schedule of a million steps need not be evaluated at each
-    factor = max(schedule(step, num_steps) for step in sampled)
-    rates = {f"peak_lr/{group['name']}": factor * float(group["base_lr"]) for group in optimizer.param_groups}
+def model_params(model: nn.Module, learning_rates: dict[str, float]) -> dict[str, Param]:
+    """What is known once the model is built: the number of its parameters, and the peak learning rate of each group of them."""
+    rates = {f"peak_lr/{group}": rate for group, rate in learning_rates.items()}
     return {"num_parameters": sum(p.numel() for p in model.parameters()), **rates}
 
 
@@ -182,18 +176,6 @@ def _of_questions(cfg: Config, data: EvalData) -> list[DataSet]:
     return found
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Param]:
-    """A nested configuration as dotted keys, enums as their names.
-
-    >>> flatten({"run": {"seed": 1, "name": None}, "betas": [0.8, 0.95]})
-    {'run.seed': 1, 'run.name': None, 'betas': '[0.8, 0.95]'}
-    """
-    flat: dict[str, Param] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, str | int | float | bool | None):
-            flat[f"{prefix}{key}"] = value
-        else:
-            flat[f"{prefix}{key}"] = getattr(value, "name", str(value))
-    return flat
+def _param(value: Any) -> Param:
+    """A value of the configuration as MLflow shows it: an enum as its name, a list as text."""
+    return value if isinstance(value, str | int | float | bool | None) else getattr(value, "name", str(value))

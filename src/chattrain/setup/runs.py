@@ -114,6 +114,8 @@ def run_to_read(cfg: Config) -> Path:
     if reference is None:
         return run_folder(newest_to_read(cfg))
     folder = run_folder(reference)
+    if not folder.exists() and cfg.init.source not in NEWEST:
+        raise no_run(cfg.init.source, Path(cfg.run.root), cfg.stage if typed("stage") else None)
     if not is_run(folder):
         raise UserError(f"{folder} is not a run folder: it holds none of {', '.join(MARKS)}")
     check_stage(cfg, stage_of(folder), folder)
@@ -165,8 +167,11 @@ def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
 
 
 def resume_with(run_dir: Path) -> str:
-    """What to add to the command line that began a run, alone or in a sweep (which refuses run.dir), so that it resumes."""
-    if any(key_of(override) in ("run.name", "run.dir") for override in current_job().overrides):
+    """What to add to the command line that began a run, alone or in a sweep (which refuses run.dir), so that it resumes.
+
+    Nothing where the command line names the run or the sweep.
+    """
+    if any(key_of(override) in ("run.name", "run.dir", "sweep.name") for override in current_job().overrides):
         return ""
     launch = launch_name()  # the runs of a sweep have this name, and what was swept after it
     return f", with run.name={launch if run_dir.name.startswith(launch) else run_dir.name}"
@@ -188,10 +193,19 @@ def check_stage(cfg: Config, stage: str | None, folder: Path) -> None:
         raise UserError(f"{folder} is a {stage} run, so stage={cfg.stage} would have no effect; leave it out")
 
 
-def refuse_runs(cfg: Config) -> None:
-    """Raises UserError for `runs=` with a command that does not read it."""
+def check_names(cfg: Config) -> None:
+    """Raises UserError for `runs=` with a command that does not read it, and where `runs` or, of a report, sweep.name stands
+    beside another name of what is read, which would be ignored."""
     if cfg.runs and cfg.command.name not in ("report", "evaluate"):
         raise UserError(f"runs={cfg.runs} has no effect on command={cfg.command.name}: only report and evaluate compare runs")
+    start = None if cfg.init.source == "auto" else cfg.init.source
+    given = {"sweep.name": cfg.sweep.name, "run.name": cfg.run.name, "run.dir": cfg.run.dir, "init.from": start}
+    named = [f"{key}={value}" for key, value in given.items() if value]
+    if not cfg.runs and not (cfg.command.name == "report" and cfg.sweep.name):
+        return
+    first, *others = [f"runs=[{','.join(cfg.runs)}]", *named] if cfg.runs else named
+    if others:
+        raise UserError(f"{first} takes the place of {' and '.join(others)}; keep one of them")
 
 
 def _runs(root: Path) -> list[Path]:

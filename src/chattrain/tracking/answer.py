@@ -25,7 +25,10 @@ def find_answer(record: SweepRecord, runs: dict[int, RunFolder], test: dict | No
     `test`: metrics of the best by name, measured on data that did not choose it.
     """
     ranking = rank(record, runs)
-    return Answer(ranking, _sentences(ranking, test), find_doubts(ranking), [_rerun(record.name, row) for row in ranking.winners])
+    several = len(ranking.winners) > 1
+    names = [f"{record.name}-best" + (f"-{row.targets or 'unknown'}" if several else "") for row in ranking.winners]
+    commands = [_rerun(name, row) for name, row in zip(names, ranking.winners, strict=True)]
+    return Answer(ranking, _sentences(ranking, test), find_doubts(ranking), commands)
 
 
 def _sentences(ranking: Ranking, test: dict | None) -> list[str]:
@@ -43,17 +46,23 @@ def _sentences(ranking: Ranking, test: dict | None) -> list[str]:
         said.append(f"The best on data that did not choose it: {values}.")
     elif len(ranking.ranked) > 1:
         said.append(
-            f"{ranking.objective} of the best is also what chose it, so it is a little too good; "
-            "command=evaluate eval.on=test measures it on data that did not."
+            f"{ranking.objective} of the best is also what chose it, so it is a little too good. Where its data has a test part, "
+            f"this measures it there: {_measure(ranking.winners[0])}"
         )
     return said
 
 
-def _rerun(sweep: str, row: Row) -> str:
-    """The command, quoted for a shell, that trains this row's job alone, under a name of its own."""
+def _measure(row: Row) -> str:
+    """The command, quoted for a shell, that measures this row's run on the test part of its data."""
+    named = [f"init.from={row.job.run_dir}"] if row.job.run_dir else []
+    return shlex.join(["python", "-m", "chattrain", "command=evaluate", "eval.on=test", *named])
+
+
+def _rerun(name: str, row: Row) -> str:
+    """The command, quoted for a shell, that trains this row's job alone, under this name."""
     dropped = ("run.name=", "run.dir=", "run.resume=", "sweep.", "hydra/", "hydra.launcher", "hydra.sweeper")
     kept = [o for o in row.job.overrides if not o.lstrip("+~").startswith(dropped)]
-    return shlex.join(["python", "-m", "chattrain", *kept, f"run.name={sweep}-best"])
+    return shlex.join(["python", "-m", "chattrain", *kept, f"run.name={name}"])
 
 
 def _fit_sentence(group: Group, ranking: Ranking) -> str:

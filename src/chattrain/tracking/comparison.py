@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chattrain.config.changes import flatten
 from chattrain.storage.files import replace_text
 from chattrain.tracking import page
 from chattrain.tracking.charts import COLORS, Chart, Series, running_mean
@@ -63,7 +64,7 @@ def _page(names: list[str], runs: list[RunFolder]) -> str:
 
 def _differences(names: list[str], runs: list[RunFolder]) -> tuple[list[str], list[list[str]]]:
     """A row for each key of the configuration that has several values."""
-    flat = [dict(_flatten(run.settings)) for run in runs]
+    flat = [flatten(run.settings) for run in runs]
     rows = []
     for key in sorted({key for settings in flat for key in settings if not key.startswith(OF_NO_EFFECT)}):
         values = [_shown(settings[key]) if key in settings else "–" for settings in flat]
@@ -122,14 +123,6 @@ def _different_targets(runs: list[RunFolder]) -> bool:
 def _targets(run: RunFolder) -> str:
     targets = run.validation.get("targets")
     return TARGETS.get(targets, str(targets)) if targets else "not recorded"
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _shown(value: Any) -> str:

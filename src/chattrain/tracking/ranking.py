@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from chattrain.tracking.parabola import Parabola, fit
 from chattrain.tracking.run_folder import RunFolder
@@ -31,7 +32,7 @@ class Row:
         return tuple((key, value) for key, value in self.job.values.items() if key not in (SEED, "stage"))
 
     def describe(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.setting) or f"job {self.job.num}"
+        return " ".join(f"{key}={value}" for key, value in self.setting) or f"job {self.job.num + 1}"
 
 
 @dataclass
@@ -95,6 +96,11 @@ def rank(record: SweepRecord, runs: dict[int, RunFolder]) -> Ranking:
     rate_axis = _rate_axis(rankable)
     groups = _groups(rankable, rate_axis, maximize) if rate_axis else []
     return Ranking(record, objective, maximize, rows, rate_axis, groups, list(winners.values()))
+
+
+def read_runs(record: SweepRecord) -> dict[int, RunFolder]:
+    """The run folder of each job that has one, by the job's number."""
+    return {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
 
 
 def _row(job: JobRecord, run: RunFolder | None) -> Row:

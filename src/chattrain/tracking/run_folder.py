@@ -17,7 +17,7 @@ from chattrain.tracking.metrics import read_metrics
 
 Points = list[tuple[float, float]]  # (step, value)
 
-TARGETS = {"all": "all tokens", "assistant": "replies", "last_assistant": "last reply"}  # what a validation loss is over
+TARGETS = {"all": "all tokens", "replies": "replies"}  # what a validation loss is over, in words
 Z95 = 1.96  # standard errors on each side of a 95 % interval
 
 
@@ -78,11 +78,15 @@ class RunFolder:
         return {name: value for row in self.rows for name, value in row.items() if name not in ("step", "time")}
 
     def peak_rates(self) -> dict[str, float]:
-        """The highest learning rate of each group, by `lr/<group>`.
+        """The highest learning rate of each group, by `lr/<group>`: that of summary.json.
 
-        A schedule that decays from its first step has passed its peak when a run first logs. Then the peak is the logged rate
-        divided by its factor, times schedule.init_lr_frac; where the config does not tell, the highest that was logged.
+        A run of an earlier version did not record it, and a schedule that decays from its first step has passed its peak when a
+        run first logs. There the peak is the logged rate divided by its factor, times schedule.init_lr_frac; where the config
+        does not tell, the highest that was logged.
         """
+        recorded = self.summary.get("learning_rates")
+        if isinstance(recorded, dict) and recorded:
+            return {f"lr/{group}": rate for group, rate in recorded.items() if isinstance(rate, int | float)}
         schedule = self.settings.get("schedule")
         peak = schedule.get("init_lr_frac") if isinstance(schedule, dict) else None
         rates: dict[str, float] = {}
@@ -108,8 +112,8 @@ class RunFolder:
 def label(metric: str, targets: str | None) -> str:
     """A validation metric with what it is over.
 
-    >>> label("val/loss", "assistant"), label("val/loss", None), label("train/loss", "all")
-    ('val/loss (replies)', 'val/loss', 'train/loss')
+    >>> label("val/loss", "all"), label("val/loss", None), label("train/loss", "all")
+    ('val/loss (all tokens)', 'val/loss', 'train/loss')
     """
     return f"{metric} ({TARGETS.get(targets, targets)})" if targets and metric.startswith("val/") else metric
 

@@ -13,7 +13,7 @@ from chattrain.storage.files import replace_text
 from chattrain.tracking import page
 from chattrain.tracking.answer import Answer, find_answer
 from chattrain.tracking.charts import COLORS, Band, Chart, Series, ordered_colors, running_mean
-from chattrain.tracking.ranking import SEED, Group, Ranking, Row, as_number
+from chattrain.tracking.ranking import SEED, Group, Ranking, Row, as_number, read_runs
 from chattrain.tracking.report import spans_much
 from chattrain.tracking.run_folder import Points, RunFolder, label
 from chattrain.tracking.sweep_record import SweepRecord
@@ -30,7 +30,7 @@ def write_sweep_report(folder: Path, test: dict | None = None) -> Path:
     """
     folder = Path(folder)
     record = SweepRecord.read(folder)
-    runs = {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
+    runs = read_runs(record)
     path = folder / "report.html"
     replace_text(path, _page(folder, find_answer(record, runs, test), runs))
     return path

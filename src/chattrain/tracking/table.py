@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from chattrain.storage.files import replace_text
 from chattrain.tracking.answer import Answer, find_answer
 from chattrain.tracking.metrics import DETAILS, read_metrics
-from chattrain.tracking.run_folder import RunFolder
+from chattrain.tracking.ranking import read_runs
 from chattrain.tracking.sweep_record import SweepRecord
 from chattrain.tracking.sweep_table import cells, markdown
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 log = logging.getLogger("chattrain")
+
+RANGES = "first value -> last value"
 
 
 def show_sweep(folder: Path, test: dict | None = None) -> None:
@@ -30,7 +33,7 @@ def show_sweep(folder: Path, test: dict | None = None) -> None:
     """
     folder = Path(folder)
     record = SweepRecord.read(folder)
-    runs = {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
+    runs = read_runs(record)
     answer = find_answer(record, runs, test)
     header, rows = cells(answer.ranking)
     replace_text(folder / "table.md", _as_markdown(answer, header, rows))
@@ -38,7 +41,7 @@ def show_sweep(folder: Path, test: dict | None = None) -> None:
     console = _console()
     console.print(_rich_table(f"sweep {record.name}", header, [[*row[:-1], _cut(row[-1])] for row in rows]))
     for line in [*answer.sentences, *(f"Warning: {doubt}" for doubt in answer.doubts)]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)  # a command in it can be pasted
     for command in answer.commands:
         console.print(f"Run it again:  {command}", highlight=False, markup=False, soft_wrap=True)
     try:
@@ -73,29 +76,38 @@ def as_json(answer: Answer, test: dict | None = None) -> dict:
     }
 
 
-def show_runs(run_dirs: list[Path]) -> None:
-    """Print one row a run: each evaluation metric (train/loss where nothing was evaluated), its first and last value."""
+def show_runs(run_dirs: list[Path], failed: Sequence[tuple[str, str]] = (), folder: Path | None = None) -> None:
+    """Print a row for each run, a stage of a chain: the first and last value of each evaluation metric, or of train/loss
+    where nothing was evaluated.
+
+    `failed`: the label and the error of each stage without a result; their rows come last. `folder`: where table.md keeps what is
+    shown.
+    """
     runs = [(json.loads((d / "summary.json").read_text()), _ranges(d)) for d in run_dirs]
     names = sorted({name for _, ranges in runs for name in ranges}, key=lambda n: (not n.startswith("val/"), n))
     if any(not name.startswith("train/") for name in names):
         names = [name for name in names if not name.startswith("train/")]
-    header = ["run", "steps", "tokens/s", *(name.removeprefix("eval/") for name in names)]
-    one_stage = len({summary["stage"] for summary, _ in runs}) == 1
     rows = []
-    for (summary, ranges), run_dir in zip(runs, run_dirs, strict=True):
+    for summary, ranges in runs:
         speed = summary["tokens_per_second"]
-        failed = "" if summary["status"] == "completed" else f" ({summary['status']})"
-        name = _label(summary, run_dir, one_stage) + failed
-        rows.append([name, str(summary["steps"]), f"{speed:,.0f}" if speed else "n/a", *(ranges.get(n, "") for n in names)])
+        row = [summary["stage"], str(summary["steps"]), f"{speed:,.0f}" if speed else "n/a", *(ranges.get(n, "") for n in names)]
+        rows.append([*row, summary["status"]])
+    rows += [[label, *[""] * (len(names) + 2), error] for label, error in failed]
+    header = ["run", "steps", "tokens/s", *(name.removeprefix("eval/") for name in names), "status"]
+    if all(row[-1] == "completed" for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    reports = [str(run_dir / "report.html") for run_dir in run_dirs]
     console = _console()
-    console.print(_rich_table("first value -> last value", header, rows))
-    for run_dir in run_dirs:
-        console.print(f"{run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(_rich_table(RANGES, header, [[_cut(cell) for cell in row] for row in rows], num_failed=len(failed)))
+    for report in reports:
+        console.print(report, highlight=False, soft_wrap=True)
+    if folder:
+        replace_text(folder / "table.md", "\n".join([f"# {RANGES}\n", markdown(header, rows), *(f"- {r}" for r in reports), ""]))
 
 
-def _cut(status: str, most: int = 100) -> str:
+def _cut(cell: str, most: int = 100) -> str:
     """For a terminal; table.md has the whole error."""
-    return status if len(status) <= most else status[: most - 1] + "…"
+    return cell if len(cell) <= most else cell[: most - 1] + "…"
 
 
 def _as_markdown(answer: Answer, header: list[str], rows: list[list[str]]) -> str:
@@ -112,7 +124,8 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)  # wide enough that a file or pipe has whole columns
 
 
-def _rich_table(title: str, header: list[str], rows: list[list[str]]):
+def _rich_table(title: str, header: list[str], rows: list[list[str]], num_failed: int = 0):
+    """The last `num_failed` rows are red."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -120,15 +133,9 @@ def _rich_table(title: str, header: list[str], rows: list[list[str]]):
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in header:
         table.add_column(column, no_wrap=column != "status", justify="left" if column in ("", "run", "status") else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    for i, row in enumerate(rows):
+        table.add_row(*map(Text, row), style="red" if i >= len(rows) - num_failed else None)
     return table
-
-
-def _label(summary: dict, run_dir: Path, one_stage: bool) -> str:
-    """The stage, if runs differ in it, and the swept keys, which stand in the run's name as `-<key>=<value>`."""
-    swept = [part for part in run_dir.name.split("-") if "=" in part]
-    return " ".join(swept if swept and one_stage else [summary["stage"], *swept])
 
 
 def _ranges(run_dir: Path) -> dict[str, str]:
