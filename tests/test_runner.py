@@ -212,7 +212,9 @@ def test_a_chain_stops_where_a_run_goes_wrong(base, place, capsys):
     assert broken.status == 1 and "non-finite" in broken.message
     assert json.loads((place / "runs/mid/wrong/summary.json").read_text())["status"] == "failed"
     assert not (place / "runs/sft/wrong").exists()
-    assert "mid" not in broken.out.split()  # no run was completed, so there is no table
+    rows = [line for line in broken.out.splitlines() if line.split() and line.split()[0] in ("mid", "sft")]
+    assert "failed: step" in rows[0] and "skipped" in rows[1]  # the table has them, though nothing was completed
+    assert "failed: step" in (place / "runs/sweeps/wrong/table.md").read_text()
 
 
 def test_a_sweep_gives_each_run_a_name_of_its_own(base, place, capsys):

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from chattrain.tracking.answer import find_answer
-from chattrain.tracking.run_folder import RunFolder
+from chattrain.tracking.ranking import read_runs
 from chattrain.tracking.sweep_record import SweepRecord
 from chattrain.tracking.table import show_runs, show_sweep
 from chattrain.tracking.table_evaluations import show_evaluations
@@ -25,9 +25,9 @@ def show_results(record: SweepRecord, folder: Path, results: list[dict], trains:
     if set(record.swept) - {"stage"}:
         show_sweep(folder, _score_winner(record) if complete else None)
         return
-    run_dirs = [Path(job.run_dir) for job in record.jobs if job.run_dir and job.status == "completed"]
-    if trained := [run_dir for run_dir in run_dirs if (run_dir / "metrics.jsonl").is_file()]:
-        show_runs(trained)
+    done = [job for job in record.jobs if job.run_dir and job.status == "completed"]
+    failed = [(job.stage, f"{job.status}: {job.error}" if job.error else job.status) for job in record.jobs if job not in done]
+    show_runs([Path(job.run_dir or "") for job in done], failed, folder)
 
 
 def read_answer(folder: Path) -> dict[str, float]:
@@ -44,8 +44,7 @@ def read_answer(folder: Path) -> dict[str, float]:
 
 def _score_winner(record: SweepRecord) -> dict[str, float] | None:
     """Metrics of the best job on the test part of its data, which did not choose it; None where there is none."""
-    runs = {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
-    winners = find_answer(record, runs).ranking.winners
+    winners = find_answer(record, read_runs(record)).ranking.winners
     if len(winners) != 1 or not winners[0].job.run_dir or len([job for job in record.jobs if job.status == "completed"]) < 2:
         return None
     from chattrain.commands.evaluate import score_on_test  # imports torch

@@ -80,7 +80,10 @@ def rank(record: SweepRecord, runs: dict[int, RunFolder]) -> Ranking:
     objective, maximize = record.objective or "objective", record.direction == "maximize"
     rows = [_row(job, runs.get(job.num)) for job in record.jobs]
     rankable = _rankable(rows)
+    known = {row.targets for row in rankable} - {None}
     for row in rankable:
+        if row.targets is None and len(known) == 1:  # a run that resumed at its end measured nothing again
+            (row.targets,) = known
         if not objective.startswith("val/"):
             row.targets = None  # an accuracy is the same measure whatever the loss is over
     for row in rankable:
