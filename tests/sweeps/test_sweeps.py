@@ -121,6 +121,7 @@ def test_a_group_and_a_list_are_swept(place, name, capsys):
         (["-m", "stage=mid,sft", "sweep.prune=2"], ["sweep.prune=2", "one stage"]),
         (["-m", "run.seed=1,2", "train.max_step=3"], ["train.max_step", "train.max_steps"]),
         (["sweep.jobs=2"], ["sweep.jobs", "-m"]),
+        (["-m", "run.seed=1,2", "run.name=a/b"], ["run.name=a/b"]),
         (["command=evaluate", "sweep.name=nosuch"], ["sweep.name", "-m"]),
         (["-m", "run.seed=1,2", "sweep.jobs=2", "hydra/launcher=submitit_local"], ["sweep.jobs", "submitit_local"]),
         (["sweep.jobs=0", "-m"], ["sweep.jobs=0", "1 or more"]),

@@ -75,6 +75,8 @@ class Sweep:
         if config.sweep.name and (before := read_record(folder)):  # one value of what was swept is still swept
             self.swept += [key for key in before.swept if key in self.fixed and key not in UNNAMED]
             self.fixed -= set(self.swept)
+        if self.trains and "/" in (config.run.name or ""):
+            raise UserError(f"run.name={config.run.name} is no name of a folder; runs go to run.root/<stage>/<run.name>")
         self.set_objective(config)
         self._refuse(config)
         if self.trains and not self.searches:
