@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from chattrain.tracking.doubts import find_doubts
+from chattrain.tracking.metrics import DETAILS
 from chattrain.tracking.ranking import Group, Ranking, Row, rank
 from chattrain.tracking.run_folder import RunFolder, label
 from chattrain.tracking.sweep_record import SweepRecord
@@ -42,7 +43,8 @@ def _sentences(ranking: Ranking, test: dict | None) -> list[str]:
         said.append(f"Best: {row.describe()}, {name} {row.mean:.4f}{seeds}.")
     said += [_fit_sentence(group, ranking) for group in ranking.groups if group.fit]
     if test:
-        values = ", ".join(f"{name} {value:.4f}" for name, value in test.items() if isinstance(value, int | float))
+        shown = {name: value for name, value in test.items() if isinstance(value, int | float) and not name.endswith(DETAILS)}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         said.append(f"The best on data that did not choose it: {values}.")
     elif len(ranking.ranked) > 1:
         said.append(
