@@ -66,7 +66,7 @@ def _status(error: BaseException, launch: Launch) -> int:
         return report_error(error.error)
     if isinstance(error, KeyboardInterrupt):
         if names.is_main_process():
-            print("chattrain: interrupted", file=sys.stderr)
+            print(f"chattrain: interrupted{launch.resume_with()}", file=sys.stderr)
         return 130
     if launch.explains(error):
         return 0

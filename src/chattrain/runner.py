@@ -125,7 +125,7 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
         finally:
             summary = finalize_run(cfg.stage, setup, data, ranks, tracker, state, error)
             close_log()
-    return summary
+    return summary | ({"stop_asked": True} if stop_asked() else {})  # of a run that was complete all the same: a sweep ends
 
 
 def finalize_run(

@@ -172,7 +172,7 @@ def test_two_runs_are_compared_question_by_question(place, capsys):
     assert pair["val/loss"]["second"] == pytest.approx(second["val/loss"])
     assert pair["val/loss"]["significant"] == (abs(first["val/loss"] - second["val/loss"]) > 0.01)
     out = capsys.readouterr().out
-    assert "sft/farm step_000003 against mid/farm step_000004" in out and "McNemar" in out and "noise" in out
+    assert "mid/farm step_000004 (first) against sft/farm step_000003 (second)" in out and "McNemar" in out and "noise" in out
 
 
 def test_a_run_does_not_differ_from_itself(place):
@@ -183,7 +183,7 @@ def test_a_run_does_not_differ_from_itself(place):
 def test_runs_that_have_nothing_in_common_to_compare_are_said_to(place, capsys):
     evaluate("runs=[mid/farm,sft/farm]", "eval=bpb")
     out = capsys.readouterr().out
-    against = out[out.index("sft/farm step_000003 against") :].splitlines()
+    against = out[out.index("(first) against") :].splitlines()
     assert "nothing could be compared" in against[1]
 
 

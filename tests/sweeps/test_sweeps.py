@@ -323,6 +323,7 @@ def test_a_run_that_resumed_under_other_settings_is_the_answer_to_neither(place,
     typed = [*SFT, "train.max_steps=4", f"run.name={name}"]
     command_line(capsys, *typed, "train.stop_after=0.5")
     assert command_line(capsys, *typed, "optimizer.lr_scale=3").status == 0
+    assert "3.0" in json.loads((place / f"runs/sft/{name}/summary.json").read_text())["changes"]
     for again in ([], ["optimizer.lr_scale=3"]):
         refused = command_line(capsys, *typed, *again)
         assert refused.status == 2 and "optimizer.lr_scale 1.0 -> 3.0" in refused.message
@@ -410,6 +411,25 @@ def test_a_stopped_sweep_loses_nothing_finished_and_goes_on(signum, place, name,
     assert [(job.status, job.steps) for job in jobs(name)] == [("completed", 400)] * 3
     for job in jobs(name):
         assert [r["step"] for r in metrics(job.run_dir or "") if "train/loss" in r] == [*range(1, 401)]
+
+
+INTERRUPTING = """
+import os, signal, traceback
+
+
+def schedule(step, num_steps, **settings):
+    if step == num_steps - 1 and any(frame.name == "fit" for frame in traceback.extract_stack()):
+        os.kill(os.getpid(), signal.SIGINT)
+    return 1.0
+"""
+
+
+def test_a_signal_in_the_last_step_of_a_job_ends_the_sweep_and_the_job_is_complete(place, name, monkeypatch):
+    (place / "interrupting.py").write_text(INTERRUPTING)
+    monkeypatch.setenv("PYTHONPATH", f"{place}:{os.environ.get('PYTHONPATH', '')}")
+    done = process("-m", *SFT, f"sweep.name={name}", "run.seed=1,2", "schedule._target_=interrupting.schedule")
+    assert done.status == 130 and "the same command goes on" in done.err
+    assert [(job.status, job.steps) for job in jobs(name)] == [("completed", 2), ("waiting", None)]
 
 
 def wait_for_workers(saved: list[Path]) -> None:

@@ -80,7 +80,7 @@ def compare(cfg: Config) -> dict:
         differences = _differences(results[0], other)
         pairs.append({difference.name: vars(difference) for difference in differences})
         if is_main_process():
-            print(f"{label(other)} against {label(results[0])}:")
+            print(f"{label(results[0])} (first) against {label(other)} (second):")
             for found in differences:
                 print(f"  {found.name}: {found.first:.4f} and {found.second:.4f}, {found.verdict}: {found.text}")
             if not differences:

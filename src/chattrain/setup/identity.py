@@ -75,6 +75,14 @@ def read_identity(run_dir: Path, saved: Path) -> Identity:
     return Identity(_settings(flat), data_settings, state.num_steps, state.data_fingerprint, None, None, None, None)
 
 
+def read_changes(run_dir: Path) -> list[str]:
+    """The settings that changed when the run resumed; [] where it has no readable identity."""
+    try:
+        return json.loads((run_dir / FILE).read_text()).get("changes", [])
+    except (OSError, ValueError):
+        return []
+
+
 def resumed(before: Identity, now: Identity) -> Identity:
     """The identity of a run that goes on under other settings: what it began with, and what changed. The number of steps is that
     which the run now goes to, as a run may be extended."""

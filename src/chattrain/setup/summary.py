@@ -12,6 +12,7 @@ from chattrain import loop
 from chattrain.errors import describe_error
 from chattrain.parallel import launch
 from chattrain.setup.data import RunData
+from chattrain.setup.identity import read_changes
 from chattrain.setup.plan import RunSetup
 from chattrain.storage import checkpoint
 from chattrain.storage.files import replace_text
@@ -26,9 +27,9 @@ def summarize(
     stage: str, setup: RunSetup, data: RunData, tracker: Tracker | NullTracker, state: loop.State, error: BaseException | None
 ) -> dict:
     """The content of summary.json. `error`: what ended the run before its last step; None: it completed or was interrupted."""
-    stopped = state.interrupted or (error is None and state.step < data.num_steps)  # by a signal, or by train.stop_after
+    stopped = error is None and state.step < data.num_steps  # by a signal, or by train.stop_after
     interrupted = stopped or isinstance(error, KeyboardInterrupt)
-    newest = checkpoint.all_checkpoints(setup.run_dir)
+    newest, changes = checkpoint.all_checkpoints(setup.run_dir), read_changes(setup.run_dir)
     return {
         "status": "interrupted" if interrupted else "failed" if error else "completed",
         "stage": stage,
@@ -46,6 +47,7 @@ def summarize(
         "data": asdict(data.train.counts),
         "learning_rates": data.learning_rates,  # real ones, at their peak, by parameter group
         "validation": data.measured.facts if data.measured else None,
+        **({"changes": "; ".join(changes)} if changes else {}),  # of settings while it ran: its numbers are of a mixture
         **({"error": describe_error(error)} if error else {}),
     }
 

@@ -164,7 +164,14 @@ class Launch(Bystander):
         folders = {job.run_dir for job in self.jobs.values()}
         swept = {key for job in [*self.jobs.values(), *self.kept] for key in job.values}
         settings = {shared_settings(job, swept) for job in self.jobs.values()}
-        self.kept = [job for job in self.kept if job.run_dir not in folders and shared_settings(job, swept) in settings]
+        others = [job for job in self.kept if job.run_dir not in folders]
+        self.kept = [job for job in others if shared_settings(job, swept) in settings]
+        if len(self.kept) < len(others):
+            left_out = len(others) - len(self.kept)
+            print(
+                f"{left_out} earlier jobs of the sweep {folder.name} had other settings: its table leaves them out",
+                file=sys.stderr,
+            )
         self.record.swept = sorted({key for job in self.jobs.values() for key in job.values})
         self.record.objective, self.record.direction = self.sweep.objective, self.sweep.direction
         self._write()
@@ -266,6 +273,14 @@ class Launch(Bystander):
         files = [folder / name for name in ("sweep.json", "table.md", "answer.json", "report.html")]
         files = [file for file in files if file.is_file()]
         close_parent(self.mlflow_uri, self.sweep.mlflow_run_id, answer, files, status)
+
+    def resume_with(self) -> str:
+        """What the user types after Ctrl-C, to go on with a sweep."""
+        folder = self.sweep.folder
+        if self.record is None or folder is None or not self.sweep.trains or not self.sweep.swept:
+            return ""
+        named = any(argument.startswith(("sweep.name=", "run.name=")) for argument in self.command)
+        return "; the same command goes on" if named else f"; the same command with sweep.name={folder.name} goes on"
 
     def explains(self, error: BaseException) -> bool:
         """Is this the error of a job, which was printed when the job failed? Hydra's sweepers raise it again."""

@@ -15,7 +15,8 @@ def command_alone(command: list[str], overrides: list[str]) -> list[str]:
     """
     folders = [a for pair in zip(command, [*command[1:], ""], strict=True) for a in _config_dir(*pair)]
     own = [o for o in overrides if not o.startswith(("sweep.", "run.name="))]
-    return [*folders, *own, *(["hydra.mode=RUN"] if not {"-m", "--multirun"} & set(command) else [])]
+    in_yaml = not {"-m", "--multirun"} & set(command) or any(o.startswith("hparams_search=") for o in own)
+    return [*folders, *own, *(["hydra.mode=RUN"] if in_yaml else [])]
 
 
 def shared_settings(job: JobRecord, swept: set[str]) -> tuple[str, ...]:

@@ -172,7 +172,8 @@ class Sweep:
         try:
             return self._execute(composed, job, outcome)
         except BaseException as error:
-            outcome.failed(error)
+            if not (isinstance(error, KeyboardInterrupt) and outcome.status == "completed"):
+                outcome.failed(error)
             if os.getpid() == self.process and isinstance(error, Exception):
                 outcome.exit_status, outcome.reported = report_error(error), True
             raise
@@ -208,7 +209,10 @@ class Sweep:
         if self.multirun:
             metrics = metrics_at(summary, last) if at_rung else summary["metrics"]
             outcome.metric = cfg.sweep.objective
-            outcome.objective = objective_of(cfg.sweep, metrics, required=self.searches or at_rung)
+            given = any(key_of(override) == "sweep.objective" for override in outcome.overrides)
+            outcome.objective = objective_of(cfg.sweep, metrics, required=self.searches or at_rung or given)
+            if summary.get("stop_asked"):  # a signal during the last step: the run is complete, but no other begins
+                raise KeyboardInterrupt
         return outcome.objective
 
     def _start_from_stage_before(self, cfg: Config) -> None:

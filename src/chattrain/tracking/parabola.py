@@ -94,7 +94,8 @@ def near_best(points: list[tuple[float, float]], maximize: bool = False) -> list
     A loss over log(rate) is a parabola near its minimum only: it flattens to the left and rises ever faster to the right. Points
     are kept within a factor of 10 of the rate with the best mean (or of the five nearest rates). Then, for as long as more than
     four rates remain, the worst is left out if it is worse than the best by more than four times the median of the others (of
-    five or more evenly spaced rates around the minimum of a parabola, none is), or if a cubic term is significant at 1 %.
+    five or more evenly spaced rates around the minimum of a parabola, none is), or if a cubic term is significant at 1 %. A rate
+    that is alone on its side of the best stays: without it nothing would bound the minimum there.
 
     >>> near_best([(1, 0.60), (3, 0.55), (10, 0.50), (30, 0.55), (100, 7.0), (1000, 9.0)])
     [(1, 0.6), (3, 0.55), (10, 0.5), (30, 0.55)]
@@ -110,7 +111,9 @@ def near_best(points: list[tuple[float, float]], maximize: bool = False) -> list
     nearest = sorted(means, key=lambda rate: distance[rate])
     near = {rate for i, rate in enumerate(nearest) if i < LEAST_NEAR or distance[rate] <= math.log10(NEAR) * (1 + 1e-9)}
     while len(near) > LEAST_RATES:
-        worst = max(near, key=lambda rate: means[rate])
+        sides = [[rate for rate in near if rate < best], [rate for rate in near if rate > best]]
+        last = {side[0] for side in sides if len(side) == 1}  # the only one on its side of the best bounds the minimum: it stays
+        worst = max(near - last, key=lambda rate: means[rate])
         median = float(np.median([means[rate] - means[best] for rate in near if rate != best]))
         if means[worst] - means[best] <= OUTLYING * median and not is_cubic([p for p in points if p[0] in near]):
             break

@@ -14,7 +14,7 @@ from chattrain.tracking import page
 from chattrain.tracking.charts import COLORS, Chart, Series, running_mean
 from chattrain.tracking.run_folder import Z95, Points, RunFolder, format_accuracy, label
 
-FACTS = ("steps", "tokens_seen", "supervised_tokens", "tokens_per_second", "init", "checkpoint", "error")
+FACTS = ("steps", "tokens_seen", "supervised_tokens", "tokens_per_second", "init", "changes", "checkpoint", "error")
 NOTE_LOSS = "Each dot is the loss of one step's rows, which differ from step to step; the line is the mean of {} logged steps{}."
 NOTE_FLAT = ", all of them, as they show no trend beyond the chance of their rows"
 

@@ -20,7 +20,12 @@ def cells(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
     groups = sorted({name for row in ranking.rows for name in row.rates})
     accuracies = sorted({name for row in ranking.rows for name in row.accuracies})
     header = ["", *names, *(label(ranking.objective, kind) for kind in kinds), *(["mean of seeds"] if seeds else [])]
-    header += [*(f"peak {name}" for name in groups), *(name.removeprefix("eval/") for name in accuracies), "steps", "status"]
+    header += [
+        *(f"peak {name}" for name in groups),
+        *(f"{name.removeprefix('eval/')} ± 95 %" for name in accuracies),
+        "steps",
+        "status",
+    ]
     table = []
     for row in ranking.rows:
         objective = "" if row.job.objective is None else f"{row.job.objective:.4f}"

@@ -45,7 +45,7 @@ def _value(name: str, metrics: dict[str, float]) -> str:
     if stem == name or f"{stem}_n" not in metrics:
         return f"{metrics[name]:.4f}"
     return (
-        f"{metrics[name]:.1%} +- {metrics[f'{stem}_stderr']:.1%}  {metrics[f'{stem}_n']:,} questions, "
+        f"{metrics[name]:.1%} +- {metrics[f'{stem}_stderr']:.1%}  standard error, {metrics[f'{stem}_n']:,} questions, "
         f"{metrics[f'{stem}_bpb']:.3f} bits per byte of the right answer"
     )
 
