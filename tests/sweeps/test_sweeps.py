@@ -145,6 +145,16 @@ def test_a_long_value_makes_a_short_name(place, name, capsys):
     names = sorted(Path(job.run_dir or "").name for job in jobs(name))
     assert len(names) == 2 and all(len(n) < 60 and "=" not in n for n in names)
     assert "x.jsonl" in names[0] and "y.jsonl" in names[1]
+    rows = [line for line in done.out.splitlines() if line.endswith("completed") or "completed" in line]
+    assert all(f"{job.objective:.4f}" in done.out for job in jobs(name)) and len(rows) == 2  # the table has its numbers
+
+
+def test_a_refused_job_shows_nothing_of_the_run_that_is_in_its_folder(place, name, capsys):
+    command_line(capsys, "-m", *SFT, f"run.name={name}", "run.seed=1,2")
+    measured = {f"{job.objective:.4f}" for job in jobs(name)}
+    table = command_line(capsys, "-m", *SFT, f"run.name={name}", "run.seed=1,2", "optimizer.lr_scale=30").out
+    assert table.count("failed: ") == 2 and "peak lr" not in table
+    assert not any(value in table for value in measured)
 
 
 # --- what a job returns ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from chattrain.tracking.sweep_record import JobRecord
+from chattrain.tracking.sweep_record import JobRecord, shown
 
 STYLES = {"running": "bold", "completed": "green", "failed": "red", "skipped": "red", "interrupted": "yellow", "waiting": "dim"}
 TAIL_BYTES = 65536  # of metrics.jsonl, read at each look
@@ -55,7 +55,7 @@ class LiveTable:
         for column in ("job", "status", "step", "loss", "left"):
             table.add_column(column, justify="left" if column in ("job", "status") else "right", no_wrap=True)
         for job in self.jobs.values():
-            values = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in job.values.items())
+            values = " ".join(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in job.values.items())
             table.add_row(values or str(job.num + 1), job.status, *self._progress(job), style=STYLES.get(job.status, ""))
         return table
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from chattrain.errors import UserError
 from chattrain.storage.files import replace_text
-from chattrain.tracking.sweep_record import FILE, SweepRecord
+from chattrain.tracking.sweep_record import FILE, SweepRecord, shown
 
 
 @dataclass
@@ -43,7 +43,7 @@ class JobOutcome:
     @property
     def label(self) -> str:
         """`job 4 (optimizer.lr_scale=0.3)`, counted from 1."""
-        values = " ".join(f"{key}={value}" for key, value in self.values.items())
+        values = " ".join(f"{key}={shown(value)}" for key, value in self.values.items())
         return f"job {self.num + 1} ({values})" if values else f"job {self.num + 1}"
 
     def write(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chattrain.tracking.parabola import Parabola, fit
 from chattrain.tracking.run_folder import RunFolder
-from chattrain.tracking.sweep_record import JobRecord, SweepRecord
+from chattrain.tracking.sweep_record import JobRecord, SweepRecord, shown
 
 SEED = "run.seed"
 Setting = tuple[tuple[str, str], ...]  # swept keys and values without the seed: what a sweep compares
@@ -32,7 +32,7 @@ class Row:
         return tuple((key, value) for key, value in self.job.values.items() if key not in (SEED, "stage"))
 
     def describe(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.setting) or f"job {self.job.num + 1}"
+        return " ".join(f"{key}={shown(value)}" for key, value in self.setting) or f"job {self.job.num + 1}"
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.setting)
+        return " ".join(f"{key}={shown(value)}" for key, value in self.setting)
 
 
 @dataclass
@@ -102,8 +102,13 @@ def rank(record: SweepRecord, runs: dict[int, RunFolder]) -> Ranking:
 
 
 def read_runs(record: SweepRecord) -> dict[int, RunFolder]:
-    """The run folder of each job that has one, by the job's number."""
-    return {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
+    """The run folder of each job that has one, by the job's number.
+
+    Not of a failed job whose folder holds a complete run: that one had other settings, and the job was refused.
+    """
+    runs = {job.num: RunFolder.read(Path(job.run_dir)) for job in record.jobs if job.run_dir}
+    failed = {job.num for job in record.jobs if job.status == "failed"}
+    return {num: run for num, run in runs.items() if num not in failed or run.summary.get("status") != "completed"}
 
 
 def _row(job: JobRecord, run: RunFolder | None) -> Row:

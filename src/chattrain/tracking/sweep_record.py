@@ -11,6 +11,15 @@ from chattrain.storage.files import replace_text
 FILE = "sweep.json"
 
 
+def shown(value: str, most: int = 32) -> str:
+    """A value of the command line as tables show it; of a long one the end, where paths differ.
+
+    >>> shown("0.3"), shown("/data/of/a/project/with/a/long/name/talk.jsonl")
+    ('0.3', '…ect/with/a/long/name/talk.jsonl')
+    """
+    return value if len(value) <= most else f"…{value[1 - most :]}"
+
+
 @dataclass
 class JobRecord:
     """One job of a sweep."""

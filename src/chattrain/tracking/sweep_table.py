@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from chattrain.tracking.ranking import SEED, Ranking, Row
 from chattrain.tracking.run_folder import format_accuracy, label
+from chattrain.tracking.sweep_record import shown
 
 BEST = "★"
 
@@ -29,7 +30,7 @@ def cells(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
     table = []
     for row in ranking.rows:
         objective = "" if row.job.objective is None else f"{row.job.objective:.4f}"
-        line = [BEST if row.best else "", *(row.job.values.get(key, "") for key in keys)]
+        line = [BEST if row.best else "", *(shown(row.job.values.get(key, "")) for key in keys)]
         line += [objective if row.targets == kind else "" for kind in kinds]
         line += [f"{row.mean:.4f} ({row.num_seeds})" if row.mean is not None else ""] if seeds else []
         line += [f"{row.rates[name]:.3g}" if name in row.rates else "" for name in groups]
