@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chattrain.tokenizer import Tokenizer
-from tests.helpers import freeze_heap
+from tests.helpers import freeze_heap, standing_in, write_talk
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -33,6 +33,7 @@ INTEGRATION = [
     "parallel/test_launch.py",
     "sweeps/test_hydra_suite.py",
     "sweeps/test_sweeps.py",
+    "sweeps/test_resumed_sweeps.py",
     "model/test_recompute.py::test_compiled_",
     "model/test_recompute.py::test_a_run_",
     "parallel/test_ranks.py",
@@ -81,6 +82,16 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     freeze_heap()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, cache):
+    """A current folder with conversations in talk.jsonl and others in other.jsonl; files that need more have their own."""
+    folder = tmp_path_factory.mktemp("place")
+    with standing_in(folder, cache):
+        write_talk(folder)
+        write_talk(folder, "other.jsonl", factor=4)
+        yield folder
 
 
 @pytest.fixture(autouse=True)

@@ -16,19 +16,10 @@ import pytest
 from safetensors.torch import load_file
 
 from chattrain.errors import UserError
-from tests.helpers import TINY, command_line, contents, damage, metrics, standing_in, train, write_talk
+from tests.helpers import TINY, command_line, contents, damage, metrics, train
 
 STEPS = 60
 LONG = [f"train.max_steps={STEPS}", "eval.every=20", "init.from=scratch"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, cache):
-    folder = tmp_path_factory.mktemp("place")
-    with standing_in(folder, cache):
-        write_talk(folder)
-        write_talk(folder, "other.jsonl", factor=4)
-        yield folder
 
 
 @pytest.fixture(scope="module")

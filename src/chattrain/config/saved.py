@@ -19,9 +19,8 @@ from chattrain.config.schema import to_yaml
 from chattrain.config.targets import current_target
 from chattrain.errors import UserError
 
-SECTIONS = ("model", "data", "collator", "eval", "loss")  # what an evaluation depends on, besides the keys of train below
-TRAIN_KEYS = ("seq_len", "device_batch_size", "device_batch_tokens", "dtype")
-STAGE_SECTIONS = ("collator", "loss")  # of SECTIONS, those that a stage sets as a whole; it chooses an evaluation too
+SECTIONS = ("model", "data", "collator", "eval")  # what an evaluation depends on, besides the keys of train below
+TRAIN_KEYS = ("seq_len", "device_batch_size", "dtype")
 
 
 def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
@@ -38,8 +37,9 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
     result = copy.copy(cfg)
     result.stage = cfg.stage if other_stage else stage
     for name in SECTIONS:
-        replaced = name != "eval" and (name in typed or (other_stage and name in STAGE_SECTIONS))
-        if "experiment" in typed or replaced or name not in saved or not hasattr(cfg, name):
+        replaced = name != "eval" and name in typed
+        replaced |= name == "collator" and other_stage  # a stage sets its collator as a whole
+        if "experiment" in typed or replaced or name not in saved:
             continue
         tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
         if name == "eval":
@@ -58,7 +58,7 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
             part._target_ = current_target(tree["_target_"])
         setattr(result, name, part)
     rows = saved.get("train", {})
-    kept = {k: rows[k] for k in TRAIN_KEYS if rows.get(k) is not None and f"train.{k}" not in typed and hasattr(cfg.train, k)}
+    kept = {k: rows[k] for k in TRAIN_KEYS if rows.get(k) is not None and f"train.{k}" not in typed}
     if "experiment" not in typed and kept:
         built = _build(type(cfg.train), kept)
         result.train = replace(cfg.train, **{name: getattr(built, name) for name in kept})

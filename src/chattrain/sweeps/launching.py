@@ -269,7 +269,7 @@ class Launch(Bystander):
 
         answer = read_answer(folder)
         statuses = {job.status for job in self.jobs.values()}
-        status = "KILLED" if "interrupted" in statuses else "FAILED" if "failed" in statuses else "FINISHED"
+        status = "KILLED" if self.status == 130 else "FAILED" if "failed" in statuses else "FINISHED"
         files = [folder / name for name in ("sweep.json", "table.md", "answer.json", "report.html")]
         files = [file for file in files if file.is_file()]
         close_parent(self.mlflow_uri, self.sweep.mlflow_run_id, answer, files, status)
