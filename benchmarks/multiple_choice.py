@@ -38,7 +38,7 @@ def measure() -> list[dict]:
     asked, pad_id = _asked()
     device = pick_device(Device.auto)
     model = random_model(device)
-    model.compile_trunk(dynamic=True)  # as a run does
+    model.compile_blocks(dynamic=True)  # as a run does
     as_trained = autocast(use_bf16(DType.auto, device), device)
     whole, first = (
         MultipleChoice("all", part, EvalConfig.batch_size, pad_id, device, Ranks()) for part in (asked, asked[:BATCH])

@@ -67,8 +67,10 @@ def test_compiling_with_and_without_flash_attention_warns_of_nothing(monkeypatch
     model.init_weights(torch.Generator().manual_seed(0))
     inputs = torch.randint(0, 50, (2, 64), generator=torch.Generator().manual_seed(1))
     masked = model.features(inputs, positions=POSITIONS)
-    model.trunk = torch.compile(model.features, fullgraph=True, backend="eager")
-    with warnings.catch_warnings(), under_autocast_of_cuda():
-        warnings.simplefilter("error")
-        features = model.seen(inputs, None, POSITIONS, BEGINS)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+    with warnings.catch_warnings(record=True) as warned, under_autocast_of_cuda():
+        warnings.simplefilter("always")
+        features = model.features(inputs, POSITIONS, BEGINS)
+    assert not warned  # torch hides one of its own, which "error" would raise
     torch.testing.assert_close(features, masked)

@@ -184,7 +184,7 @@ def test_a_token_sees_its_own_document_only(model):
 
 
 def test_the_canary_dies_where_documents_see_each_other(model):
-    check_isolation(model.trunk, (2, 32), 300, torch.device("cpu"))
+    check_isolation(model.features, (2, 32), 300, torch.device("cpu"))
     with pytest.raises(RunFailed, match="not isolated on cpu"):
         check_isolation(lambda inputs, *isolated: model.features(inputs), (2, 32), 300, torch.device("cpu"))
 

@@ -99,14 +99,14 @@ def validate(collator, losses_of, token_bytes, device_batch_size: int = 4, rows:
 
 @pytest.mark.parametrize("make, rows", [(packed, packed_rows), (masked, masked_rows)], ids=["packed", "masked"])
 def test_loss_and_bits_per_byte_equal_a_loop_over_single_tokens(model, token_bytes, make, rows):
-    assert validate(make(), model, token_bytes) == pytest.approx(slow(model, rows(), token_bytes), rel=1e-5)
+    assert validate(make(), model.losses, token_bytes) == pytest.approx(slow(model, rows(), token_bytes), rel=1e-5)
 
 
 @pytest.mark.parametrize("make", [packed, masked])
 def test_the_numbers_do_not_depend_on_the_batch_size(model, token_bytes, make):
-    one = validate(make(), model, token_bytes, 1)
+    one = validate(make(), model.losses, token_bytes, 1)
     for device_batch_size in (2, 7, 16, 64):  # with a last batch that is not full
-        assert validate(make(), model, token_bytes, device_batch_size) == pytest.approx(one, rel=1e-6)
+        assert validate(make(), model.losses, token_bytes, device_batch_size) == pytest.approx(one, rel=1e-6)
 
 
 @pytest.mark.parametrize("make", [packed, masked])
@@ -119,8 +119,8 @@ def test_ranks_together_measure_the_same_to_the_bit(model, token_bytes, make, wo
 
     tables: list[list[float]] = []
     for rank in range(world_size):
-        measured = validate(make(), model, token_bytes, 2, ranks=OneAfterTheOther(rank, rank, world_size))
-    assert len(tables) == world_size and measured == validate(make(), model, token_bytes, 2)
+        measured = validate(make(), model.losses, token_bytes, 2, ranks=OneAfterTheOther(rank, rank, world_size))
+    assert len(tables) == world_size and measured == validate(make(), model.losses, token_bytes, 2)
 
 
 def test_special_tokens_count_no_bytes_and_their_loss_is_no_bits():
@@ -131,8 +131,8 @@ def test_special_tokens_count_no_bytes_and_their_loss_is_no_bits():
     token_bytes = np.array([2] * (VOCAB - SPECIAL) + [0] * SPECIAL, dtype=np.int32)
     bits = torch.tensor([3.0] * (VOCAB - SPECIAL) + [100.0] * SPECIAL)
 
-    def losses_of(_, targets):
-        return bits[targets.clamp(min=0)] * math.log(2) * (targets >= 0)
+    def losses_of(batch):
+        return bits[batch.targets.clamp(min=0)] * math.log(2) * (batch.targets >= 0)
 
     measured = validate(collator, losses_of, token_bytes)
     assert measured["val/bpb"] == pytest.approx(4 * 3 / (4 * 2))
@@ -142,17 +142,17 @@ def test_special_tokens_count_no_bytes_and_their_loss_is_no_bits():
 def test_a_model_that_knows_nothing_needs_the_bits_of_a_uniform_guess(token_bytes):
     model = GPT(VOCAB, n_layer=1, n_embd=16, n_head=2)
     model.init_weights(torch.Generator().manual_seed(0))
-    measured = validate(packed(), model, np.minimum(token_bytes, 1))
+    measured = validate(packed(), model.losses, np.minimum(token_bytes, 1))
     assert measured["val/loss"] == pytest.approx(math.log(VOCAB))
     assert measured["val/bpb"] == pytest.approx(math.log2(VOCAB))
 
 
 def test_fewer_rows_measure_the_first_ones(model, token_bytes):
-    assert validate(packed(), model, token_bytes, rows=5) == pytest.approx(slow(model, packed_rows()[:5], token_bytes))
+    assert validate(packed(), model.losses, token_bytes, rows=5) == pytest.approx(slow(model, packed_rows()[:5], token_bytes))
 
 
 def test_measuring_leaves_no_gradients(model, token_bytes):
-    validate(masked(), model, token_bytes)
+    validate(masked(), model.losses, token_bytes)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

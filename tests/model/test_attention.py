@@ -73,9 +73,11 @@ def test_the_compiled_model_has_the_gradients_of_the_plain_one(isolated):
     inputs = torch.randint(0, 50, (2, 256), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(256).remainder(100).expand(2, 256).contiguous() if isolated else None
     found = []
-    for trunk in (model.features, torch.compile(lambda *args: model.features(*args, use_block_attention=True), dynamic=False)):
+    for compiled in (False, True):
+        if compiled:
+            model.compile_blocks(dynamic=False)
         model.zero_grad()
-        features = trunk(inputs, None, positions)
+        features = model.features(inputs, positions)
         features.square().mul(torch.arange(32)).sum().backward()
         found.append([features.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert_near(*found, 1e-4)

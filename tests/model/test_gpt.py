@@ -49,7 +49,7 @@ def test_no_token_sees_the_future(n_kv_head):
 def test_the_key_value_cache_changes_no_logit(n_kv_head):
     model, x = random_gpt(n_kv_head), tokens(2, 20)
     cache = model.new_cache(torch.zeros(2, dtype=torch.long), max_tokens=20)
-    parts = [model.features(part, cache) for part in (x[:, :7], x[:, 7:8], x[:, 8:])]  # prompt, one token, a chunk
+    parts = [model.decode(part, cache) for part in (x[:, :7], x[:, 7:8], x[:, 8:])]  # prompt, one token, a chunk
     torch.testing.assert_close(torch.cat(parts, dim=1), model.features(x), rtol=1e-4, atol=1e-5)
 
 

@@ -129,7 +129,7 @@ def test_compiled_it_holds_less_too_and_gives_the_same_gradients():
     for mode in MODES:
         torch.compiler.reset()
         model = gpt(mode)
-        model.compile_trunk(dynamic=False)
+        model.compile_blocks(dynamic=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         saved: dict[int, int] = {}
 
@@ -140,7 +140,7 @@ def test_compiled_it_holds_less_too_and_gives_the_same_gradients():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            features = model.trunk(IDS[:, :-1], None, None, None)
+            features = model.features(IDS[:, :-1])
         (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
         held[mode] = sum(saved.values())
         gradients[mode] = [p.grad for p in model.transformer.parameters()]

@@ -25,7 +25,6 @@ from chattrain.evals.paired import Difference, compare_answers, compare_losses
 from chattrain.parallel import launch, slurm
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.strategy import SingleProcess
-from chattrain.setup.build import in_context
 from chattrain.setup.data import EvalData, open_eval_data
 from chattrain.setup.evaluation import ANSWERS, build_evaluation, write_answers
 from chattrain.setup.names import is_main_process, launch_name
@@ -129,9 +128,8 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     target = device.pick_device(cfg.train.device, ranks.local_rank)
     model = instantiate_config(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(target)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, target), target)
-    losses_of = in_context(autocast, model)  # one pass over the data takes less time than compiling
     batch_size = cfg.train.device_batch_size
-    evaluate_at = build_evaluation(cfg.eval, batch_size, data, 0, model, losses_of, autocast, target, ranks, SingleProcess())
+    evaluate_at = build_evaluation(cfg.eval, batch_size, data, 0, model, autocast, target, ranks, SingleProcess())
     metrics = evaluate_at(0)
     if not metrics:
         raise UserError(

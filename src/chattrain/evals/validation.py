@@ -65,14 +65,14 @@ class Validation:
         self.measured: Measured | None = None
 
     @torch.no_grad()
-    def __call__(self, losses_of: Callable[..., torch.Tensor]) -> dict[str, float]:
-        """The two metrics by name. losses_of(*batch.arguments) returns the loss of each target in nats, fp32 (B, T)."""
+    def __call__(self, losses_of: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
+        """The two metrics by name. losses_of(batch) returns the loss of each target in nats, fp32 (B, T)."""
         passes = []  # of each batch: nats, nats of tokens that have bytes, targets, bytes, tokens left out of the loss
         for batch in evaluation_batches(
             self.collator, self.num_rows, self.device_batch_size, self.ranks.rank, self.ranks.world_size
         ):
             batch = batch.to(self.device)
-            losses = losses_of(*batch.arguments)
+            losses = losses_of(batch)
             sizes = self.token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
             dtype = sum_dtype(self.device)
             passes.append(

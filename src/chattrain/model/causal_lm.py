@@ -5,7 +5,7 @@ B rows, T tokens, V vocabulary, L choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class CausalLM(nn.Module):
     """`model(inputs, targets)` gives the loss of every target, `model(inputs)` the logits. Weights are fp32."""
 
     # FSDP gathers weights around these methods as around `forward`.
-    forward_methods: ClassVar[tuple[str, ...]] = ("loss", "choice_logits", "seen")
+    forward_methods: ClassVar[tuple[str, ...]] = ("loss", "losses", "choice_logits", "features")
     block_forward_methods: ClassVar[tuple[str, ...]] = ()  # of each block
 
     vocab_size: int
@@ -25,8 +25,7 @@ class CausalLM(nn.Module):
     n_embd: int
     lm_head: nn.Linear
     files: dict[str, str]  # text files that a checkpoint holds beside the weights: name -> content
-    trunk: Callable[..., Tensor]  # (inputs, cache, positions, cu_seqlens): what training runs, see `compile_trunk`
-    compiles: bool  # has `compile_trunk` been called?
+    compiles: bool  # has `compile_blocks` been called?
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -46,20 +45,23 @@ class CausalLM(nn.Module):
         """The sum of the losses of the batch's targets, in nats; see `sum_dtype`."""
         raise NotImplementedError
 
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each target in nats, fp32 (B, T), 0 where ignored: computed as `loss` computes it, without gradients."""
+        raise NotImplementedError
+
+    def features(self, inputs: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """What `loss` computes before the head, (B, T, any), from token ids (B, T); see `Batch` for the other arguments."""
+        raise NotImplementedError
+
     def checkpoint_activations(self, selective: bool) -> None:
-        """Trade time for memory, see `recompute`. To be called before `compile_trunk`."""
+        """Trade time for memory, see `recompute`. To be called before `compile_blocks`."""
         raise NotImplementedError
 
-    def compile_trunk(self, dynamic: bool, by_block: bool = False) -> None:
-        """Compile what `loss` runs.
+    def compile_blocks(self, dynamic: bool) -> None:
+        """Compile the blocks, which are alike: one compilation serves all of them, training and validation.
 
-        dynamic: one compilation serves batches of any shape; otherwise each shape gets its own. by_block: compile each block
-        on its own, so that collectives of gradients and weights can run between blocks.
+        dynamic: it also serves batches of any shape; otherwise each shape gets its own.
         """
-        raise NotImplementedError
-
-    def seen(self, inputs: Tensor, cache: None, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """The output of the trunk, computed as `loss` computes it, for checks of it."""
         raise NotImplementedError
 
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from chattrain.data.packing import IGNORE_INDEX
 from chattrain.model.attention import Attend, attention, choose_attention, has_varlen
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import compile_each
-from chattrain.model.head import HeadSettings, head_settings, summed_loss
+from chattrain.model.head import HeadSettings, compute_dtype, head_settings, summed_loss, token_losses
 from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
 from chattrain.storage.tensors import fill_model, unique_tensors
@@ -33,16 +33,16 @@ LOGIT_CAP = 15.0
 
 
 def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+    """Computed in fp32, returned in the dtype of x: under autocast rms_norm alone would return fp32."""
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + D/2) of x (B, T, H, D) by the angles of their positions.
 
-    cos and sin, (T, 1, D/2) or (B, T, 1, D/2), are cast to the dtype of x: bf16 under autocast, as in the reference.
+    cos and sin, (T, 1, D/2) or (B, T, 1, D/2), have the dtype of x: bf16 under autocast, as in the reference.
     """
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
@@ -91,6 +91,14 @@ class Block(nn.Module):
         self.mlp = MLP(n_embd)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """(B, T, C) to the same. What training and validation run; `compile_blocks` compiles it."""
+        return self._layer(x, cos, sin, attend)
+
+    def uncompiled(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """`forward` for passes of other shapes than training's, which would compile anew for each: questions and replies."""
+        return self._layer(x, cos, sin, attend)
+
+    def _layer(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self.attn(norm(x), cos, sin, attend)
         return x + self.mlp(norm(x))
 
@@ -119,7 +127,7 @@ class GPT(CausalLM):
     n_embd channels are split over n_head query heads, which share n_kv_head (None: n_head) key and value heads in groups.
     """
 
-    block_forward_methods: ClassVar[tuple[str, ...]] = ("at",)
+    block_forward_methods: ClassVar[tuple[str, ...]] = ("at", "uncompiled")
 
     def __init__(self, vocab_size: int, n_layer: int, n_embd: int, n_head: int, n_kv_head: int | None = None):
         super().__init__()
@@ -128,8 +136,9 @@ class GPT(CausalLM):
         self.n_embd, self.vocab_size = n_embd, vocab_size
         self.transformer = Transformer(vocab_size, n_layer, n_embd, n_head, self.n_kv_head)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.trunk, self.compiles, self.use_block_attention = self.features, False, False  # see compile_trunk
+        self.compiles, self.use_block_attention = False, False  # see compile_blocks
         self.head_settings: HeadSettings | None = None  # None: those of the device
+        self._rotary_tables: tuple[Tensor, Tensor] | None = None  # see _rotary
         self.files = {}
 
     def weights(self) -> dict[str, Tensor]:
@@ -152,38 +161,33 @@ class GPT(CausalLM):
                 fan_out, fan_in = p.shape
                 p.normal_(std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
 
-    def features(
-        self,
-        inputs: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        use_block_attention: bool = False,
-    ) -> Tensor:
+    def features(self, inputs: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Token ids (B, T) to the input of the head (B, T, C). Attention is within documents if positions (B, T) are given.
 
-        cu_seqlens and use_block_attention: see `choose_attention`. With a cache, inputs follow the tokens in it and are added.
+        cu_seqlens: see `choose_attention`. Without gradients, a compiled block runs the graph that training compiled: gradients
+        are enabled for it alone, and what it saves for backward is freed at once.
         """
-        length = inputs.size(1)
-        cos, sin = self._rotary(cache.length if cache is not None else 0, length, inputs.device)
+        cu_seqlens = cu_seqlens if self.varlen else None
+        if self.compiles and cu_seqlens is not None:
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one compilation for any number of documents
+        x = self._embed(inputs)
+        cos, sin = self._rotary(inputs.size(1), like=x)
         if positions is not None:
             cos, sin = cos[positions], sin[positions]  # (B, T, 1, D/2)
-        if cache is None:
-            attends = [choose_attention(positions, cu_seqlens, use_block_attention)] * self.n_layer
-        else:
-            mask = cache.mask(length)
-            attends = [partial(cache.attend, layer, mask) for layer in range(self.n_layer)]
-        x = norm(self.transformer.wte(inputs))
-        for block, attend in zip(self.transformer.h, attends, strict=True):
-            x = block(x, cos, sin, attend)
-        if cache is not None:
-            cache.length += length
+        attend = choose_attention(positions, cu_seqlens, self.use_block_attention)
+        shares_graph = self.compiles and not torch.is_grad_enabled()
+        for block in self.blocks:
+            if shares_graph:
+                with torch.enable_grad():
+                    x = block(x.requires_grad_(), cos, sin, attend).detach()
+            else:
+                x = block(x, cos, sin, attend)
         return norm(x)
 
-    def _features_by_block_attention(
-        self, inputs: Tensor, cache: None, positions: Tensor | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        return self.features(inputs, positions=positions, use_block_attention=True)
+    def _embed(self, inputs: Tensor) -> Tensor:
+        """The stream of a pass at its beginning (B, T, C): bf16 under autocast, as in the reference, else fp32."""
+        x = self.transformer.wte(inputs)
+        return norm(x.to(compute_dtype(x)))
 
     def logits(self, features: Tensor) -> Tensor:
         """Features (..., C) to logits, fp32 (..., V), with the soft cap 15 tanh(x / 15)."""
@@ -201,20 +205,32 @@ class GPT(CausalLM):
         return losses.view(targets.shape)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The sum of the losses of the batch's targets, in nats. The head is computed for supervised tokens only."""
-        cu_seqlens = batch.cu_seqlens if self.varlen else None
-        if self.compiles and cu_seqlens is not None:
-            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one compilation for any number of documents
-        features = self.trunk(batch.inputs, None, batch.positions, cu_seqlens).flatten(0, 1)
-        settings = self.head_settings or head_settings(features.device.type, self.compiles)
+        features, targets = self._supervised(batch)
+        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self._head_settings)
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> Tensor:
+        features, targets = self._supervised(batch)
+        found = token_losses(features, self.lm_head.weight, targets, LOGIT_CAP, self._head_settings)
+        if batch.target_indices is None:
+            return found.view(batch.targets.shape)
+        return found.new_zeros(batch.targets.numel()).index_put_((batch.target_indices,), found).view(batch.targets.shape)
+
+    def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs of the head (N, C) and targets (N,) of the supervised tokens: the head is computed for them only."""
+        features = self.features(batch.inputs, batch.positions, batch.cu_seqlens).flatten(0, 1)
         targets = batch.targets.flatten()
         if batch.target_indices is not None:
             features, targets = features[batch.target_indices], targets[batch.target_indices]
-        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, settings)
+        return features, targets
+
+    @property
+    def _head_settings(self) -> HeadSettings:
+        return self.head_settings or head_settings(self.lm_head.weight.device.type, self.compiles)
 
     @property
     def varlen(self) -> bool:
-        """Does the trunk get cu_seqlens? Decided outside the compiled graph, as it asks the driver."""
+        """Does attention get cu_seqlens? Decided outside compiled graphs, as it asks the driver."""
         return has_varlen(self.lm_head.weight.device, self.head_dim)
 
     def checkpoint_activations(self, selective: bool) -> None:
@@ -224,15 +240,9 @@ class GPT(CausalLM):
     def blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.transformer.h))
 
-    def compile_trunk(self, dynamic: bool, by_block: bool = False) -> None:
+    def compile_blocks(self, dynamic: bool) -> None:
         self.use_block_attention, self.compiles = self.lm_head.weight.device.type == "cpu", True
-        features = self._features_by_block_attention if self.use_block_attention else self.features
-        self.trunk = features if by_block else torch.compile(features, dynamic=dynamic)
-        if by_block:
-            compile_each(self.blocks, dynamic)
-
-    def seen(self, inputs: Tensor, cache: None, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return self.trunk(inputs, cache, positions, cu_seqlens if self.varlen else None)
+        compile_each(self.blocks, dynamic)
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,12 +252,12 @@ class GPT(CausalLM):
         The head is computed in fp32, as bf16 would make ties. In the last block all tokens get keys and values, and only these
         positions the rest.
         """
-        cos, sin = self._rotary(0, inputs.size(1), inputs.device)
+        x = self._embed(inputs)
+        cos, sin = self._rotary(inputs.size(1), like=x)
         *blocks, last = self.blocks
         attend = choose_attention(use_block_attention=self.use_block_attention)
-        x = norm(self.transformer.wte(inputs))
         for block in blocks:
-            x = block(x, cos, sin, attend)
+            x = block.uncompiled(x, cos, sin, attend)
         features = norm(last.at(x, cos, sin, positions))  # (B, C)
         with torch.autocast(inputs.device.type, enabled=False):
             features, weight = features.float(), self.lm_head.weight
@@ -260,14 +270,29 @@ class GPT(CausalLM):
         return KVCache(shape, self.lm_head.weight.dtype, padding)
 
     def next_logits(self, inputs: Tensor, cache: KVCache) -> Tensor:
-        return self.logits(self.features(inputs, cache)[:, -1])
+        return self.logits(self.decode(inputs, cache)[:, -1])
 
-    def _rotary(self, first: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, 1, D/2), fp32, of positions first, first + 1, ..."""
-        channels = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
-        positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
-        angles = torch.outer(positions, 1.0 / ROPE_BASE ** (channels / self.head_dim))[:, None, :]
-        return angles.cos(), angles.sin()
+    def decode(self, inputs: Tensor, cache: KVCache) -> Tensor:
+        """`features` of inputs (B, T), which follow the tokens in the cache and are added to it."""
+        length, x = inputs.size(1), self._embed(inputs)
+        cos, sin = (table[cache.length : cache.length + length] for table in self._rotary(cache.max_tokens, like=x))
+        mask = cache.mask(length)
+        for layer, block in enumerate(self.blocks):
+            x = block.uncompiled(x, cos, sin, partial(cache.attend, layer, mask))
+        cache.length += length
+        return norm(x)
+
+    def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, 1, D/2) of positions 0 to length - 1, with the device and dtype of `like`. The tables are made once, in
+        fp32 and then rounded, and grow when a pass is longer than any before."""
+        tables = self._rotary_tables
+        if tables is None or len(tables[0]) < length or tables[0].dtype != like.dtype or tables[0].device != like.device:
+            with torch.inference_mode(False):  # tensors made in inference mode could not be used in training
+                channels = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device)
+                positions = torch.arange(length, dtype=torch.float32, device=like.device)
+                angles = torch.outer(positions, 1.0 / ROPE_BASE ** (channels / self.head_dim))[:, None, :]
+                tables = self._rotary_tables = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        return tables[0][:length], tables[1][:length]
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""

@@ -10,7 +10,7 @@ N tokens, C channels, V vocabulary, R rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,14 +25,14 @@ class HeadSettings:
     """How head and loss are computed. All settings give the same result, to rounding."""
 
     chunk_elements: int  # logits a chunk, R x V
-    loss_and_gradient: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # from a chunk's logits, targets and the cap
+    losses_and_gradient: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # from a chunk's logits, targets and the cap
     dynamic: bool = False  # is that function compiled once for any number of rows?
 
 
 def head_settings(device_type: str, compiled: bool) -> HeadSettings:
     """The settings of training on a type of device."""
     chunk_elements = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cpu"])
-    return HeadSettings(chunk_elements, _compiled() if compiled else _loss_and_gradient, dynamic=compiled)
+    return HeadSettings(chunk_elements, _compiled() if compiled else _losses_and_gradient, dynamic=compiled)
 
 
 def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
@@ -44,6 +44,22 @@ def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, s
     return _SummedLoss.apply(features, weight, targets, cap, settings)
 
 
+def token_losses(features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
+    """The cross-entropies that `summed_loss` sums, fp32 (N,), without gradients: its own function makes them, chunk by chunk."""
+    dtype = compute_dtype(weight)
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=features.device)
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        for rows, found, _ in _chunks(features.to(dtype), weight.to(dtype), targets, cap, settings):
+            losses[rows] = found
+    return losses
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of matrix products with this tensor: autocast's, or its own without autocast."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """fp64 for sums over thousands of tokens, so that they do not depend on how tokens are split over passes and ranks. MPS has
     no fp64, so it uses fp32."""
@@ -53,24 +69,16 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
-        device = features.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = compute_dtype(weight)
         x, w = features.detach().to(dtype), weight.detach().to(dtype)
         total = torch.zeros((), dtype=sum_dtype(x.device), device=x.device)
         grad_x = torch.empty_like(x)
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-        size = max(64, settings.chunk_elements // len(w))
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(x), size):
-                rows = x[start : start + size]
-                logits, row_targets = rows @ w.T, targets[start : start + size]
-                if settings.dynamic:
-                    for tensor in (logits, row_targets):
-                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                loss, grad = settings.loss_and_gradient(logits, row_targets, cap)
-                total += loss
-                grad_x[start : start + size] = grad @ w
-                grad_w += grad.T @ rows
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, losses, grad in _chunks(x, w, targets, cap, settings):
+                total += losses.sum(dtype=total.dtype)
+                grad_x[rows] = grad @ w
+                grad_w += grad.T @ x[rows]
         ctx.save_for_backward(grad_x, grad_w)
         ctx.dtypes = features.dtype, weight.dtype
         return total
@@ -81,17 +89,31 @@ class _SummedLoss(torch.autograd.Function):
         return (grad_x * upstream).to(ctx.dtypes[0]), (grad_w * upstream).to(ctx.dtypes[1]), None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """From logits (R, V) before the cap and targets (R,): the summed loss, see `sum_dtype`, and its gradient on the logits."""
+def _chunks(
+    features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of a chunk, their losses fp32 (R,), and the gradients on their logits before the cap (R, V)."""
+    size = max(64, settings.chunk_elements // len(weight))
+    for start in range(0, len(features), size):
+        rows = slice(start, start + size)
+        logits, row_targets = features[rows] @ weight.T, targets[rows]
+        if settings.dynamic:
+            for tensor in (logits, row_targets):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        yield rows, *settings.losses_and_gradient(logits, row_targets, cap)
+
+
+def _losses_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """From logits (R, V) before the cap and targets (R,): the losses, fp32 (R,), and the gradient of their sum on the logits."""
     tanh = torch.tanh(logits.float() / cap)
     capped = tanh * cap
     log_sum = capped.logsumexp(dim=1, keepdim=True)
-    loss = (log_sum[:, 0] - capped.gather(1, targets[:, None])[:, 0]).sum(dtype=sum_dtype(logits.device))
+    losses = log_sum[:, 0] - capped.gather(1, targets[:, None])[:, 0]
     one_hot = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
     grad = ((capped - log_sum).exp() - one_hot.float()) * (1 - tanh * tanh)
-    return loss, grad.to(logits.dtype)
+    return losses, grad.to(logits.dtype)
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    return torch.compile(_loss_and_gradient)
+    return torch.compile(_losses_and_gradient)

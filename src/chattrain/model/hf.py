@@ -55,7 +55,7 @@ class HFModel(CausalLM):
     def __init__(self, inner: Any, files: dict[str, str]):
         super().__init__()
         self.inner, self.files = inner, files
-        self.trunk, self.compiles = self._logits, False  # see compile_trunk
+        self.compiles = False  # see compile_blocks
         config = inner.config.get_text_config()
         self.vocab_size, self.n_embd, self.n_layer = config.vocab_size, config.hidden_size, config.num_hidden_layers
 
@@ -85,26 +85,28 @@ class HFModel(CausalLM):
 
         positions (B, T) begin at 0 with each document of a row: attention then stays within a document.
         """
-        logits = self._logits(inputs, None, positions).float()
+        logits = self.features(inputs, positions).float()
         if targets is None:
             return logits
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view(targets.shape)
 
-    def _logits(
-        self, inputs: Tensor, cache: None = None, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
+    def features(self, inputs: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         packed = {} if positions is None else {"position_ids": positions, "attention_mask": document_mask(positions)}
         return self.inner(input_ids=inputs, use_cache=False, **packed).logits
 
     def loss(self, batch: Batch) -> Tensor:
-        logits, targets = self.trunk(batch.inputs, None, batch.positions, batch.cu_seqlens).flatten(0, 1), batch.targets.flatten()
+        logits, targets = self.features(batch.inputs, batch.positions).flatten(0, 1), batch.targets.flatten()
         if batch.target_indices is not None:
             logits, targets = logits[batch.target_indices], targets[batch.target_indices]
         return F.cross_entropy(logits.float(), targets, reduction="none").sum(dtype=sum_dtype(logits.device))
 
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> Tensor:
+        return self(*batch.arguments)
+
     def checkpoint_activations(self, selective: bool) -> None:
-        """Trade time for memory, see `recompute`. To be called before `compile_trunk`.
+        """Trade time for memory, see `recompute`. To be called before `compile_blocks`.
 
         transformers' own switch works in training mode only, which would turn dropout on. Raises UserError for an
         architecture whose layers are no GradientCheckpointingLayer.
@@ -123,15 +125,9 @@ class HFModel(CausalLM):
 
         return [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
 
-    def compile_trunk(self, dynamic: bool, by_block: bool = False) -> None:
+    def compile_blocks(self, dynamic: bool) -> None:
         self.compiles = True
-        if by_block and self.blocks:
-            compile_each(self.blocks, dynamic)
-        else:
-            self.trunk = torch.compile(self._logits, dynamic=dynamic)
-
-    def seen(self, inputs: Tensor, cache: None, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return self.trunk(inputs, cache, positions, cu_seqlens)
+        compile_each(self.blocks, dynamic)
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class KVCache:
         """padding (B,) int64; its device is the cache's too."""
         self.keys = torch.zeros(shape, device=padding.device, dtype=dtype)
         self.values = torch.zeros(shape, device=padding.device, dtype=dtype)
-        self.padding = padding
+        self.padding, self.max_tokens = padding, shape[2]
         self.length = 0
 
     def mask(self, count: int) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def _build_model(
     if isinstance(model, GPT):
         # On a GPU block attention stands in for FlashAttention within documents, which takes as much memory.
         if cfg.train.compile if kind == "cpu" else bf16 and shape.isolated:
-            model.trunk = partial(model.features, use_block_attention=True)
+            model.use_block_attention = True
         model.head_settings = _head_settings(kind, cfg.train.compile)
     eager = replace(cfg, train=replace(cfg.train, compile=False))
     strategy = prepare_for_training(eager, model, CPU, ranks, bf16)
@@ -191,12 +190,12 @@ def fake_batch(shape: MicroBatchSpec) -> Batch:
 def _head_settings(kind: str, compiled: bool) -> head.HeadSettings:
     """The head's settings on a device of this kind: the fake tensors are on the CPU."""
     settings = head.head_settings(kind, compiled=False)
-    return replace(settings, loss_and_gradient=_fused_loss_and_gradient) if compiled else settings
+    return replace(settings, losses_and_gradient=_fused_losses_and_gradient) if compiled else settings
 
 
-def _fused_loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def _fused_losses_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """Allocates what the compiled function of head.py does: its results, and one number a row."""
-    return logits.new_empty(len(logits), dtype=torch.float32).sum(dtype=head.sum_dtype(logits.device)), torch.empty_like(logits)
+    return logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits)
 
 
 def largest(measure: Callable[[int], int], limit: float, first: int, most: int) -> int:

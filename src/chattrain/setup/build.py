@@ -61,16 +61,9 @@ def build_components(
     autocast = devices.autocast(bf16, device)
     if cfg.collator.isolates:
         shape = (cfg.train.device_batch_size, cfg.train.seq_len)
-        check_isolation(in_context(autocast, model.seen), shape, data.tokenizer.vocab_size, device)
-    # On a CPU the few passes of an evaluation take less time than compiling them.
-    compile_evaluation = model.compiles and device.type == "cuda" and not isinstance(strategy, FSDP)
-    losses_of = in_context(
-        autocast, torch.compile(model, dynamic=cfg.collator.has_varying_shapes) if compile_evaluation else model
-    )
+        check_isolation(in_context(autocast, model.features), shape, data.tokenizer.vocab_size, device)
     batch_size, num_steps = cfg.train.device_batch_size, data.num_steps
-    evaluate = build_evaluation(
-        cfg.eval, batch_size, data, num_steps, model, losses_of, autocast, device, ranks, strategy, setup.run_dir
-    )
+    evaluate = build_evaluation(cfg.eval, batch_size, data, num_steps, model, autocast, device, ranks, strategy, setup.run_dir)
     lr_factor = build_lr_factor(cfg, num_steps)
     tracker.describe(model_params(model, peak_rates(optimizer, lr_factor, num_steps)))
     return loop.TrainerComponents(
@@ -130,7 +123,7 @@ def prepare_for_training(cfg: Config, model: CausalLM, device: torch.device, ran
         model.checkpoint_activations(selective=checkpointing == ActivationCheckpointing.selective)
     strategy = build_strategy(cfg.distributed.strategy, model, device, ranks, torch.bfloat16 if bf16 else torch.float32)
     if devices.should_compile(cfg.train.compile, device):
-        model.compile_trunk(dynamic=cfg.collator.has_varying_shapes, by_block=ranks.world_size > 1)
+        model.compile_blocks(dynamic=cfg.collator.has_varying_shapes)
     return strategy
 
 
@@ -172,7 +165,7 @@ def in_context(context: AbstractContextManager, function: Callable) -> Callable:
     return call
 
 
-def check_isolation(trunk: Callable, shape: tuple[int, int], vocab_size: int, device: torch.device) -> None:
+def check_isolation(features: Callable, shape: tuple[int, int], vocab_size: int, device: torch.device) -> None:
     """Check, on the device, compilation and number format of the run, that documents that share a row do not see each other.
 
     Two documents fill each row of `shape` (B, T). The first is replaced; the features of the second must stay the same to the
@@ -185,9 +178,8 @@ def check_isolation(trunk: Callable, shape: tuple[int, int], vocab_size: int, de
     positions = torch.cat([torch.arange(cut), torch.arange(T - cut)]).expand(B, T).contiguous()
     changed = torch.cat([others[:, :cut], inputs[:, cut:]], dim=1)
     cu_seqlens = torch.from_numpy(cu_seqlens_of(positions.numpy()))
-    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # as in training, so that this runs the same graph
     before, after = (
-        trunk(ids.to(device), None, positions.to(device), cu_seqlens.to(device)).detach()[:, cut:] for ids in (inputs, changed)
+        features(ids.to(device), positions.to(device), cu_seqlens.to(device)).detach()[:, cut:] for ids in (inputs, changed)
     )
     if not torch.equal(before, after):
         largest = float((before - after).abs().max())

@@ -30,7 +30,6 @@ def build_evaluation(
     data: EvalData,
     num_steps: int,
     model: CausalLM,
-    losses_of: Callable,
     autocast: AbstractContextManager,
     device: torch.device,
     ranks: Ranks,
@@ -40,8 +39,8 @@ def build_evaluation(
     """A function from the number of completed steps to the metrics measured then, by name.
 
     `device_batch_size`: rows a process a forward pass of validation. `num_steps`: steps of the run, after which everything is
-    measured. `losses_of`: the model under autocast, compiled or not, as `Validation` calls it. `run_dir`: rank 0 writes
-    answers.jsonl of the last step there. What a validation loss was measured on is kept in `data.measured`.
+    measured. `run_dir`: rank 0 writes answers.jsonl of the last step there. What a validation loss was measured on is kept in
+    `data.measured`.
     """
     validation, token_bytes = None, data.tokenizer.token_bytes()
     if data.validation:
@@ -58,7 +57,8 @@ def build_evaluation(
         model.eval()
         metrics = {}
         if validation:
-            metrics = validation(losses_of)
+            with autocast:
+                metrics = validation(model.losses)
             if data.measured is None and validation.measured:
                 log.info("validation: %s", validation.measured.label)
             data.measured = validation.measured
