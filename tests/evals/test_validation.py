@@ -173,7 +173,7 @@ def test_what_a_loss_is_over_follows_from_the_targets(model, token_bytes, make, 
     collator = make()
     rows = collator.rows_in(1)
     validation = Validation(collator, rows, 4, token_bytes, CPU, Ranks())
-    validation(model)
+    validation(model.losses)
     measured = validation.measured
     supervised = [int((collator.batch(np.array([row])).targets >= 0).sum()) for row in range(rows)]
     assert measured is not None and (measured.rows, measured.tokens, measured.targets) == (rows, sum(supervised), targets)

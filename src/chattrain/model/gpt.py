@@ -23,6 +23,7 @@ from chattrain.data.packing import IGNORE_INDEX
 from chattrain.model.attention import Attend, attention, choose_attention, has_varlen
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import compile_each
+from chattrain.model.elementwise import norm, rotated_norm, squared_relu
 from chattrain.model.head import HeadSettings, compute_dtype, head_settings, summed_loss, token_losses
 from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
@@ -30,20 +31,6 @@ from chattrain.storage.tensors import fill_model, unique_tensors
 
 ROPE_BASE = 10_000.0
 LOGIT_CAP = 15.0
-
-
-def norm(x: Tensor) -> Tensor:
-    """Computed in fp32, returned in the dtype of x: under autocast rms_norm alone would return fp32."""
-    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + D/2) of x (B, T, H, D) by the angles of their positions.
-
-    cos and sin, (T, 1, D/2) or (B, T, 1, D/2), have the dtype of x: bf16 under autocast, as in the reference.
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 class Attention(nn.Module):
@@ -60,11 +47,11 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, H, D)"""
-        return norm(rotate(self._heads(self.c_q(x)), cos, sin))
+        return rotated_norm(self._heads(self.c_q(x)), cos, sin)
 
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, H, D) each"""
-        return norm(rotate(self._heads(self.c_k(x)), cos, sin)), self._heads(self.c_v(x))
+        return rotated_norm(self._heads(self.c_k(x)), cos, sin), self._heads(self.c_v(x))
 
     def project(self, y: Tensor) -> Tensor:
         """The output projection: (B, T, H, D) to (B, T, C)."""
@@ -81,7 +68,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(squared_relu(self.c_fc(x)))
 
 
 class Block(nn.Module):

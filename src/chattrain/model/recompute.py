@@ -14,14 +14,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._scaled_mm.default}
+WITH_BIAS = {aten.addmm.default, aten.baddbmm.default}  # their first argument is what is added
 ATTENTION = ("attention", "attn")  # substrings of attention operators' names, which differ between devices and masks
 
 
 def recompute(blocks: Iterable[nn.Module], selective: bool) -> None:
     """Make each module save only its inputs in forward, in place; backward runs its forward again.
 
-    selective: the outputs of matrix products and attention, which take time, are saved too; only element-wise operations, which
-    take memory, run twice. Passes without gradients (evaluation, generation) are unaffected.
+    selective: the outputs of attention, and of matrix products that are no wider than their input, are saved too: they take time
+    and little memory. What runs twice is element-wise operations and products that widen, such as the first of an MLP. Passes
+    without gradients (evaluation, generation) are unaffected.
     """
     for block in blocks:
         block.forward = (_save_products if selective else _save_inputs)(block.forward)
@@ -52,5 +54,9 @@ def _contexts() -> tuple[Any, Any]:
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    saved = operation in PRODUCTS or any(part in str(operation) for part in ATTENTION)
+    if operation in PRODUCTS:
+        right = args[2 if operation in WITH_BIAS else 1]  # (..., inputs, outputs)
+        saved = right.size(-1) <= right.size(-2)
+    else:
+        saved = any(part in str(operation) for part in ATTENTION)
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
