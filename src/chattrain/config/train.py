@@ -21,7 +21,7 @@ class TrainConfig:
     max_grad_norm: float | None = None  # null: gradients are not clipped
     dtype: DType = DType.auto  # of the matrix products; weights stay fp32
     fp8: bool = False  # linear layers of the blocks in fp8, through torchao
-    # What backward recomputes. none: nothing; block: whole blocks; selective: of blocks, all but attention and the narrow products.
+    # What backward recomputes. none: nothing; block: whole blocks; selective: all of them but attention and narrow products.
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     compile: bool = True
     device: Device = Device.auto
