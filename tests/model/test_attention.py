@@ -66,8 +66,8 @@ def test_blocks_hold_every_row_and_little_more():
         assert n <= 128 and 0 <= -(-T // n) * n - T < -(-T // n)
 
 
-@pytest.mark.parametrize("isolated", [False, True])
-def test_the_compiled_model_has_the_gradients_of_the_plain_one(isolated):
+@pytest.mark.parametrize("isolated, dynamic", [(False, False), (True, False), (False, True)])
+def test_the_compiled_model_has_the_gradients_of_the_plain_one(isolated, dynamic):
     model = GPT(vocab_size=50, n_layer=2, n_embd=32, n_head=2)
     model.init_weights(torch.Generator().manual_seed(0))
     inputs = torch.randint(0, 50, (2, 256), generator=torch.Generator().manual_seed(1))
@@ -75,7 +75,7 @@ def test_the_compiled_model_has_the_gradients_of_the_plain_one(isolated):
     found = []
     for compiled in (False, True):
         if compiled:
-            model.compile_blocks(dynamic=False)
+            model.compile_blocks(dynamic)
         model.zero_grad()
         features = model.features(inputs, positions)
         features.square().mul(torch.arange(32)).sum().backward()

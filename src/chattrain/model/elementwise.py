@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-EPS = torch.finfo(torch.float32).eps
-
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm (https://arxiv.org/abs/1910.07467) of the last dimension without parameters: x / sqrt(mean(x^2) + EPS)."""
+    """RMSNorm (https://arxiv.org/abs/1910.07467) of the last dimension, without parameters: x / sqrt(mean(x^2) + eps of fp32)."""
     return _Norm.apply(x)  # pyright: ignore[reportReturnType]
 
 
@@ -79,7 +77,8 @@ class _SquaredReLU(Function):
 
 def _normed(x: Tensor) -> tuple[Tensor, Tensor]:
     """The norm of x (..., D), fp32, and what x was multiplied by (..., 1)."""
-    scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
+    eps = torch.finfo(torch.float32).eps  # a constant of the module would become an input of compiled graphs
+    scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
     return x * scale, scale
 
 
