@@ -1,136 +1,19 @@
-"""Collators turn row indices into a `Batch`. All return the same type, so the loop does not know which collator it uses.
-
-B rows, T tokens. Row indices count over all epochs, and any process can build any row. So the data of a step depends on
-(seed, step) only, and resuming needs no replay. Row index EMPTY gives a row of padding without targets.
-"""
+"""The collators that keep conversations whole: Padded gives each a row of its own, BestFit packs several into full rows."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from chattrain.data.batch import Batch, as_batch
+from chattrain.data.collators.base import EMPTY, Collator, Counts, round_up
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import IGNORE_INDEX, Rows, best_fit, micro_batch_sizes, padded_width, shift, slice_stream
+from chattrain.data.packing import Rows, best_fit, micro_batch_sizes, padded_width, shift
 from chattrain.errors import UserError
 
-EMPTY = -1
 PLAN_VERSION = 1  # raised when BestFit assigns documents to rows in another way; part of the cache key
 PASS_COST = 1 / 48  # fixed cost of a micro-batch (casting weights, launching kernels), relative to the tokens of the largest one
-
-
-@dataclass
-class Counts:
-    """Documents of an epoch, and what their rows leave out. For the log and summary.json."""
-
-    documents: int = 0
-    truncated: int = 0  # documents cut at seq_len
-    truncated_tokens: int = 0
-    left_out: int = 0  # documents without a supervised token within seq_len, which have no row
-
-
-class Collator(ABC):
-    """The interface that the loader uses."""
-
-    mixture: Mixture
-    seq_len: int  # tokens a row, at most
-    counts: Counts
-
-    @abstractmethod
-    def rows_in(self, epochs: float) -> int:
-        """The number of rows that this many epochs fill. The last row is completed with documents of the next epoch."""
-
-    @abstractmethod
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The micro-batch of these row indices (B,)."""
-
-    @abstractmethod
-    def describe(self, row: int) -> str:
-        """The documents that a row is made of, for messages."""
-
-    def split_micro_batches(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
-        """Split row indices, a multiple of world_size, into micro-batches: (world_size, up to device_batch_size) indices each.
-
-        All ranks get the same number of micro-batches, with the same number of rows in each.
-        """
-        return list(rows.reshape(-1, world_size, device_batch_size))
-
-    def steps_in(self, epochs: float, rows_per_step: int) -> int:
-        return math.ceil(self.rows_in(epochs) / rows_per_step)
-
-
-class Packed(Collator):
-    """The documents of all epochs, concatenated to one token stream and cut into full rows. Every token is a target.
-
-    Row r has inputs stream[rT : rT + T] and targets stream[rT + 1 : rT + T + 1], so each token is an input once and a target
-    once. `last_epoch`: the stream ends after this epoch (for evaluation), and rows are padded beyond it.
-    `isolate_documents`: attention stays within a document, and the first token of a document is not a target.
-    """
-
-    def __init__(
-        self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None, isolate_documents: bool = False
-    ):
-        self.mixture, self.seq_len, self.pad_id, self.last_epoch = mixture, seq_len, pad_id, last_epoch
-        self.isolate_documents = isolate_documents
-        self.counts = Counts(documents=mixture.epoch_size)
-        self._starts = [0]  # offset of each epoch in the stream, for the epochs computed so far
-        self._ends: dict[int, np.ndarray] = {}  # epoch -> cumulative lengths of its documents
-
-    def rows_in(self, epochs: float) -> int:
-        whole, part = divmod(epochs, 1)
-        tokens = self._start(int(whole))
-        if part:
-            ends = self._epoch_ends(int(whole))
-            tokens += int(ends[max(0, _round_up(part * len(ends)) - 1)])
-        return max(1, math.ceil((tokens - 1) / self.seq_len))
-
-    def batch(self, rows: np.ndarray) -> Batch:
-        pairs, sizes = [], []
-        for row in rows:
-            start = int(row) * self.seq_len
-            slices = self._slices(start, start + self.seq_len + 1) if row != EMPTY else []
-            ids = np.concatenate([self.mixture.document(i)[0][a:b] for i, a, b in slices]) if slices else np.empty(0, np.int64)
-            inputs, targets = shift(ids) if len(ids) > 1 else (ids[:0], ids[:0])
-            lengths = [b - a for _, a, b in slices]
-            sizes.append(_cut_to_total(lengths, len(inputs)))
-            if self.isolate_documents:
-                targets[np.cumsum(lengths, dtype=np.int64)[:-1] - 1] = IGNORE_INDEX  # first token of the next document
-            pairs.append((inputs, targets))
-        return as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
-
-    def describe(self, row: int) -> str:
-        slices = self._slices(row * self.seq_len, (row + 1) * self.seq_len + 1)
-        return " + ".join(self.mixture.describe(document) for document, _, _ in slices)
-
-    def _slices(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Tokens start to stop of the stream as (document, begin, end). They may span several epochs."""
-        epoch = 0
-        while self._start(epoch + 1) <= start:
-            epoch += 1
-        slices: list[tuple[int, int, int]] = []
-        while start < stop and (self.last_epoch is None or epoch <= self.last_epoch):
-            offset, end = self._start(epoch), min(stop, self._start(epoch + 1))
-            order = self.mixture.order(epoch)
-            in_epoch = slice_stream(self._epoch_ends(epoch), start - offset, end - offset)
-            slices += [(int(order[i]), a, b) for i, a, b in in_epoch]
-            start, epoch = end, epoch + 1
-        return slices
-
-    def _start(self, epoch: int) -> int:
-        while len(self._starts) <= epoch:
-            self._starts.append(self._starts[-1] + int(self._epoch_ends(len(self._starts) - 1)[-1]))
-        return self._starts[epoch]
-
-    def _epoch_ends(self, epoch: int) -> np.ndarray:
-        if epoch not in self._ends:
-            if len(self._ends) > 3:
-                self._ends.pop(min(self._ends))
-            self._ends[epoch] = np.cumsum(self.mixture.lengths[self.mixture.order(epoch)])
-        return self._ends[epoch]
 
 
 class Conversations(Collator):
@@ -167,7 +50,7 @@ class Padded(Conversations):
     """One conversation a row. The rows of a micro-batch are padded to its longest, rounded up to a multiple of 8 tokens."""
 
     def rows_in(self, epochs: float) -> int:
-        return max(1, _round_up(epochs * self.mixture.epoch_size))
+        return max(1, round_up(epochs * self.mixture.epoch_size))
 
     def batch(self, rows: np.ndarray) -> Batch:
         pairs = []
@@ -224,7 +107,7 @@ class BestFit(Conversations):
     def rows_in(self, epochs: float) -> int:
         whole, part = divmod(epochs, 1)
         rows = self._start(int(whole))
-        return max(1, rows + (_round_up(part * len(self.epoch_rows(int(whole)))) if part else 0))
+        return max(1, rows + (round_up(part * len(self.epoch_rows(int(whole)))) if part else 0))
 
     def batch(self, rows: np.ndarray) -> Batch:
         pairs, sizes = [], []
@@ -269,16 +152,6 @@ class BestFit(Conversations):
         return {"documents": np.concatenate(rows), "ends": np.cumsum([0] + [len(row) for row in rows])}
 
 
-def _cut_to_total(sizes: list[int], total: int) -> list[int]:
-    """Sizes cut at the end so that their sum is at most `total`.
-
-    >>> _cut_to_total([3, 3, 1], 5)
-    [3, 2]
-    """
-    ends = np.minimum(np.cumsum([0, *sizes]), total)
-    return [size for size in np.diff(ends).tolist() if size]
-
-
 def _has_targets(mixture: Mixture, length: int) -> np.ndarray:
     """(documents,) bool: is one of the first `length` tokens supervised?
 
@@ -291,12 +164,3 @@ def _has_targets(mixture: Mixture, length: int) -> np.ndarray:
         has_targets[i] = mixture.document(int(i))[1][:length].any()
     mixture.release()
     return has_targets
-
-
-def _round_up(count: float) -> int:
-    """Round up, ignoring floating-point error.
-
-    >>> _round_up(1.1 * 10), _round_up(10.2)
-    (11, 11)
-    """
-    return math.ceil(round(count, 6))
