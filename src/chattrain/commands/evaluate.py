@@ -26,7 +26,7 @@ from chattrain.parallel import launch, slurm
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.strategy import SingleProcess
 from chattrain.setup.build import in_context
-from chattrain.setup.data import EvalData, open_eval_data
+from chattrain.setup.data import EvalData, open_eval_data, pass_limits
 from chattrain.setup.evaluation import ANSWERS, build_evaluation, write_answers
 from chattrain.setup.names import is_main_process, launch_name
 from chattrain.setup.runs import run_folder, stage_of
@@ -129,9 +129,10 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     target = device.pick_device(cfg.train.device, ranks.local_rank)
     model = instantiate_config(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(target)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, target), target)
+    device.choose_attention_kernels(target, cfg.collator.has_varying_shapes or cfg.eval.multiple_choice)
     losses_of = in_context(autocast, model)  # one pass over the data takes less time than compiling
-    batch_size = cfg.train.device_batch_size
-    evaluate_at = build_evaluation(cfg.eval, batch_size, data, 0, model, losses_of, autocast, target, ranks, SingleProcess())
+    limits = pass_limits(cfg.train, target.type)
+    evaluate_at = build_evaluation(cfg.eval, limits, data, 0, model, losses_of, autocast, target, ranks, SingleProcess())
     metrics = evaluate_at(0)
     if not metrics:
         raise UserError(

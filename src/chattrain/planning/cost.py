@@ -33,7 +33,7 @@ class Workload:
     num_tokens: int  # tokens of the whole run, padding included
     rows: int  # rows of the whole run
     rows_a_step: int
-    device_batch_size: int  # rows a rank a forward pass, at most
+    device_batch_size: int  # rows a rank a forward pass, at most; of padded rows on average
     strategy: str  # ddp or fsdp
     sharing: dict[int, int]  # world size -> ranks that the update is sharded over; groups of so many do the same
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from chattrain.data.batch import Batch
 from chattrain.data.mixture import Mixture
+from chattrain.data.passes import PassLimits
 
 EMPTY = -1
 
@@ -48,12 +49,14 @@ class Collator(ABC):
     def describe(self, row: int) -> str:
         """The documents that a row is made of, for messages."""
 
-    def split_micro_batches(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
-        """Split row indices, a multiple of world_size, into micro-batches: (world_size, up to device_batch_size) indices each.
+    def split_micro_batches(self, rows: np.ndarray, limits: PassLimits, world_size: int) -> list[np.ndarray]:
+        """Split row indices into micro-batches, the forward passes of a step: (world_size, rows) indices each.
 
-        All ranks get the same number of micro-batches, with the same number of rows in each.
+        All ranks get the same number of micro-batches, with the same number of rows in each. Here rows are full, so each has
+        limits.rows of them, the last one filled with EMPTY rows.
         """
-        return list(rows.reshape(-1, world_size, device_batch_size))
+        rows = np.concatenate([rows, np.full(-len(rows) % (limits.rows * world_size), EMPTY)])
+        return list(rows.reshape(-1, world_size, limits.rows))
 
     def steps_in(self, epochs: float, rows_per_step: int) -> int:
         return math.ceil(self.rows_in(epochs) / rows_per_step)

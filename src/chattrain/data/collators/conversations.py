@@ -9,11 +9,11 @@ import numpy as np
 from chattrain.data.batch import Batch, as_batch
 from chattrain.data.collators.base import EMPTY, Collator, Counts, round_up
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import Rows, best_fit, micro_batch_sizes, padded_width, shift
+from chattrain.data.packing import Rows, best_fit, shift
+from chattrain.data.passes import PassLimits, micro_batch_sizes, padded_width
 from chattrain.errors import UserError
 
 PLAN_VERSION = 1  # raised when BestFit assigns documents to rows in another way; part of the cache key
-PASS_COST = 1 / 48  # fixed cost of a micro-batch (casting weights, launching kernels), relative to the tokens of the largest one
 
 
 class Conversations(Collator):
@@ -47,7 +47,7 @@ class Conversations(Collator):
 
 
 class Padded(Conversations):
-    """One conversation a row. The rows of a micro-batch are padded to its longest, rounded up to a multiple of 8 tokens."""
+    """One conversation a row. The rows of a micro-batch are padded to the passes.padded_width of its longest."""
 
     def rows_in(self, epochs: float) -> int:
         return max(1, round_up(epochs * self.mixture.epoch_size))
@@ -67,19 +67,20 @@ class Padded(Conversations):
         document = self._document(row)
         return "padding" if document is None else self.mixture.describe(document)
 
-    def split_micro_batches(self, rows: np.ndarray, device_batch_size: int, world_size: int) -> list[np.ndarray]:
-        """Group rows of similar length, so that micro-batches need little padding and all ranks have equal work.
+    def split_micro_batches(self, rows: np.ndarray, limits: PassLimits, world_size: int) -> list[np.ndarray]:
+        """Rows of similar length share a micro-batch until limits.tokens are full, so that there are few of them with little
+        padding, and all ranks have equal work. `rows`: a multiple of world_size.
 
-        The set of rows in the step does not change.
+        The set of rows in the step does not change; EMPTY ones are added where the device takes only some numbers of rows.
         """
         lengths = np.array(
             [min(self.mixture.lengths[self._document(int(r))] - 1, self.seq_len) if r != EMPTY else 0 for r in rows]
         )
         by_length = rows[np.argsort(lengths, kind="stable")].reshape(-1, world_size)  # row k of each rank: similar lengths
         longest = np.sort(lengths)[world_size - 1 :: world_size]  # of the k-th rows of all ranks
-        widths = np.array([padded_width(int(n), self.seq_len) for n in longest])
-        counts = micro_batch_sizes(widths, device_batch_size, device_batch_size * self.seq_len * PASS_COST)
-        return [by_length[end - count : end].T for count, end in zip(counts, np.cumsum(counts), strict=True)]
+        counts = micro_batch_sizes(np.array([padded_width(int(n), self.seq_len) for n in longest]), limits)
+        groups = np.split(by_length.T, np.cumsum(counts)[:-1], axis=1)
+        return [np.pad(g, ((0, 0), (0, limits.filled(g.shape[1]) - g.shape[1])), constant_values=EMPTY) for g in groups]
 
     def _document(self, row: int) -> int | None:
         """The document of a row; None for padding: an EMPTY row, or one after the last epoch."""
