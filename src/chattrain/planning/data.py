@@ -23,7 +23,7 @@ class Counts:
     supervised: int
     padded: int  # with padding: what the device computes
     exact: bool  # counted on all rows; else extrapolated from some steps
-    rows_a_pass: int  # of a rank, on average, rounded up
+    rows_a_pass: int  # as many as limits allow, so those of a rank that has the whole step; on average, rounded up
 
 
 def count(data: RunData, limits: PassLimits, world_size: int) -> Counts:
@@ -37,14 +37,14 @@ def count(data: RunData, limits: PassLimits, world_size: int) -> Counts:
     totals, passes = np.zeros(3, dtype=np.int64), 0
     for step in steps.tolist():
         row_indices = np.arange(step * data.rows_per_step, (step + 1) * data.rows_per_step)
+        passes += len(collator.split_micro_batches(row_indices, limits, 1))
         for micro_batch in collator.split_micro_batches(row_indices, limits, world_size):
-            passes += 1
             for rank_rows in micro_batch:
                 batch = collator.batch(rank_rows)
                 totals += [batch.num_tokens, batch.num_supervised, batch.inputs.numel()]
     collator.mixture.release()
     tokens, supervised, padded = (round(total * data.num_steps / sampled) for total in totals.tolist())
-    rows_a_pass = math.ceil(sampled * data.rows_per_step / world_size / passes)
+    rows_a_pass = math.ceil(sampled * data.rows_per_step / passes)
     return Counts(tokens, supervised, padded, exact=sampled == data.num_steps, rows_a_pass=rows_a_pass)
 
 

@@ -66,7 +66,8 @@ def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
     if not most:
         pairs["device_batch_size"] = "not even one row fits"
     elif tokens is not None:
-        pairs["device_batch_tokens"] = f"{tokens:,} at most{note}; with them about {micro_batches}"
+        enough = ", enough for all rows of a rank's step" if facts["all_rows_fit"] else ""
+        pairs["device_batch_tokens"] = f"{tokens:,} at most{enough}; with them about {micro_batches}"
     else:
         pairs["device_batch_size"] = f"{most} at most{note}; {suggested} with {micro_batches} for the configured batch"
     return pairs
