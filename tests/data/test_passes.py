@@ -93,11 +93,11 @@ def test_a_gpu_sees_few_shapes_again_and_again():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("tokens", [64, 200, 1024])
+@pytest.mark.parametrize("tokens", [64, 200, 4096])
 def test_a_step_keeps_its_rows_and_gives_all_ranks_passes_alike(device, world_size, tokens):
     collator = Padded(mixture(), 64, PAD)
     for step in range(3):
-        rows = np.arange(32 * step, 32 * (step + 1))
+        rows = np.arange(44 * step, 44 * (step + 1))  # 44, 22 or 11 a rank, which CUDA's passes fill up with empty ones
         groups = collator.split_micro_batches(rows, PassLimits(1, tokens, device), world_size)
         assert sorted(row for group in groups for row in group.flatten() if row != EMPTY) == rows.tolist()
         for group in groups:
