@@ -73,7 +73,7 @@ def _rate(step, seconds: float) -> float:
     return tokens / (time.perf_counter() - begun)
 
 
-def _data(vocab_size: int) -> list[str]:
+def data_overrides(vocab_size: int) -> list[str]:
     folder = os.environ.get("BENCHMARK_DATA")
     if folder is None:
         return ["data=demo", f"tokenizer.vocab_size={vocab_size}"]
@@ -102,7 +102,7 @@ class Ours:
                 f"train.device_batch_size={ROWS}",
                 "train.max_steps=100000",
                 f"train.rows_per_step={rows}",
-                *_data(vocab_size),
+                *data_overrides(vocab_size),
             ]
         )
         setup, self.data = setup_run(self.cfg, world_size=1)

@@ -27,6 +27,7 @@ from chattrain.data import cache
 from chattrain.data.collators import BestFit, Packed, Padded
 from chattrain.data.loader import Loader
 from chattrain.data.mixture import Mixture
+from chattrain.data.passes import PassLimits
 from chattrain.tokenizer import Tokenizer
 
 COLLATORS = {"packed": Packed, "masked": Padded, "best_fit": BestFit}
@@ -98,7 +99,7 @@ def _first_batch(folder: str, name: str) -> tuple[float, float]:
     documents = Mixture([_open(Path(folder))], [SourceConfig("synthetic")], seed=1, folder=Path(folder) / "rows")
     collator = COLLATORS[name](documents, SEQ_LEN, pad_id=0)
     collator.steps_in(1, ROWS_PER_STEP)
-    loader = Loader(collator, ROWS_PER_STEP, ROWS, torch.device("cpu"))
+    loader = Loader(collator, ROWS_PER_STEP, PassLimits(ROWS, ROWS * SEQ_LEN, "cpu"), torch.device("cpu"))
     loader.step(0)
     seconds = time.perf_counter() - begun
     resident = _resident() - before

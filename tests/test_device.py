@@ -39,6 +39,16 @@ def test_the_peak_of_a_known_gpu_is_its_dense_bf16_rate(monkeypatch, name, teraf
     assert device.peak_flops(CUDA) == teraflops * 1e12
 
 
+def test_attention_that_plans_anew_for_each_shape_is_not_used_where_shapes_vary():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for varying, where, enabled in ((True, CUDA, False), (False, CPU, False), (False, CUDA, True), (True, CPU, True)):
+            device.choose_attention_kernels(where, varying)
+            assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.mark.parametrize(
     "name",
     [

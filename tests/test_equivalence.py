@@ -82,6 +82,14 @@ def test_eight_rows_at_once_equal_eight_times_one_row(talk, stage, optimizer):
         assert run["supervised_tokens"] == runs[0]["supervised_tokens"]
 
 
+def test_a_step_of_padded_rows_is_the_same_however_many_tokens_its_passes_hold(talk):
+    rows = ["train.rows_per_step=6", "train.device_batch_size=4", "train.max_steps=3"]  # 4 rows a pass would not divide 6
+    runs = [train(f"tokens{tokens}", "sft", f"train.device_batch_tokens={tokens}", *rows) for tokens in (64, 150, 1000)]
+    for run in runs[1:]:
+        assert losses(run) == pytest.approx(losses(runs[0]), rel=CLOSE)
+        assert losses(run, "val/bpb") == pytest.approx(losses(runs[0], "val/bpb"), rel=CLOSE)
+
+
 @pytest.mark.parametrize("stage", ["mid", "sft"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(talk, stage, monkeypatch):
     whole = train("whole", stage, "train.device_batch_size=4", "train.max_steps=6")

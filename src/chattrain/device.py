@@ -68,6 +68,16 @@ def autocast(bf16: bool, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
+def choose_attention_kernels(device: torch.device, varying_shapes: bool) -> None:
+    """On CUDA, use cuDNN's attention where all batches have one shape, and never where shapes vary; for the whole process.
+
+    cuDNN plans anew for each shape that it meets: sft of a 0.6B model on rows of 130 to 450 tokens ran at 4,000 to 6,000 tokens/s
+    with it and at 5,800 to 10,100 without, on an H100.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(not varying_shapes)
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """On a Linux CPU, let glibc keep the memory of freed tensors. By default it returns large blocks to the kernel, and the next
     step waits for new, zeroed pages: 4 % to a third of a step of d6. Peak memory grows by 5 %. No effect on other devices."""

@@ -15,6 +15,7 @@ from chattrain.config import Config
 from chattrain.config.compose import compose, conf_dir
 from chattrain.config.data import SourceConfig
 from chattrain.config.instantiate import instantiate_config
+from chattrain.config.saved import with_saved
 from chattrain.config.schema import to_yaml
 from chattrain.data.cache import load_or_tokenize
 from chattrain.data.mixture import Mixture
@@ -277,6 +278,42 @@ def test_rows_that_do_not_divide_name_a_smaller_batch_only_where_one_divides(row
     with pytest.raises(UserError) as refused:
         train.rows_a_step(world_size=3)
     assert str(refused.value) == f"train.rows_per_step={rows} rows is not a multiple of 24 (3 ranks x 8 rows); try {ways_out}"
+
+
+@pytest.mark.parametrize("key", ["rows_per_step=9", "total_batch_size=9216"])
+def test_padded_rows_need_only_divide_over_ranks(key):
+    train = compose(["stage=sft", "train.seq_len=1024", "train.device_batch_size=8", f"train.{key}"]).train
+    assert train.rows_a_step(world_size=3, padded=True) == 9
+    with pytest.raises(UserError, match=r"is not a multiple of \d+ \(2 ranks x 1 row.*\); try (8|8192)$"):
+        train.rows_a_step(world_size=2, padded=True)
+
+
+def test_a_padded_pass_holds_as_many_tokens_as_full_rows_would_unless_told():
+    sizes = ["stage=sft", "train.seq_len=512", "train.device_batch_size=4"]
+    assert compose(sizes).train.tokens_a_pass == 2048
+    assert compose([*sizes, "train.device_batch_tokens=3000"]).train.tokens_a_pass == 3000
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        (["stage=mid"], "no effect on rows that are always full; use train.device_batch_size, or collator=masked"),
+        (["stage=sft", "collator=best_fit"], "no effect on rows that are always full"),
+        (["stage=sft", "train.seq_len=4096"], "less than one row of train.seq_len=4096; try 4096"),
+    ],
+)
+def test_tokens_of_a_pass_that_have_no_effect_or_hold_no_row_are_refused(typed, words):
+    with pytest.raises(UserError, match=f"train.device_batch_tokens=2048 .*{words}"):
+        compose([*typed, "train.device_batch_tokens=2048"])
+
+
+def test_an_evaluation_keeps_the_passes_of_its_run_unless_their_size_is_typed():
+    saved = to_yaml(compose(["stage=sft", "train.device_batch_tokens=9000", "train.device_batch_size=7"]))
+    asked = ["command=evaluate", "tracking=none"]
+    own = with_saved(compose(asked), saved, asked).train
+    assert (own.device_batch_tokens, own.device_batch_size) == (9000, 7)
+    for typed, tokens in (("train.device_batch_size=2", 2 * own.seq_len), ("train.device_batch_tokens=5000", 5000)):
+        assert with_saved(compose([*asked, typed]), saved, [*asked, typed]).train.tokens_a_pass == tokens
 
 
 # --- config.yaml -----------------------------------------------------------------------------------------------------

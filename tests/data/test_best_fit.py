@@ -131,7 +131,7 @@ def test_rows_are_packed_once_and_taken_from_the_cache_by_later_runs(documents, 
     fresh, first = BestFit(documents, SEQ_LEN, 0), kept(documents.seed)
     rows = fresh.rows_in(2)
     assert [first.describe(r) for r in range(rows)] == [fresh.describe(r) for r in range(rows)]
-    monkeypatch.setattr("chattrain.data.collators.best_fit", packs)
+    monkeypatch.setattr("chattrain.data.collators.conversations.best_fit", packs)
     again = kept(documents.seed)
     assert [again.describe(r) for r in range(rows)] == [fresh.describe(r) for r in range(rows)]
     for other in (lambda: kept(documents.seed + 1), lambda: kept(documents.seed, SEQ_LEN + 1)):

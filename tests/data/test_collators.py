@@ -15,6 +15,7 @@ from chattrain.config.data import SourceConfig
 from chattrain.data.cache import TokenizedSource, load_or_tokenize
 from chattrain.data.collators import EMPTY, Packed, Padded
 from chattrain.data.mixture import Mixture
+from chattrain.data.passes import PassLimits
 from chattrain.errors import UserError
 
 many = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -187,15 +188,15 @@ def test_empty_rows_are_padding_without_targets(kind):
 
 
 @many
-@given(masks, st.permutations(range(12)), st.integers(0, 4), st.sampled_from([(1, 2), (2, 2), (4, 1), (1, 8)]))
+@given(masks, st.permutations(range(12)), st.integers(0, 4), st.sampled_from([(6, 2), (12, 2), (24, 1), (7, 4)]))
 def test_dealing_keeps_the_rows_of_a_step_and_puts_like_lengths_together(masks, rows, empty, shape):
     masks[0][1] = True
     collator = Padded(mixture(masks), 6, PAD)
-    device_batch_size, world_size = shape
+    tokens, world_size = shape
     given_rows = np.array([*rows, *[EMPTY] * empty])
-    given_rows = given_rows[: len(given_rows) // (device_batch_size * world_size) * device_batch_size * world_size]
-    dealt = collator.split_micro_batches(given_rows, device_batch_size, world_size)
-    assert all(len(group) == world_size and 1 <= group.shape[1] <= device_batch_size for group in dealt)
+    given_rows = given_rows[: len(given_rows) // world_size * world_size]
+    dealt = collator.split_micro_batches(given_rows, PassLimits(1, tokens, "cpu"), world_size)
+    assert all(len(group) == world_size and (group.shape[1] == 1 or group.shape[1] * 6 <= tokens) for group in dealt)
     in_order = [row for group in dealt for row in group.T.flatten()]
     assert sorted(in_order) == sorted(given_rows)
     sizes = [collator.batch(np.array([row])).num_tokens for row in in_order]

@@ -16,6 +16,7 @@ from chattrain.data.cache import TokenizedSource
 from chattrain.data.collators import Packed, Padded
 from chattrain.data.loader import Loader, evaluation_batches
 from chattrain.data.mixture import Mixture
+from chattrain.data.passes import PassLimits
 
 PAD = 9_999
 CPU = torch.device("cpu")
@@ -54,8 +55,17 @@ def rows_in(batches: list[Batch]) -> Counter:
     return found
 
 
-def step_of(collator, step: int, device_batch_size: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
-    loader = Loader(collator, ROWS_PER_STEP, device_batch_size, CPU, rank, world_size)
+def limits_of(collator, rows: int) -> PassLimits:
+    """Of passes of this many full rows, or as many tokens."""
+    return PassLimits(rows, rows * collator.seq_len, "cpu")
+
+
+def loader_of(collator, rows: int = 8, rows_per_step: int = ROWS_PER_STEP, rank: int = 0, world_size: int = 1) -> Loader:
+    return Loader(collator, rows_per_step, limits_of(collator, rows), CPU, rank, world_size)
+
+
+def step_of(collator, step: int, rows: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    loader = loader_of(collator, rows, rank=rank, world_size=world_size)
     try:
         return loader.step(step)
     finally:
@@ -64,22 +74,22 @@ def step_of(collator, step: int, device_batch_size: int, rank: int = 0, world_si
 
 @pytest.mark.parametrize("make", COLLATORS)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("device_batch_size", [1, 2, 4, 8])
-def test_a_step_is_the_same_rows_for_any_ranks_and_batch_size(make, world_size, device_batch_size):
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_a_step_is_the_same_rows_for_any_ranks_and_limits(make, world_size, rows):
     for step in (0, 3):  # the last runs over the end of an epoch
         whole = rows_in(step_of(make(), step, ROWS_PER_STEP))
-        shares = [step_of(make(), step, device_batch_size, rank, world_size) for rank in range(world_size)]
+        shares = [step_of(make(), step, rows, rank, world_size) for rank in range(world_size)]
         assert sum((rows_in(share) for share in shares), Counter()) == whole
         assert whole.total() == ROWS_PER_STEP
         assert len({tuple(len(batch.inputs) for batch in share) for share in shares}) == 1  # all ranks have as much to do
-        assert all(len(batch.inputs) <= device_batch_size for share in shares for batch in share)
+        assert all(batch.inputs.numel() <= limits_of(make(), rows).tokens for share in shares for batch in share)
         assert sum(b.num_supervised for share in shares for b in share) == sum(target != -1 for row in whole for _, target in row)
 
 
 @pytest.mark.parametrize("make", COLLATORS)
 def test_steps_one_after_the_other_hold_the_rows_of_an_epoch_once(make):
     collator = make()
-    loader = Loader(collator, ROWS_PER_STEP, 8, CPU)
+    loader = loader_of(collator)
     found = sum((rows_in(loader.step(step)) for step in range(collator.steps_in(1, ROWS_PER_STEP))), Counter())
     loader.close()
     for row, times in rows_in([make().batch(np.arange(collator.rows_in(1)))]).items():
@@ -88,7 +98,7 @@ def test_steps_one_after_the_other_hold_the_rows_of_an_epoch_once(make):
 
 @pytest.mark.parametrize("make", COLLATORS)
 def test_a_step_out_of_turn_is_the_step_in_turn(make):
-    loader = Loader(make(), ROWS_PER_STEP, 8, CPU)
+    loader = loader_of(make())
     in_turn = [loader.step(step) for step in range(5)]
     back = [loader.step(step) for step in (4, 1, 2)]  # resumed, begun anew, and read ahead
     loader.close()
@@ -111,7 +121,7 @@ def test_what_goes_wrong_ahead_of_time_is_told_when_its_step_is_taken():
                 raise RuntimeError("the disk is gone")
             return super().batch(rows)
 
-    loader = Loader(Breaks(mixture(), 16, PAD), ROWS_PER_STEP, 8, CPU)
+    loader = loader_of(Breaks(mixture(), 16, PAD))
     loader.step(0)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         loader.step(1)
@@ -121,7 +131,7 @@ def test_what_goes_wrong_ahead_of_time_is_told_when_its_step_is_taken():
 def test_batches_are_made_and_moved_in_the_background(monkeypatch):
     moved_by = []
     monkeypatch.setattr(Batch, "to", lambda batch, device: moved_by.append(threading.current_thread()) or batch)
-    loader = Loader(Packed(mixture(), 16, PAD), ROWS_PER_STEP, 8, CPU)
+    loader = loader_of(Packed(mixture(), 16, PAD))
     for step in range(3):
         loader.step(step)
     loader.close()
@@ -135,7 +145,7 @@ def test_the_seconds_that_steps_wait_for_their_batches_are_counted():
             time.sleep(0.02)
             return super().batch(rows)
 
-    loader = Loader(Slow(mixture(), 16, PAD), ROWS_PER_STEP, 8, CPU)
+    loader = loader_of(Slow(mixture(), 16, PAD))
     assert loader.waited_s == 0
     loader.step(0)
     assert loader.waited_s >= 4 * 0.02  # nothing was made ahead
@@ -144,19 +154,20 @@ def test_the_seconds_that_steps_wait_for_their_batches_are_counted():
 
 @pytest.mark.parametrize("make", COLLATORS)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("device_batch_size", [1, 3, 8, 50])
-def test_an_evaluation_sees_every_row_once_and_gives_all_ranks_as_many_batches(make, world_size, device_batch_size):
+@pytest.mark.parametrize("rows", [1, 3, 8, 50])
+def test_an_evaluation_sees_every_row_once_and_gives_all_ranks_as_many_batches(make, world_size, rows):
     collator = make(0)
+    limits = limits_of(collator, rows)
     n = collator.rows_in(1)
-    shares = [list(evaluation_batches(make(0), n, device_batch_size, rank, world_size)) for rank in range(world_size)]
+    shares = [list(evaluation_batches(make(0), n, limits, rank, world_size)) for rank in range(world_size)]
     assert sum((rows_in(share) for share in shares), Counter()) == rows_in([collator.batch(np.arange(n))])
     assert len({len(share) for share in shares}) == 1
-    assert all(len(batch.inputs) <= device_batch_size for share in shares for batch in share)
+    assert all(batch.inputs.numel() <= limits.tokens for share in shares for batch in share)
 
 
 def test_an_evaluation_of_fewer_rows_takes_the_first_ones():
     collator = Padded(mixture(), 64, PAD, last_epoch=0)
-    some = rows_in(list(evaluation_batches(collator, 10, 4)))
+    some = rows_in(list(evaluation_batches(collator, 10, limits_of(collator, 4))))
     assert some == rows_in([collator.batch(np.arange(10))]) and some.total() == 10
 
 
@@ -164,7 +175,7 @@ def test_an_evaluation_of_fewer_rows_takes_the_first_ones():
 def test_a_step_is_described_by_the_source_and_row_of_all_that_is_in_it(make):
     collator, documents = make(), mixture()
     name_of = {int(token): documents.describe(i) for i in range(len(documents)) for token in documents.document(i)[0]}
-    loader = Loader(collator, 8, 4, CPU)
+    loader = loader_of(collator, 4, rows_per_step=8)
     tokens = [int(t) for batch in loader.step(2) for side in (batch.inputs, batch.targets) for t in side.unique()]
     described = loader.describe(2)
     loader.close()
@@ -172,7 +183,7 @@ def test_a_step_is_described_by_the_source_and_row_of_all_that_is_in_it(make):
 
 
 def test_a_long_description_names_some_and_counts_the_rest():
-    described = Loader(Padded(mixture(), 64, PAD), ROWS_PER_STEP, 8, CPU).describe(0)
+    described = loader_of(Padded(mixture(), 64, PAD)).describe(0)
     assert described.endswith(" and 24 more")
     assert described.count(" row ") == 8
     assert {name.split()[0] for name in described.removesuffix(" and 24 more").split(", ")} <= {"a", "b"}

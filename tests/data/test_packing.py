@@ -1,4 +1,4 @@
-"""The pure functions under every row: shift, cut a stream, choose a width, pad."""
+"""The pure functions under every row: shift, cut a stream, pad."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chattrain.data.packing import IGNORE_INDEX, micro_batch_sizes, pad_rows, padded_width, shift, slice_stream
+from chattrain.data.packing import IGNORE_INDEX, pad_rows, shift, slice_stream
 
 many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 tokens = st.lists(st.integers(0, 65_535), min_size=1, max_size=20)
@@ -48,33 +48,6 @@ def test_a_stretch_is_made_of_the_tokens_that_stand_there(lengths, data):
     found = slice_stream(np.cumsum(lengths), start, stop)
     assert [(document, i) for document, a, b in found for i in range(a, b)] == stream[start:stop]
     assert all(a < b for _, a, b in found)
-
-
-@many
-@given(st.integers(0, 3000), st.integers(1, 3000))
-def test_a_padded_width_holds_its_rows_and_is_the_least_multiple_of_eight(length, seq_len):
-    length = min(length, seq_len)
-    width = padded_width(length, seq_len)
-    assert length <= width <= seq_len and width >= 1
-    assert width == seq_len or (width % 8 == 0 and width - length < 8) or width == 8
-
-
-@many
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 4), st.integers(0, 40))
-def test_no_split_of_the_rows_costs_less(widths, most_rows, pass_cost):
-    widths = np.sort(widths)
-
-    def cost(counts):
-        ends = np.cumsum(counts)
-        tokens = sum(count * widths[end - 1] + pass_cost for count, end in zip(counts, ends, strict=True))
-        return counts.count(1) if most_rows > 1 else 0, tokens
-
-    def splits(n):
-        return [[]] if n == 0 else [[*head, last] for last in range(1, min(n, most_rows) + 1) for head in splits(n - last)]
-
-    counts = micro_batch_sizes(widths, most_rows, pass_cost)
-    assert sum(counts) == len(widths) and max(counts) <= most_rows
-    assert cost(counts) == min(map(cost, splits(len(widths))))
 
 
 @many

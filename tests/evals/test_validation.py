@@ -12,6 +12,7 @@ from chattrain.config.data import SourceConfig
 from chattrain.data.cache import TokenizedSource
 from chattrain.data.collators import BestFit, Packed, Padded
 from chattrain.data.mixture import Mixture
+from chattrain.data.passes import PassLimits
 from chattrain.evals.validation import Validation
 from chattrain.model.gpt import GPT
 from chattrain.parallel.ranks import Ranks
@@ -94,7 +95,8 @@ def slow(model: GPT, rows, token_bytes) -> dict[str, float]:
 
 def validate(collator, losses_of, token_bytes, device_batch_size: int = 4, rows: int | None = None, ranks=None) -> dict:
     rows = collator.rows_in(1) if rows is None else rows
-    return Validation(collator, rows, device_batch_size, token_bytes, CPU, ranks or Ranks())(losses_of)
+    limits = PassLimits(device_batch_size, device_batch_size * collator.seq_len, "cpu")
+    return Validation(collator, rows, limits, token_bytes, CPU, ranks or Ranks())(losses_of)
 
 
 @pytest.mark.parametrize("make, rows", [(packed, packed_rows), (masked, masked_rows)], ids=["packed", "masked"])
@@ -172,7 +174,7 @@ def best_fit() -> BestFit:
 def test_what_a_loss_is_over_follows_from_the_targets(model, token_bytes, make, targets):
     collator = make()
     rows = collator.rows_in(1)
-    validation = Validation(collator, rows, 4, token_bytes, CPU, Ranks())
+    validation = Validation(collator, rows, PassLimits(4, 4 * SEQ_LEN, "cpu"), token_bytes, CPU, Ranks())
     validation(model.losses)
     measured = validation.measured
     supervised = [int((collator.batch(np.array([row])).targets >= 0).sum()) for row in range(rows)]

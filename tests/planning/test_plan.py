@@ -158,6 +158,16 @@ def test_supervised_tokens_of_a_plan_are_those_that_the_run_trains_on(workplace)
     assert (facts["tokens"], facts["supervised_tokens"]) == (trained["tokens_seen"], trained["supervised_tokens"])
 
 
+def test_a_plan_of_padded_rows_follows_the_tokens_of_a_pass(workplace):
+    write_talk(workplace)
+    step = ["train.rows_per_step=32", "train.max_steps=4", "plan.world_size=1"]
+    small, large = (plan("sft", *step, f"train.device_batch_tokens={tokens}") for tokens in (64, 1024))
+    assert small["memory"]["phases"]["forward"] < large["memory"]["phases"]["forward"]
+    assert small["tokens"] == large["tokens"] and small["largest_device_batch_tokens"] == 32 * 64
+    passes = [facts["scaling"][0]["grad_accum_steps"] for facts in (small, large)]
+    assert passes[0] > passes[1] and passes[0] > small["grad_accum_steps"] == large["grad_accum_steps"]
+
+
 def test_a_device_that_is_too_small_is_said_to_be(workplace):
     write_talk(workplace)
     facts = plan("mid", "plan.device=custom", "plan.memory_gib=1.054", "plan.bandwidth_gb_s=500", "plan.peak_tflops=50")

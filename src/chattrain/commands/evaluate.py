@@ -25,7 +25,7 @@ from chattrain.evals.paired import Difference, compare_answers, compare_losses
 from chattrain.parallel import launch, slurm
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.strategy import SingleProcess
-from chattrain.setup.data import EvalData, open_eval_data
+from chattrain.setup.data import EvalData, open_eval_data, pass_limits
 from chattrain.setup.evaluation import ANSWERS, build_evaluation, write_answers
 from chattrain.setup.names import is_main_process, launch_name
 from chattrain.setup.runs import run_folder, stage_of
@@ -128,8 +128,9 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     target = device.pick_device(cfg.train.device, ranks.local_rank)
     model = instantiate_config(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(target)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, target), target)
-    batch_size = cfg.train.device_batch_size
-    evaluate_at = build_evaluation(cfg.eval, batch_size, data, 0, model, autocast, target, ranks, SingleProcess())
+    device.choose_attention_kernels(target, cfg.collator.has_varying_shapes or cfg.eval.multiple_choice)
+    limits = pass_limits(cfg.train, target.type)
+    evaluate_at = build_evaluation(cfg.eval, limits, data, 0, model, autocast, target, ranks, SingleProcess())
     metrics = evaluate_at(0)
     if not metrics:
         raise UserError(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from typing import Any
 
 from chattrain.config import Config
 from chattrain.config.model import GPTConfig
+from chattrain.config.words import Device
+from chattrain.data.passes import PassLimits
 from chattrain.errors import UserError
 from chattrain.planning import cost, show
 from chattrain.planning.data import count, shape_of
 from chattrain.planning.hardware import hardware_of
-from chattrain.planning.memory import Memory, largest, step_memory
+from chattrain.planning.memory import Memory, MicroBatchSpec, largest, step_memory
 from chattrain.planning.work import workload
-from chattrain.setup.data import RunData, open_data, report_counts
+from chattrain.setup.data import RunData, open_data, pass_limits, report_counts
 from chattrain.setup.start import Start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tracking.console import setup_logging
@@ -36,9 +39,10 @@ def main(cfg: Config) -> dict:
         cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are planned
         data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
         report_counts(data.train, data.num_steps)
-        counts = count(data, cfg.train.device_batch_size, cfg.plan.world_size)
+        limits = pass_limits(cfg.train, "cpu" if cfg.train.device == Device.cpu else "cuda")
+        counts = count(data, limits, cfg.plan.world_size)
         work, groups = workload(cfg, data, start.checkpoint, counts)
-        memory, fits = _memory(cfg, data, start, hardware.usable)
+        memory, fits = _memory(cfg, data, start, limits, hardware.usable)
         step = cost.step_on(work, hardware, cfg.plan.mfu, cfg.plan.world_size)
         rows = cost.scaling(work, hardware, cfg.plan.mfu)
         hours = cost.hours_of(work, step)
@@ -54,7 +58,7 @@ def main(cfg: Config) -> dict:
             "fits": memory.peak <= hardware.usable,
             "largest_device_batch_size": fits,
             "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
-            **_batch(cfg, data, fits),
+            **_batch(cfg, data, limits, fits),
             "flops_per_token": work.flops_a_token,
             "num_steps": data.num_steps,
             "tokens": counts.tokens,
@@ -88,28 +92,41 @@ def _start(cfg: Config) -> Start:
         log.setLevel(level)
 
 
-def _memory(cfg: Config, data: RunData, start: Start, limit: float) -> tuple[Memory, int]:
-    """Memory at train.device_batch_size, and the largest device_batch_size whose peak is within `limit` bytes."""
-    isolated, varies, rank_rows = (
-        cfg.collator.isolates,
-        cfg.collator.has_varying_shapes,
-        data.rows_per_step // cfg.plan.world_size,
-    )
-    measured: dict[int, Memory] = {}
-
-    def measure(rows: int) -> int:
-        if rows not in measured:
-            shape = shape_of(data.train, isolated, varies, rows, repeats=rows < rank_rows)
-            measured[rows] = step_memory(cfg, data.tokenizer.vocab_size, start.checkpoint, shape, cfg.plan.world_size)
-        return measured[rows].peak
-
-    batch_size = cfg.train.device_batch_size
-    measure(batch_size)
-    return measured[batch_size], largest(measure, limit, batch_size, max(batch_size, min(rank_rows, MAX_ROWS)))
-
-
-def _batch(cfg: Config, data: RunData, fits: int) -> dict[str, Any]:
-    """The largest device_batch_size that fits and divides a rank's rows of a step, and how many micro-batches that makes."""
+def _memory(cfg: Config, data: RunData, start: Start, limits: PassLimits, usable: float) -> tuple[Memory, int]:
+    """Memory of the configured passes, and the largest device_batch_size whose peak is within `usable` bytes; of padded rows,
+    the largest number of whole rows whose tokens make a pass that is."""
+    isolated, padded = cfg.collator.isolates, cfg.collator.has_varying_shapes
     rank_rows = data.rows_per_step // cfg.plan.world_size
-    rows = max((b for b in range(1, min(fits, rank_rows) + 1) if rank_rows % b == 0), default=None)
-    return {"suggested_device_batch_size": rows, "grad_accum_steps": rank_rows // rows if rows else None}
+    measured: dict[MicroBatchSpec, Memory] = {}
+
+    def measure(limits: PassLimits) -> Memory:
+        shape = shape_of(data.train, isolated, padded, limits, rank_rows)
+        if shape not in measured:
+            measured[shape] = step_memory(cfg, data.tokenizer.vocab_size, start.checkpoint, shape, cfg.plan.world_size)
+        return measured[shape]
+
+    def peak_of(rows: int) -> int:
+        return measure(_of_rows(limits, rows, cfg.train.seq_len)).peak
+
+    first = cfg.train.device_batch_size
+    return measure(limits), largest(peak_of, usable, first, max(first, min(rank_rows, MAX_ROWS)))
+
+
+def _batch(cfg: Config, data: RunData, limits: PassLimits, fits: int) -> dict[str, Any]:
+    """The largest device_batch_size that fits and divides a rank's rows of a step, and how many micro-batches that makes.
+
+    Of padded rows, the largest device_batch_tokens that fits, and how many micro-batches that makes on average.
+    """
+    rank_rows, seq_len = data.rows_per_step // cfg.plan.world_size, cfg.train.seq_len
+    if cfg.collator.has_varying_shapes:
+        rows = count(data, _of_rows(limits, fits, seq_len), cfg.plan.world_size).rows_a_pass if fits else None
+        suggested: dict[str, Any] = {"suggested_device_batch_size": fits or None, "largest_device_batch_tokens": fits * seq_len}
+    else:
+        rows = max((b for b in range(1, min(fits, rank_rows) + 1) if rank_rows % b == 0), default=None)
+        suggested = {"suggested_device_batch_size": rows, "largest_device_batch_tokens": None}
+    return {**suggested, "grad_accum_steps": math.ceil(rank_rows / rows) if rows else None}
+
+
+def _of_rows(limits: PassLimits, rows: int, seq_len: int) -> PassLimits:
+    """The limits of train.device_batch_size=rows."""
+    return replace(limits, rows=rows, tokens=rows * seq_len)

@@ -32,6 +32,7 @@ FREE = (
     "train.compile",
     "train.activation_checkpointing",
     "train.device_batch_size",
+    "train.device_batch_tokens",
     "train.rows_per_step",  # part of the data's fingerprint, in rows
     "train.total_batch_size",
     "eval.batch_size",

@@ -76,6 +76,11 @@ class Config:
             raise UserError(f"run.name={self.run.name} is no name of a folder; use run.dir for a path")
         if self.command != Command.evaluate:
             self.data.check_training()
+            if self.train.device_batch_tokens is not None and not self.collator.has_varying_shapes:
+                raise UserError(
+                    f"train.device_batch_tokens={self.train.device_batch_tokens} has no effect on rows that are always full; use "
+                    "train.device_batch_size, or collator=masked, whose rows are padded"
+                )
             if self.eval.on == Part.test:
                 raise UserError(
                     "eval.on=test is for command=evaluate: a training that looks at its test data leaves none to judge it by"

@@ -20,7 +20,7 @@ from chattrain.config.targets import current_target
 from chattrain.errors import UserError
 
 SECTIONS = ("model", "data", "collator", "eval")  # what an evaluation depends on, besides the keys of train below
-TRAIN_KEYS = ("seq_len", "device_batch_size", "dtype")
+TRAIN_KEYS = ("seq_len", "device_batch_size", "device_batch_tokens", "dtype")
 
 
 def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
@@ -59,6 +59,8 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
         setattr(result, name, part)
     rows = saved.get("train", {})
     kept = {k: rows[k] for k in TRAIN_KEYS if rows.get(k) is not None and f"train.{k}" not in typed}
+    if "train.device_batch_size" in typed:
+        kept.pop("device_batch_tokens", None)  # it would win over what is typed
     if "experiment" not in typed and kept:
         built = _build(type(cfg.train), kept)
         result.train = replace(cfg.train, **{name: getattr(built, name) for name in kept})

@@ -15,7 +15,9 @@ class TrainConfig:
     num_epochs: float | None = None  # epochs of the training mixture
     stop_after: float | None = None  # fraction of the steps after which the run stops, measured and saved; it resumes without it
     seq_len: int = 256  # tokens a row
-    device_batch_size: int = 16  # rows a process a forward pass; with collator=masked at most
+    device_batch_size: int = 16  # rows a process a forward pass, where rows are full
+    # Tokens of a padded forward pass (collator=masked) at most, padding counted; null: device_batch_size x seq_len.
+    device_batch_tokens: int | None = None
     total_batch_size: int | None = None  # tokens an optimizer step, all ranks (rows x seq_len)
     rows_per_step: int | None = None  # rows an optimizer step, all ranks; give total_batch_size or rows_per_step
     max_grad_norm: float | None = None  # null: gradients are not clipped
@@ -32,6 +34,7 @@ class TrainConfig:
             "num_epochs",
             "seq_len",
             "device_batch_size",
+            "device_batch_tokens",
             "total_batch_size",
             "rows_per_step",
             "max_grad_norm",
@@ -39,6 +42,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"train.{name}={value} must be above 0")
+        if self.device_batch_tokens is not None and self.device_batch_tokens < self.seq_len:
+            raise UserError(
+                f"train.device_batch_tokens={self.device_batch_tokens} is less than one row of train.seq_len={self.seq_len}; "
+                f"try {self.seq_len}"
+            )
         if self.stop_after is not None and not 0 < self.stop_after < 1:
             raise UserError(f"train.stop_after={self.stop_after} must be a fraction of the steps, between 0 and 1")
         for one, other in ALTERNATIVES.items():
@@ -67,20 +75,26 @@ class TrainConfig:
         """
         return num_steps if self.stop_after is None else math.ceil(self.stop_after * num_steps)
 
-    def rows_a_step(self, world_size: int) -> int:
-        """Rows an optimizer step over all ranks. Raises UserError if that is not a multiple of world_size x device_batch_size.
+    @property
+    def tokens_a_pass(self) -> int:
+        """Tokens of a padded forward pass at most."""
+        return self.device_batch_tokens or self.device_batch_size * self.seq_len
+
+    def rows_a_step(self, world_size: int, padded: bool = False) -> int:
+        """Rows an optimizer step over all ranks. Raises UserError if that is not a multiple of world_size x device_batch_size;
+        of world_size where rows are `padded`, as passes then hold any number of them.
 
         >>> TrainConfig(num_epochs=1, seq_len=1024, device_batch_size=1, total_batch_size=8192).rows_a_step(4)
         8
         """
-        B, T = self.device_batch_size, self.seq_len
+        B, T = 1 if padded else self.device_batch_size, self.seq_len
         unit = f"{world_size} rank{'s' * (world_size > 1)} x {B} row{'s' * (B > 1)}"
         if self.rows_per_step is not None:
             if self.rows_per_step % (B * world_size):
                 near = _nearest_multiple(self.rows_per_step, B * world_size)
                 raise UserError(
                     f"train.rows_per_step={self.rows_per_step} rows is not a multiple of {B * world_size} "
-                    f"({unit}); try {near}" + self._smaller_batch(self.rows_per_step, world_size)
+                    f"({unit}); try {near}" + self._smaller_batch(B, self.rows_per_step, world_size)
                 )
             return self.rows_per_step
         assert self.total_batch_size is not None  # else `check` raises
@@ -89,13 +103,13 @@ class TrainConfig:
             near = _nearest_multiple(self.total_batch_size, tokens)
             raise UserError(
                 f"train.total_batch_size={self.total_batch_size} tokens is not a multiple of {tokens} "
-                f"({unit} x {T} tokens); try {near}" + self._smaller_batch(self.total_batch_size / T, world_size)
+                f"({unit} x {T} tokens); try {near}" + self._smaller_batch(B, self.total_batch_size / T, world_size)
             )
         return self.total_batch_size // T
 
-    def _smaller_batch(self, rows: float, world_size: int) -> str:
+    def _smaller_batch(self, batch_size: int, rows: float, world_size: int) -> str:
         """`, or train.device_batch_size=...` with the largest smaller batch that divides these rows; empty if there is none."""
-        fits = [b for b in range(1, self.device_batch_size) if rows % (b * world_size) == 0]
+        fits = [b for b in range(1, batch_size) if rows % (b * world_size) == 0]
         return f", or train.device_batch_size={fits[-1]}" if fits else ""
 
 

@@ -12,25 +12,26 @@ import torch
 
 from chattrain.data.batch import Batch
 from chattrain.data.collators import EMPTY, Collator
+from chattrain.data.passes import PassLimits
 
 
 class Loader:
     """Returns the micro-batches of any step. Step s has the rows s * rows_per_step to (s + 1) * rows_per_step - 1.
 
-    The collator splits these rows over ranks and micro-batches, so a step has the same rows whether it is 1 x 8 rows, 8 x 1
-    rows, or on 2 ranks. `waited_s`: seconds that `step` has waited for batches in total, the first step included.
+    The collator splits these rows over ranks and micro-batches, so a step has the same rows whatever the limits of a pass, and
+    on any number of ranks. `waited_s`: seconds that `step` has waited for batches in total, the first step included.
     """
 
     def __init__(
         self,
         collator: Collator,
         rows_per_step: int,
-        device_batch_size: int,
+        limits: PassLimits,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.collator, self.rows_per_step, self.device_batch_size = collator, rows_per_step, device_batch_size
+        self.collator, self.rows_per_step, self.limits = collator, rows_per_step, limits
         self.device, self.rank, self.world_size = device, rank, world_size
         self.waited_s = 0.0
         cuda = device.type == "cuda"
@@ -66,7 +67,7 @@ class Loader:
 
     def _collate(self, step: int) -> tuple[list[Batch], torch.Event | None]:
         """A step's batches on the device, and on CUDA the event after which their copies are complete. Runs in the thread."""
-        groups = self.collator.split_micro_batches(self.rows(step), self.device_batch_size, self.world_size)
+        groups = self.collator.split_micro_batches(self.rows(step), self.limits, self.world_size)
         batches = [self.collator.batch(rows[self.rank]) for rows in groups]
         self.collator.mixture.release()
         if self._stream is None:
@@ -86,15 +87,14 @@ class Loader:
 
 
 def evaluation_batches(
-    collator: Collator, num_rows: int, device_batch_size: int, rank: int = 0, world_size: int = 1
+    collator: Collator, num_rows: int, limits: PassLimits, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """This rank's batches of rows 0 to num_rows - 1. The batches do not depend on world_size; rank r of w takes every w-th,
     starting with batch r.
 
-    EMPTY rows fill the last batch and give all ranks the same number of batches.
+    Batches of EMPTY rows give all ranks the same number.
     """
-    rows = np.concatenate([np.arange(num_rows), np.full(-num_rows % device_batch_size, EMPTY)])
-    groups = [group[0] for group in collator.split_micro_batches(rows, device_batch_size, 1)]
+    groups = [group[0] for group in collator.split_micro_batches(np.arange(num_rows), limits, 1)]
     groups += [np.full(len(groups[-1]), EMPTY)] * (-len(groups) % world_size)
     for group in groups[rank::world_size]:
         yield collator.batch(group)

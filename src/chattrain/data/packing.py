@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 IGNORE_INDEX = -1
-WIDTH_UNIT = 8  # tokens; padded rows are multiples of 8 wide, which suits the matrix products of a GPU
 
 
 def shift(ids: np.ndarray, loss_mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -123,40 +122,6 @@ def cu_seqlens_of(positions: np.ndarray, unit: int = 64) -> np.ndarray:
     """
     starts = np.flatnonzero(positions.ravel() == 0)
     return np.append(starts, np.full(1 + -len(starts) % unit, positions.size)).astype(np.int32)
-
-
-def padded_width(length: int, seq_len: int) -> int:
-    """The width that rows of up to `length` tokens are padded to: the next multiple of WIDTH_UNIT, at most seq_len.
-
-    >>> [padded_width(n, 200) for n in (1, 33, 64, 197)]
-    [8, 40, 64, 200]
-    """
-    return min(-(-max(length, 1) // WIDTH_UNIT) * WIDTH_UNIT, seq_len)
-
-
-def micro_batch_sizes(widths: np.ndarray, most_rows: int, pass_cost: float) -> list[int]:
-    """Split rows, sorted by ascending width, into micro-batches of at most `most_rows`. Returns the rows of each.
-
-    Dynamic programming finds the split with the least cost: tokens, padding included, and `pass_cost` tokens for each
-    micro-batch. A micro-batch of a single row is avoided where possible, because torch.compile recompiles for a size of 1.
-
-    >>> micro_batch_sizes(np.array([8, 8, 8, 64, 72]), most_rows=4, pass_cost=20)
-    [3, 2]
-    """
-    # Of the first n rows: the least cost, and the first row of the last micro-batch.
-    least_cost, first_row = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=np.int64)
-    single_row_cost = float(widths.sum()) + pass_cost * len(widths) if most_rows > 1 else 0.0  # more than any split costs
-    for end in range(1, len(widths) + 1):
-        begins = np.arange(max(0, end - most_rows), end)
-        costs = least_cost[begins] + (end - begins) * float(widths[end - 1]) + pass_cost
-        costs += single_row_cost * (end - begins == 1)
-        first_row[end] = begins[costs.argmin()]
-        least_cost[end] = costs.min()
-    counts, end = [], len(widths)
-    while end:
-        counts.append(int(end - first_row[end]))
-        end = first_row[end]
-    return counts[::-1]
 
 
 def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

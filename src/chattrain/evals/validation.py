@@ -12,6 +12,7 @@ import torch
 from chattrain.data.batch import Batch
 from chattrain.data.collators import Collator
 from chattrain.data.loader import evaluation_batches
+from chattrain.data.passes import PassLimits
 from chattrain.model.head import sum_dtype
 from chattrain.parallel.ranks import Ranks
 
@@ -54,12 +55,12 @@ class Validation:
         self,
         collator: Collator,
         num_rows: int,
-        device_batch_size: int,
+        limits: PassLimits,
         token_bytes: np.ndarray,
         device: torch.device,
         ranks: Ranks,
     ):
-        self.collator, self.num_rows, self.device_batch_size = collator, num_rows, device_batch_size
+        self.collator, self.num_rows, self.limits = collator, num_rows, limits
         self.token_bytes = torch.from_numpy(token_bytes).to(device)
         self.device, self.ranks = device, ranks
         self.measured: Measured | None = None
@@ -68,9 +69,7 @@ class Validation:
     def __call__(self, losses_of: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
         """The two metrics by name. losses_of(batch) returns the loss of each target in nats, fp32 (B, T)."""
         passes = []  # of each batch: nats, nats of tokens that have bytes, targets, bytes, tokens left out of the loss
-        for batch in evaluation_batches(
-            self.collator, self.num_rows, self.device_batch_size, self.ranks.rank, self.ranks.world_size
-        ):
+        for batch in evaluation_batches(self.collator, self.num_rows, self.limits, self.ranks.rank, self.ranks.world_size):
             batch = batch.to(self.device)
             losses = losses_of(batch)
             sizes = self.token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)

@@ -33,9 +33,10 @@ class Workload:
     num_tokens: int  # tokens of the whole run, padding included
     rows: int  # rows of the whole run
     rows_a_step: int
-    device_batch_size: int  # rows a rank a forward pass, at most
+    device_batch_size: int  # rows a rank a forward pass, at most; of padded rows on average
     strategy: str  # ddp or fsdp
     sharing: dict[int, int]  # world size -> ranks that the update is sharded over; groups of so many do the same
+    padded: bool = False  # padded rows need not divide evenly over the passes of a step
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,8 @@ def update_seconds(work: Workload, hardware: Hardware, mfu: float, world_size: i
 def step_on(work: Workload, hardware: Hardware, mfu: float, world_size: int) -> Step:
     """A step of the run on this many ranks. With more ranks than rows, the step grows to one row a rank."""
     rows_a_rank = math.ceil(work.rows_a_step / world_size)
-    micro_batches = next(
-        n for n in range(1, rows_a_rank + 1) if rows_a_rank % n == 0 and rows_a_rank // n <= work.device_batch_size
-    )
+    fewest = math.ceil(rows_a_rank / work.device_batch_size)
+    micro_batches = next(n for n in range(fewest, rows_a_rank + 1) if work.padded or rows_a_rank % n == 0)
     flops = work.flops_a_token * (1 + (1 - BACKWARD) * work.block_share * work.recomputed)
     peak = hardware.bf16 if work.compute_bytes == BF16 else hardware.fp32
     compute_s = rows_a_rank * work.num_tokens / work.rows * flops / (peak * mfu)
@@ -113,7 +113,7 @@ def step_on(work: Workload, hardware: Hardware, mfu: float, world_size: int) -> 
     return Step(
         world_size=world_size,
         rows=rows_a_rank * world_size,
-        device_batch_size=rows_a_rank // micro_batches,
+        device_batch_size=math.ceil(rows_a_rank / micro_batches),
         grad_accum_steps=micro_batches,
         compute_s=compute_s,
         update_s=update_seconds(work, hardware, mfu, world_size),

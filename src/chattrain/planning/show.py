@@ -60,12 +60,16 @@ def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
     if facts["cost"] is not None:
         pairs["cost"] = f"{facts['cost']:.3g} at {cfg.plan.price_per_gpu_hour} a GPU hour"
     most = facts["largest_device_batch_size"]
+    tokens = facts["largest_device_batch_tokens"]  # None: rows are full
     passes, note = facts["grad_accum_steps"], ", all rows of a rank's step" if facts["all_rows_fit"] else ""
-    pairs["device_batch_size"] = (
-        "not even one row fits"
-        if not most
-        else f"{most} at most{note}; {suggested} with {passes} micro-batch{'es' * (passes > 1)} a step for the configured batch"
-    )
+    micro_batches = f"{passes} micro-batch{'es' * (passes != 1)} a step"
+    if not most:
+        pairs["device_batch_size"] = "not even one row fits"
+    elif tokens is not None:
+        enough = ", enough for all rows of a rank's step" if facts["all_rows_fit"] else ""
+        pairs["device_batch_tokens"] = f"{tokens:,} at most{enough}; with them about {micro_batches}"
+    else:
+        pairs["device_batch_size"] = f"{most} at most{note}; {suggested} with {micro_batches} for the configured batch"
     return pairs
 
 

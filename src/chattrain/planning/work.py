@@ -39,7 +39,8 @@ def workload(cfg: Config, data: RunData, start: Path | None, counts: Counts) -> 
         num_tokens=counts.padded,
         rows=data.num_steps * data.rows_per_step,
         rows_a_step=data.rows_per_step,
-        device_batch_size=cfg.train.device_batch_size,
+        device_batch_size=counts.rows_a_pass,
+        padded=cfg.collator.has_varying_shapes,
         strategy=cfg.distributed.strategy.name,
         sharing={
             world_size: _num_shards(cfg, groups, muon is not None, world_size) for world_size in (*SCALES, cfg.plan.world_size)

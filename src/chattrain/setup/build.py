@@ -25,7 +25,7 @@ from chattrain.parallel.fsdp import FSDP
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy, SingleProcess
 from chattrain.parallel.zero import ZeroDDP
-from chattrain.setup.data import RunData
+from chattrain.setup.data import RunData, pass_limits
 from chattrain.setup.evaluation import build_evaluation
 from chattrain.setup.learning_rates import peak_rates
 from chattrain.setup.mlflow_run import model_params
@@ -52,6 +52,7 @@ def build_components(
     """
     device = devices.pick_device(cfg.train.device, ranks.local_rank)
     bf16 = devices.use_bf16(cfg.train.dtype, device)
+    devices.choose_attention_kernels(device, cfg.collator.has_varying_shapes)
     model, strategy = build_model(cfg, data.tokenizer.vocab_size, setup.start.checkpoint, device, ranks, bf16)
     optimizer = instantiate_config(cfg.optimizer, model, strategy)
     state = loop.State()
@@ -62,8 +63,8 @@ def build_components(
     if cfg.collator.isolates:
         shape = (cfg.train.device_batch_size, cfg.train.seq_len)
         check_isolation(in_context(autocast, model.features), shape, data.tokenizer.vocab_size, device)
-    batch_size, num_steps = cfg.train.device_batch_size, data.num_steps
-    evaluate = build_evaluation(cfg.eval, batch_size, data, num_steps, model, autocast, device, ranks, strategy, setup.run_dir)
+    limits, num_steps = pass_limits(cfg.train, device.type), data.num_steps
+    evaluate = build_evaluation(cfg.eval, limits, data, num_steps, model, autocast, device, ranks, strategy, setup.run_dir)
     lr_factor = build_lr_factor(cfg, num_steps)
     tracker.describe(model_params(model, peak_rates(optimizer, lr_factor, num_steps)))
     return loop.TrainerComponents(
@@ -71,7 +72,7 @@ def build_components(
         loss_of=in_context(autocast, model.loss),
         optimizer=optimizer,
         lr_factor=lr_factor,
-        loader=Loader(data.train, data.rows_per_step, batch_size, device, ranks.rank, ranks.world_size),
+        loader=Loader(data.train, data.rows_per_step, limits, device, ranks.rank, ranks.world_size),
         evaluate=evaluate,
         save=lambda s: save_checkpoint(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy, s),
         track=tracker.log,

@@ -15,10 +15,12 @@ from chattrain.config.data import DataConfig, SourceConfig
 from chattrain.config.eval import EvalConfig
 from chattrain.config.instantiate import instantiate_config
 from chattrain.config.targets import recorded_target
+from chattrain.config.train import TrainConfig
 from chattrain.config.words import OnMalformed, Part, Schema
 from chattrain.data.cache import default_cache_dir, load_or_tokenize
 from chattrain.data.collators import Collator
 from chattrain.data.mixture import Mixture
+from chattrain.data.passes import PassLimits
 from chattrain.data.sources import open_records
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
@@ -59,7 +61,7 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     Raises UserError for sources that are missing, empty or malformed, and where the batch does not divide over world_size ranks.
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
-    rows_per_step = cfg.train.rows_a_step(world_size)
+    rows_per_step = cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
     key = f"data.stages.{cfg.stage}.train"
     mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).train, cfg.data, tokenizer, cfg.run.seed)
     train = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=None)
@@ -131,6 +133,11 @@ def _fingerprint(mixture: Mixture, collator: CollatorConfig, seed: int, seq_len:
     if collator.isolates:
         inputs.append("isolated")
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
+
+def pass_limits(config: TrainConfig, device: str) -> PassLimits:
+    """What a forward pass of a process holds at most, on this type of device."""
+    return PassLimits(config.device_batch_size, config.tokens_a_pass, device)
 
 
 def report_counts(collator: Collator, num_steps: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from chattrain.config.eval import EvalConfig
+from chattrain.data.passes import PassLimits
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.validation import Validation
 from chattrain.model.causal_lm import CausalLM
@@ -26,7 +27,7 @@ ANSWERS = "answers.jsonl"  # a line a question: set, index, key, answer, choice,
 
 def build_evaluation(
     config: EvalConfig,
-    device_batch_size: int,
+    limits: PassLimits,
     data: EvalData,
     num_steps: int,
     model: CausalLM,
@@ -38,13 +39,12 @@ def build_evaluation(
 ) -> Callable[[int], dict[str, float]]:
     """A function from the number of completed steps to the metrics measured then, by name.
 
-    `device_batch_size`: rows a process a forward pass of validation. `num_steps`: steps of the run, after which everything is
-    measured. `run_dir`: rank 0 writes answers.jsonl of the last step there. What a validation loss was measured on is kept in
-    `data.measured`.
+    `limits`: of the forward passes of validation. `num_steps`: steps of the run, after which everything is measured. `run_dir`:
+    rank 0 writes answers.jsonl of the last step there. What a validation loss was measured on is kept in `data.measured`.
     """
     validation, token_bytes = None, data.tokenizer.token_bytes()
     if data.validation:
-        validation = Validation(data.validation, data.validation_rows, device_batch_size, token_bytes, device, ranks)
+        validation = Validation(data.validation, data.validation_rows, limits, token_bytes, device, ranks)
     choices = [
         MultipleChoice(name, questions, config.batch_size, data.tokenizer.pad_id, device, ranks, token_bytes)
         for name, questions in data.question_sets.items()

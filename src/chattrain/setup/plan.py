@@ -43,7 +43,7 @@ class RunSetup:
 
 def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
     """Set the run up, and open its data. Raises UserError before anything is written for this run, except caches."""
-    cfg.train.rows_a_step(world_size)
+    cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
     device = pick_device(cfg.train.device)
     launch.check_devices(device, world_size)
     if cfg.train.fp8:

@@ -1,0 +1,92 @@
+"""Packed: the documents of all epochs as one token stream, cut into full rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from chattrain.data.batch import Batch, as_batch
+from chattrain.data.collators.base import EMPTY, Collator, Counts, round_up
+from chattrain.data.mixture import Mixture
+from chattrain.data.packing import IGNORE_INDEX, shift, slice_stream
+
+
+class Packed(Collator):
+    """The documents of all epochs, concatenated to one token stream and cut into full rows. Every token is a target.
+
+    Row r has inputs stream[rT : rT + T] and targets stream[rT + 1 : rT + T + 1], so each token is an input once and a target
+    once. `last_epoch`: the stream ends after this epoch (for evaluation), and rows are padded beyond it.
+    `isolate_documents`: attention stays within a document, and the first token of a document is not a target.
+    """
+
+    def __init__(
+        self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None, isolate_documents: bool = False
+    ):
+        self.mixture, self.seq_len, self.pad_id, self.last_epoch = mixture, seq_len, pad_id, last_epoch
+        self.isolate_documents = isolate_documents
+        self.counts = Counts(documents=mixture.epoch_size)
+        self._starts = [0]  # offset of each epoch in the stream, for the epochs computed so far
+        self._ends: dict[int, np.ndarray] = {}  # epoch -> cumulative lengths of its documents
+
+    def rows_in(self, epochs: float) -> int:
+        whole, part = divmod(epochs, 1)
+        tokens = self._start(int(whole))
+        if part:
+            ends = self._epoch_ends(int(whole))
+            tokens += int(ends[max(0, round_up(part * len(ends)) - 1)])
+        return max(1, math.ceil((tokens - 1) / self.seq_len))
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        pairs, sizes = [], []
+        for row in rows:
+            start = int(row) * self.seq_len
+            slices = self._slices(start, start + self.seq_len + 1) if row != EMPTY else []
+            ids = np.concatenate([self.mixture.document(i)[0][a:b] for i, a, b in slices]) if slices else np.empty(0, np.int64)
+            inputs, targets = shift(ids) if len(ids) > 1 else (ids[:0], ids[:0])
+            lengths = [b - a for _, a, b in slices]
+            sizes.append(_cut_to_total(lengths, len(inputs)))
+            if self.isolate_documents:
+                targets[np.cumsum(lengths, dtype=np.int64)[:-1] - 1] = IGNORE_INDEX  # first token of the next document
+            pairs.append((inputs, targets))
+        return as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
+
+    def describe(self, row: int) -> str:
+        slices = self._slices(row * self.seq_len, (row + 1) * self.seq_len + 1)
+        return " + ".join(self.mixture.describe(document) for document, _, _ in slices)
+
+    def _slices(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Tokens start to stop of the stream as (document, begin, end). They may span several epochs."""
+        epoch = 0
+        while self._start(epoch + 1) <= start:
+            epoch += 1
+        slices: list[tuple[int, int, int]] = []
+        while start < stop and (self.last_epoch is None or epoch <= self.last_epoch):
+            offset, end = self._start(epoch), min(stop, self._start(epoch + 1))
+            order = self.mixture.order(epoch)
+            in_epoch = slice_stream(self._epoch_ends(epoch), start - offset, end - offset)
+            slices += [(int(order[i]), a, b) for i, a, b in in_epoch]
+            start, epoch = end, epoch + 1
+        return slices
+
+    def _start(self, epoch: int) -> int:
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + int(self._epoch_ends(len(self._starts) - 1)[-1]))
+        return self._starts[epoch]
+
+    def _epoch_ends(self, epoch: int) -> np.ndarray:
+        if epoch not in self._ends:
+            if len(self._ends) > 3:
+                self._ends.pop(min(self._ends))
+            self._ends[epoch] = np.cumsum(self.mixture.lengths[self.mixture.order(epoch)])
+        return self._ends[epoch]
+
+
+def _cut_to_total(sizes: list[int], total: int) -> list[int]:
+    """Sizes cut at the end so that their sum is at most `total`.
+
+    >>> _cut_to_total([3, 3, 1], 5)
+    [3, 2]
+    """
+    ends = np.minimum(np.cumsum([0, *sizes]), total)
+    return [size for size in np.diff(ends).tolist() if size]
