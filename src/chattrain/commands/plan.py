@@ -8,12 +8,14 @@ from typing import Any
 
 from chattrain.config import Config
 from chattrain.config.model import GPTConfig
+from chattrain.config.words import Compile, DType
 from chattrain.errors import UserError
 from chattrain.planning import cost, show
 from chattrain.planning.data import count, shape_of
 from chattrain.planning.hardware import hardware_of
 from chattrain.planning.memory import Memory, largest, step_memory
 from chattrain.planning.work import workload
+from chattrain.setup.compilation import choose, planned_work
 from chattrain.setup.data import RunData, open_data, report_counts
 from chattrain.setup.start import Start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
@@ -36,6 +38,11 @@ def main(cfg: Config) -> dict:
         cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are planned
         data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
         report_counts(data.train, data.num_steps)
+        if cfg.train.compile == Compile.auto.value:
+            bf16 = cfg.train.dtype != DType.fp32
+            compilation = choose(planned_work(cfg, data, start, cfg.plan.world_size, "cuda", bf16))
+            log.info(compilation.reason)
+            cfg.train.compile = compilation.on
         counts = count(data, cfg.train.device_batch_size, cfg.plan.world_size)
         work, groups = workload(cfg, data, start.checkpoint, counts)
         memory, fits = _memory(cfg, data, start, hardware.usable)
