@@ -67,7 +67,8 @@ def read_identity(run_dir: Path, saved: Path) -> Identity:
     """The identity of an existing run; what it does not hold, as an earlier version made it, is what its checkpoint `saved`
     tells."""
     file, flat = run_dir / FILE, flatten(yaml.safe_load((saved / "config.yaml").read_text()))
-    compiled = {True: True, False: False}.get(flat.get("train.compile"))  # before auto, the setting was the decision
+    setting = flat.get("train.compile")
+    compiled = setting if isinstance(setting, bool) else None  # before auto, the setting was the decision
     if file.is_file():
         known = {each.name for each in fields(Identity)}
         try:
