@@ -20,8 +20,8 @@ from tests.helpers import TINY, train
 needs_compiler = pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler for torch.compile")
 NEW = ["init.from=scratch", "eval=none"]
 FEW, MANY = "train.max_steps=4", "train.max_steps=10000000"
-LAPTOP = PlannedWork("cpu", "bf16", processors=2, num_steps=0, tokens=0, passes=1, n_layer=4, n_embd=128)
-GPU = PlannedWork("cuda", "bf16", processors=1, num_steps=0, tokens=0, passes=1, n_layer=20, n_embd=1280)
+LAPTOP = PlannedWork("cpu", processors=2, num_steps=0, tokens=0, passes=1, n_layer=4, n_embd=128)
+GPU = PlannedWork("cuda", processors=1, num_steps=0, tokens=0, passes=1, n_layer=20, n_embd=1280)
 
 
 def planned(work: PlannedWork, steps: int, tokens: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from chattrain.config import Config
 from chattrain.config.model import GPTConfig
-from chattrain.config.words import Compile, DType
+from chattrain.config.words import Compile
 from chattrain.errors import UserError
 from chattrain.planning import cost, show
 from chattrain.planning.data import count, shape_of
@@ -39,8 +39,7 @@ def main(cfg: Config) -> dict:
         data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
         report_counts(data.train, data.num_steps)
         if cfg.train.compile == Compile.auto.value:
-            bf16 = cfg.train.dtype != DType.fp32
-            compilation = choose(planned_work(cfg, data, start, cfg.plan.world_size, "cuda", bf16))
+            compilation = choose(planned_work(cfg, data, start, cfg.plan.world_size, "cuda"))
             log.info(compilation.reason)
             cfg.train.compile = compilation.on
         counts = count(data, cfg.train.device_batch_size, cfg.plan.world_size)
