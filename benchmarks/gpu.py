@@ -92,7 +92,7 @@ def build_components(cfg: Config, track, ranks: Ranks) -> loop.TrainerComponents
     """The components of a run that reads no data, evaluates nothing and saves nothing."""
     device = devices.pick_device(cfg.train.device)
     bf16 = devices.use_bf16(cfg.train.dtype, device)
-    model, strategy = build_model(cfg, cfg.tokenizer.vocab_size, None, device, ranks, bf16)
+    model, strategy = build_model(cfg, cfg.tokenizer.vocab_size, None, device, ranks, bf16, cfg.train.compile is not False)
     autocast = devices.autocast(bf16, device)
     return loop.TrainerComponents(
         model=model,

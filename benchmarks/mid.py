@@ -46,6 +46,7 @@ def _measure(dtype: str) -> dict:
                 f"train.seq_len={SEQ_LEN}",
                 f"train.device_batch_size={ROWS}",
                 "train.max_steps=1000",
+                "train.compile=true",
                 f"train.total_batch_size={TOKENS}",
                 f"train.dtype={dtype}",
                 "tokenizer.vocab_size=8192",

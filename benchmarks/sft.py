@@ -101,6 +101,7 @@ class Ours:
                 f"train.seq_len={SEQ_LEN}",
                 f"train.device_batch_size={ROWS}",
                 "train.max_steps=100000",
+                "train.compile=true",
                 f"train.rows_per_step={rows}",
                 *data_overrides(vocab_size),
             ]

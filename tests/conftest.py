@@ -43,6 +43,8 @@ INTEGRATION = [
     "commands/test_command_line.py",
     "commands/test_evaluate.py",
     "setup/test_resume.py",
+    "setup/test_compilation.py",
+    "test_imports.py",
     "setup/test_runs.py",
     "test_runner.py",
     "commands/test_import_export.py",

@@ -88,22 +88,22 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile can run. It needs a C++ compiler on a CPU and a C compiler on CUDA; it is not used on MPS."""
+    """Whether torch.compile can run."""
+    return obstacle_to_compiling(device) is None
+
+
+def obstacle_to_compiling(device: torch.device) -> str | None:
+    """Why torch.compile cannot run; None: it can. It needs a C++ compiler on a CPU and a C compiler on CUDA."""
+    if device.type == "mps":
+        return "it is not used on mps"
     compilers = {"cpu": ("g++", "c++", "clang++"), "cuda": ("gcc", "cc", "clang")}
-    return any(shutil.which(name) for name in compilers.get(device.type, ()))
+    found = any(shutil.which(name) for name in compilers.get(device.type, ()))
+    return None if found else "no C and C++ compiler is installed"
 
 
-def should_compile(setting: bool, device: torch.device) -> bool:
-    """Whether to compile the model, by train.compile. Warns if it is set but the machine cannot compile."""
-    if not setting:
-        return False
-    if not can_compile(device):
-        reason = "it is not used on mps" if device.type == "mps" else "no C and C++ compiler is installed"
-        log.warning("train.compile=true, but %s: running without torch.compile, slower", reason)
-        return False
-    # One entry for each shape, and the jobs of a sweep in one process add up.
+def allow_many_shapes() -> None:
+    """Let torch.compile keep an entry for each shape: those of the jobs of a sweep in one process add up."""
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
-    return True
 
 
 def peak_flops(device: torch.device) -> float | None:

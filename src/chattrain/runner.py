@@ -104,6 +104,8 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             if setup.start.warning:
                 log.warning(setup.start.warning)
             report_counts(data.train, data.num_steps)
+            if setup.compilation.reason:
+                log.log(setup.compilation.level, setup.compilation.reason)
             saved = checkpoint.load_state(setup.resume) if setup.resume else None
             tracker = build_tracker(cfg, setup, data, saved, ranks)
             trainer, state = build_components(cfg, setup, ranks, data, tracker, stop_asked, saved)

@@ -9,7 +9,7 @@ from typing import Any
 
 from chattrain.config import Config
 from chattrain.config.model import GPTConfig
-from chattrain.config.words import Device
+from chattrain.config.words import Compile, Device
 from chattrain.data.passes import PassLimits
 from chattrain.errors import UserError
 from chattrain.planning import cost, show
@@ -17,6 +17,7 @@ from chattrain.planning.data import count, shape_of
 from chattrain.planning.hardware import hardware_of
 from chattrain.planning.memory import Memory, MicroBatchSpec, largest, step_memory
 from chattrain.planning.work import workload
+from chattrain.setup.compilation import choose, planned_work
 from chattrain.setup.data import RunData, open_data, pass_limits, report_counts
 from chattrain.setup.start import Start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
@@ -40,6 +41,10 @@ def main(cfg: Config) -> dict:
         data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
         report_counts(data.train, data.num_steps)
         limits = pass_limits(cfg.train, "cpu" if cfg.train.device == Device.cpu else "cuda")
+        if cfg.train.compile == Compile.auto.value:
+            compilation = choose(planned_work(cfg, data, start, cfg.plan.world_size, limits.device))
+            log.info(compilation.reason)
+            cfg.train.compile = compilation.on
         counts = count(data, limits, cfg.plan.world_size)
         work, groups = workload(cfg, data, start.checkpoint, counts)
         memory, fits = _memory(cfg, data, start, limits, hardware.usable)

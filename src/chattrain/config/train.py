@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from chattrain.config.words import ActivationCheckpointing, Device, DType, Strategy
+from chattrain.config.words import ActivationCheckpointing, Compile, Device, DType, Strategy
 from chattrain.errors import UserError
 
 
@@ -25,7 +25,7 @@ class TrainConfig:
     fp8: bool = False  # linear layers of the blocks in fp8, through torchao
     # What backward recomputes. none: nothing; block: whole blocks; selective: all of them but attention and narrow products.
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    compile: bool = True
+    compile: bool | str = Compile.auto.value  # a value of Compile; auto: where the planned steps gain more than compiling costs
     device: Device = Device.auto
 
     def check(self) -> None:
@@ -47,6 +47,8 @@ class TrainConfig:
                 f"train.device_batch_tokens={self.device_batch_tokens} is less than one row of train.seq_len={self.seq_len}; "
                 f"try {self.seq_len}"
             )
+        if self.compile not in [word.value for word in Compile]:
+            raise UserError(f"train.compile={self.compile!r} is none of {', '.join(word.name for word in Compile)}")
         if self.stop_after is not None and not 0 < self.stop_after < 1:
             raise UserError(f"train.stop_after={self.stop_after} must be a fraction of the steps, between 0 and 1")
         for one, other in ALTERNATIVES.items():

@@ -47,6 +47,12 @@ class DType(Enum):
     fp32 = "fp32"
 
 
+class Compile(Enum):
+    auto = "auto"
+    true = True  # YAML and Hydra read the words as booleans, so those are the values
+    false = False
+
+
 class Device(Enum):
     auto = "auto"
     cuda = "cuda"

@@ -104,7 +104,8 @@ class Transformer(nn.Module):
 
     def __init__(self, vocab_size: int, n_layer: int, n_embd: int, n_head: int, n_kv_head: int):
         super().__init__()
-        self.wte = nn.Embedding(vocab_size, n_embd)
+        # From a tensor: nn.Embedding would draw weights, and on the meta device that imports torch's compiler, for a second.
+        self.wte = nn.Embedding.from_pretrained(torch.zeros(vocab_size, n_embd), freeze=False)
         self.h = nn.ModuleList(Block(n_embd, n_head, n_kv_head) for _ in range(n_layer))
 
 

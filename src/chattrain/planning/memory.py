@@ -91,9 +91,10 @@ def _build_model(
     model = fake_model(cfg, vocab_size, start)
     if isinstance(model, GPT):
         # On a GPU block attention stands in for FlashAttention within documents, which takes as much memory.
-        if cfg.train.compile if kind == "cpu" else bf16 and shape.isolated:
+        compiled = cfg.train.compile is not False
+        if compiled if kind == "cpu" else bf16 and shape.isolated:
             model.use_block_attention = True
-        model.head_settings = _head_settings(kind, cfg.train.compile)
+        model.head_settings = _head_settings(kind, compiled)
     eager = replace(cfg, train=replace(cfg.train, compile=False))
     strategy = prepare_for_training(eager, model, CPU, ranks, bf16)
     # Products of whole matrices take as much memory as products of strips, in fewer operations. And no threads: a FakeTensorMode

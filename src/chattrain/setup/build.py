@@ -21,7 +21,6 @@ from chattrain.errors import RunFailed, UserError
 from chattrain.model import fp8
 from chattrain.model.causal_lm import CausalLM
 from chattrain.optim.named import NamedOptimizer
-from chattrain.parallel.fsdp import FSDP
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy, SingleProcess
 from chattrain.parallel.zero import ZeroDDP
@@ -53,7 +52,8 @@ def build_components(
     device = devices.pick_device(cfg.train.device, ranks.local_rank)
     bf16 = devices.use_bf16(cfg.train.dtype, device)
     devices.choose_attention_kernels(device, cfg.collator.has_varying_shapes)
-    model, strategy = build_model(cfg, data.tokenizer.vocab_size, setup.start.checkpoint, device, ranks, bf16)
+    start, vocab_size = setup.start.checkpoint, data.tokenizer.vocab_size
+    model, strategy = build_model(cfg, vocab_size, start, device, ranks, bf16, setup.compilation.on)
     optimizer = instantiate_config(cfg.optimizer, model, strategy)
     state = loop.State()
     if saved and setup.resume:
@@ -103,7 +103,7 @@ def load_optimizer(optimizer: NamedOptimizer, strategy: ParallelStrategy, folder
 
 
 def build_model(
-    cfg: Config, vocab_size: int, start: Path | None, device: torch.device, ranks: Ranks, bf16: bool
+    cfg: Config, vocab_size: int, start: Path | None, device: torch.device, ranks: Ranks, bf16: bool, compile: bool
 ) -> tuple[CausalLM, ParallelStrategy]:
     """The model on its device, ready to train as train.* asks, and the strategy that spreads it over ranks.
 
@@ -112,10 +112,12 @@ def build_model(
     model = instantiate_config(cfg.model, vocab_size=vocab_size, start=start, seed=cfg.run.seed)
     if not shards_weights(cfg.distributed.strategy, ranks):  # FSDP moves each rank's shards only: the whole may not fit
         model.to(device)
-    return model, prepare_for_training(cfg, model, device, ranks, bf16)
+    return model, prepare_for_training(cfg, model, device, ranks, bf16, compile)
 
 
-def prepare_for_training(cfg: Config, model: CausalLM, device: torch.device, ranks: Ranks, bf16: bool) -> ParallelStrategy:
+def prepare_for_training(
+    cfg: Config, model: CausalLM, device: torch.device, ranks: Ranks, bf16: bool, compile: bool = False
+) -> ParallelStrategy:
     """Apply fp8, activation checkpointing, parallelism and compilation; return the strategy."""
     if cfg.train.fp8:
         fp8.convert(model, device)
@@ -123,7 +125,8 @@ def prepare_for_training(cfg: Config, model: CausalLM, device: torch.device, ran
     if checkpointing != ActivationCheckpointing.none:
         model.checkpoint_activations(selective=checkpointing == ActivationCheckpointing.selective)
     strategy = build_strategy(cfg.distributed.strategy, model, device, ranks, torch.bfloat16 if bf16 else torch.float32)
-    if devices.should_compile(cfg.train.compile, device):
+    if compile:
+        devices.allow_many_shapes()
         model.compile_blocks(dynamic=cfg.collator.has_varying_shapes)
     return strategy
 
@@ -136,7 +139,11 @@ def build_strategy(
         if strategy == Strategy.fsdp:
             log.warning("distributed.strategy=fsdp, but there is one process: nothing is sharded, it holds everything")
         return SingleProcess(dtype)
-    return FSDP(model, ranks, dtype, device) if shards_weights(strategy, ranks) else ZeroDDP(model, ranks, dtype)
+    if shards_weights(strategy, ranks):
+        from chattrain.parallel.fsdp import FSDP  # half a second of imports
+
+        return FSDP(model, ranks, dtype, device)
+    return ZeroDDP(model, ranks, dtype)
 
 
 def shards_weights(strategy: Strategy, ranks: Ranks) -> bool:

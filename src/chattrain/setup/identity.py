@@ -37,13 +37,14 @@ class Identity:
     questions: str | None
     start: str | None  # where the weights come from, in words
     weights: str | None  # hash of the weights at the start and of their tokenizer
+    compiled: bool | None = None  # not compared: it changes numbers by rounding only. A resumed run keeps it
     changes: list[str] = field(default_factory=list)  # settings that changed when the run resumed: its numbers are of a mixture
 
     def write(self, run_dir: Path) -> None:
         replace_text(run_dir / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def identify(cfg: Config, data: RunData, start: Start | None) -> Identity:
+def identify(cfg: Config, data: RunData, start: Start | None, compiled: bool) -> Identity:
     """The identity that a run of this configuration has. `start`: of a run that begins anew; None: what it would start from."""
     flat = flatten(yaml.safe_load(to_yaml(cfg)))
     if start is None:
@@ -58,21 +59,25 @@ def identify(cfg: Config, data: RunData, start: Start | None) -> Identity:
         questions=_hash([[q.ids, q.letter_ids, q.answer] for questions in data.question_sets.values() for q in questions]),
         start=start.description if start else None,
         weights=_weights(start.checkpoint) if start else None,
+        compiled=compiled,
     )
 
 
 def read_identity(run_dir: Path, saved: Path) -> Identity:
-    """The identity of an existing run; of one without identity.json what its checkpoint `saved` tells."""
-    file = run_dir / FILE
+    """The identity of an existing run; what it does not hold, as an earlier version made it, is what its checkpoint `saved`
+    tells."""
+    file, flat = run_dir / FILE, flatten(yaml.safe_load((saved / "config.yaml").read_text()))
+    setting = flat.get("train.compile")
+    compiled = setting if isinstance(setting, bool) else None  # before auto, the setting was the decision
     if file.is_file():
         known = {each.name for each in fields(Identity)}
         try:
-            return Identity(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
+            held = {key: value for key, value in json.loads(file.read_text()).items() if key in known}
+            return Identity(**{"compiled": compiled, **held})
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} cannot be read: {error}; remove it, or use another run.name") from error
-    flat, state = flatten(yaml.safe_load((saved / "config.yaml").read_text())), checkpoint.load_state(saved)
-    data_settings = {key: value for key, value in flat.items() if key.startswith("data.")}
-    return Identity(_settings(flat), data_settings, state.num_steps, state.data_fingerprint, None, None, None, None)
+    state, data_settings = checkpoint.load_state(saved), {key: value for key, value in flat.items() if key.startswith("data.")}
+    return Identity(_settings(flat), data_settings, state.num_steps, state.data_fingerprint, None, None, None, None, compiled)
 
 
 def read_changes(run_dir: Path) -> list[str]:
@@ -85,9 +90,9 @@ def read_changes(run_dir: Path) -> list[str]:
 
 def resumed(before: Identity, now: Identity) -> Identity:
     """The identity of a run that goes on under other settings: what it began with, and what changed. The number of steps is that
-    which the run now goes to, as a run may be extended."""
+    which the run now goes to, as a run may be extended; it is compiled as it now is."""
     changed = differences(replace(before, changes=[]), replace(now, num_steps=before.num_steps))
-    return replace(before, num_steps=now.num_steps, changes=before.changes + changed)
+    return replace(before, num_steps=now.num_steps, compiled=now.compiled, changes=before.changes + changed)
 
 
 def differences(before: Identity, now: Identity) -> list[str]:

@@ -1,4 +1,5 @@
-"""What is decided and made once, before any process trains: run folder, start, tokenizer, token caches, number of steps.
+"""What is decided and made once, before any process trains: run folder, start, tokenizer, token caches, number of steps,
+compilation.
 
 The user's mistakes are found here, before the run folder exists.
 """
@@ -9,6 +10,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from chattrain.config import Config
@@ -18,6 +20,7 @@ from chattrain.config.words import Resume
 from chattrain.device import pick_device
 from chattrain.model import fp8
 from chattrain.parallel import launch
+from chattrain.setup.compilation import Compilation, decide
 from chattrain.setup.data import RunData, open_data
 from chattrain.setup.identity import differences, identify, read_identity, resumed
 from chattrain.setup.job import current_job
@@ -38,6 +41,7 @@ class RunSetup:
     start: Start
     resume: Path | None  # checkpoint to resume from; None: the run starts anew
     tokenizer_dir: Path
+    compilation: Compilation  # is it compiled?
     finished: dict | None = None  # summary of a run that has nothing left to do
 
 
@@ -50,14 +54,14 @@ def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
         fp8.check(device)
     run_dir = choose_run_dir(cfg.run, cfg.stage)
     resume = find_resume(cfg.run.resume, run_dir)
-    setup, data = _open(cfg, world_size, run_dir, resume)
-    identity = identify(cfg, data, None if resume else setup.start)
+    setup, data = _open(cfg, world_size, run_dir, resume, device)
+    identity = identify(cfg, data, None if resume else setup.start, setup.compilation.on)
     aside = cfg.run.resume == Resume.never
     if resume and _belongs_to_named_sweep(cfg) and (changed := differences(read_identity(run_dir, resume), identity)):
         log.warning("%s was made with other settings (%s); it is moved aside and run anew", run_dir, ", ".join(changed))
         resume, aside = None, True
-        setup, data = _open(cfg, world_size, run_dir, resume)
-        identity = identify(cfg, data, setup.start)
+        setup, data = _open(cfg, world_size, run_dir, resume, device)
+        identity = identify(cfg, data, setup.start, setup.compilation.on)
     if resume and (finished := check_resumed(cfg, run_dir, resume, data, identity)):
         return replace(setup, finished=finished), data
     if aside:
@@ -71,12 +75,15 @@ def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
     return setup, data
 
 
-def _open(cfg: Config, world_size: int, run_dir: Path, resume: Path | None) -> tuple[RunSetup, RunData]:
-    """Find the start and the tokenizer, and open the data, for a run that resumes from this checkpoint (None: begins anew)."""
+def _open(cfg: Config, world_size: int, run_dir: Path, resume: Path | None, device: torch.device) -> tuple[RunSetup, RunData]:
+    """Find the start and the tokenizer, open the data, and decide whether to compile, for a run that resumes from this checkpoint
+    (None: begins anew)."""
     start = Start(resume, f"{resume} (resumed)") if resume else find_start(cfg)
     check_start(cfg.model, start.checkpoint, cfg.train.seq_len)
     tokenizer_dir = choose_tokenizer(cfg, start.checkpoint)
-    return RunSetup(run_dir, start, resume, tokenizer_dir), open_data(cfg, tokenizer_dir, world_size)
+    data = open_data(cfg, tokenizer_dir, world_size)
+    began_with = read_identity(run_dir, resume).compiled if resume else None
+    return RunSetup(run_dir, start, resume, tokenizer_dir, decide(cfg, data, start, world_size, device, began_with)), data
 
 
 def _belongs_to_named_sweep(cfg: Config) -> bool:

@@ -20,6 +20,8 @@ from chattrain.storage import checkpoint
 
 log = logging.getLogger("chattrain")
 
+NOT_COMPARED = ("train.stop_after", "train.compile")  # keys: one changes nothing yet, of the other the decision is compared
+
 
 def find_resume(resume: Resume, run_dir: Path) -> Path | None:
     """The newest valid checkpoint of the run folder, to resume from; None for a run that starts anew.
@@ -49,7 +51,8 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData, ident
     complete run in whatever differs from what is asked for: its numbers are not the answer.
     """
     state, anew = checkpoint.load_state(resume), "use another run.name, or run.resume=never to start anew"
-    changed = ", ".join(differences(read_identity(run_dir, resume), identity))
+    begun = read_identity(run_dir, resume)
+    changed = ", ".join(differences(begun, identity))
     summary = _completed(run_dir) if state.step >= data.num_steps else None
     if summary is not None and changed:
         raise UserError(f"{run_dir} is complete, with other settings than asked for now: {changed}; {anew}")
@@ -64,7 +67,7 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData, ident
         return summary
     before, now = (yaml.safe_load(text) for text in ((resume / "config.yaml").read_text(), to_yaml(cfg)))
     _refuse_other_optimizer(run_dir, before["optimizer"]["_target_"], now["optimizer"]["_target_"])
-    _warn_of_changes(before, now)
+    _warn_of_changes(before, now, begun.compiled, identity.compiled)
     if state.num_steps != data.num_steps:
         log.warning(
             "the run was planned for %d steps, now for %d: the schedule changes from here on",
@@ -87,14 +90,19 @@ def _completed(run_dir: Path) -> dict | None:
     return summary if summary.get("status") == "completed" else None
 
 
-def _warn_of_changes(before: dict, now: dict) -> None:
-    """Log the settings that differ between the configuration the run began with and today's."""
+def _warn_of_changes(before: dict, now: dict, was_compiled: bool | None, compiled: bool | None) -> None:
+    """Log the settings that differ between the configuration the run began with and today's. Of train.compile that is what was
+    decided."""
     changed = [
         f"{group}.{key} {before[group].get(key)} -> {value}"
         for group in ("init", "optimizer", "schedule", "train")
         for key, value in now[group].items()
-        if before[group].get(key) != value and (group != "init" or key == "from") and key != "stop_after"
+        if before[group].get(key) != value
+        and (group != "init" or key == "from")
+        and (group, key) not in (("train", "stop_after"), ("train", "compile"))
     ]
+    if was_compiled is not None and was_compiled != compiled:
+        changed.append(f"train.compile {was_compiled} -> {compiled}")
     if changed:
         log.warning("the run resumes with other settings than it began with: %s", ", ".join(changed))
 

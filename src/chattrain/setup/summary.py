@@ -42,6 +42,7 @@ def summarize(
         "metrics": dict(tracker.last),
         "checkpoint": str(newest[-1]) if newest else None,
         "init": setup.start.description,
+        "compile": setup.compilation.on,
         "mlflow_run_id": tracker.mlflow_run_id,
         "finished_at": time.time(),
         "data": asdict(data.train.counts),
