@@ -107,7 +107,7 @@ class Contest:
 
 
 def check_same_targets(results: list[Result], supervised: int) -> None:
-    """Raises RuntimeError unless the first step of each side has `supervised` targets, and a loss within 2 % of the first side's."""
+    """Raises RuntimeError unless the first step of each side has `supervised` targets and a loss within 2 % of the first's."""
     for result in results:
         if result.first_supervised != supervised:
             raise RuntimeError(f"{result.name} has {result.first_supervised} targets in its first step, not {supervised}")

@@ -93,7 +93,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_conversations(file: Path, count: int, shortest: int = 130, longest: int = 450) -> Path:
-    """Questions and answers as JSON Lines: rows of `shortest` to `longest` tokens, like GSM8K's with a model's own tokenizer; most
+    """Questions and answers as JSON Lines, in rows of `shortest` to `longest` tokens, as GSM8K's are in a published tokenizer. Most
     are near the shorter end, and a bit more than half of a row is the answer."""
     rng = random.Random(0)
 

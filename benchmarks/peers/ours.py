@@ -7,14 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import gpu
 from benchmarks.peers.rounds import Step, Turns, train_in_turns
 from chattrain import loop
 from chattrain.config import Config
 from chattrain.config.compose import compose
-from chattrain.data.packing import IGNORE_INDEX
 from chattrain.device import keep_freed_memory, pick_device, use_bf16
 from chattrain.errors import UserError
 from chattrain.parallel.ranks import Ranks
@@ -86,17 +83,20 @@ def random_tokens(turns: Turns, model: str, device: str, overrides: list[str]) -
     chosen = pick_device(cfg.train.device)
     keep_freed_memory(chosen)
     components = gpu.build_components(cfg, lambda step, values: None, Ranks())
-    turns.built(
-        {
-            "settings": settings(cfg),
-            "tokens": components.loader.tokens,
-            "sizes": vars(cfg.model) | {"vocab_size": cfg.tokenizer.vocab_size},
-            "rows": cfg.train.device_batch_size,
-            "seq_len": cfg.train.seq_len,
-            "passes": len(components.loader.step(0)),
-        }
-    )
+    turns.built({"settings": settings(cfg), **shape_facts(cfg)})
     train_in_turns(turns, stepper(components), chosen.type == "cuda")
+
+
+def shape_facts(cfg: Config) -> dict[str, Any]:
+    """The sizes of the model and of a step, for another side to have the same."""
+    rows, passes = cfg.train.device_batch_size, cfg.train.rows_a_step(1) // cfg.train.device_batch_size
+    return {
+        "sizes": vars(cfg.model) | {"vocab_size": cfg.tokenizer.vocab_size},
+        "rows": rows,
+        "seq_len": cfg.train.seq_len,
+        "passes": passes,
+        "tokens": passes * rows * cfg.train.seq_len,
+    }
 
 
 def stepper(components: loop.TrainerComponents) -> Callable[[int], Callable[[], Step]]:

@@ -53,11 +53,11 @@ class Turns:
 
 
 def train_in_turns(turns: Turns, step: Callable[[int], Callable[[], Step]], cuda: bool) -> None:
-    """Train as asked. step(i) trains the i-th step and returns a function that gives its result, which may wait for the device."""
+    """Train as asked. step(i) trains the i-th step; it returns a function that gives its result and may wait for the device."""
     from benchmarks import STARTED
     from benchmarks.gpu import wait_for_device
-    from chattrain.device import peak_memory, pick_device
     from chattrain.config.words import Device
+    from chattrain.device import peak_memory, pick_device
 
     peak, number = peak_memory(pick_device(Device.cuda if cuda else Device.cpu)), 0
     while count := turns.next():

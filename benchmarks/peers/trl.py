@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on the rows that chattrain trains on: the same token ids, targets, steps and AdamW.
 
-Settings at their best for speed: no gradient checkpointing, no clipping, rows of a step sorted by length so that little is padded.
+Settings at their best for speed: no gradient checkpointing, no clipping, the rows of a step sorted by length (little padding).
 `variant` adds to that: `padding_free` (rows of a pass in one, by FlashAttention where it is installed), `compiled`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
