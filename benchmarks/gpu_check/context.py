@@ -90,12 +90,13 @@ def own_model(context: Context) -> str:
 
 
 def own_shape(context: Context, rows: int | None = None, compiled: bool = True) -> list[str]:
-    """Keys of our own model's shape: d20, 32 (or `rows`) rows of 2,048 tokens a pass, 4 passes a step; small in a rehearsal."""
+    """Keys of our own model's shape: d20, 32 (or `rows`) rows of 2,048 tokens a pass, 4 passes a step; small and
+    uncompiled in a rehearsal."""
     seq_len, rows = (256, rows or 4) if context.tiny else (2048, rows or 32)
     small = ["model.n_layer=2", "tokenizer.vocab_size=512"] if context.tiny else []
     return [
         *small,
         f"train.device_batch_size={rows}",
         f"train.total_batch_size={4 * rows * seq_len}",
-        f"train.compile={str(compiled).lower()}",
+        f"train.compile={str(compiled and not context.tiny).lower()}",
     ]

@@ -24,6 +24,7 @@ from chattrain.setup.plan import setup_run
 from chattrain.tracking.tracker import NullTracker
 
 STEP_TOKENS = 65_536  # of sft, at least, without padding
+MOST_WARM_UP = 12  # steps
 SHAPE = "qwen3-0.6b"
 
 
@@ -46,14 +47,14 @@ def sft(context: Context) -> None:
     setup, data = setup_run(cfg, world_size=1)
     components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), lambda: False, None)
     context.details["sft"] = {"rows_a_step": rows, "settings": ours.settings(cfg)}
-    found, passes = rate(components, steps, 3)
+    found, passes = rate(components, steps)
     components.loader.close()
     context.add("tokens_per_second", found)
     context.add("passes_a_step", passes)
     tokens_a_pass = cfg.train.device_batch_size * cfg.train.seq_len
     full = compose(["stage=base", *keys, f"train.total_batch_size={2 * tokens_a_pass}"])
     full.tokenizer.vocab_size = data.tokenizer.vocab_size
-    of_full, _ = rate(gpu.build_components(full, lambda step, values: None, Ranks()), steps, 3)
+    of_full, _ = rate(gpu.build_components(full, lambda step, values: None, Ranks()), steps)
     context.add("tokens_per_second_of_full_rows", of_full)
     context.add("share_of_full_rows", found / of_full)
 
@@ -67,17 +68,24 @@ def rows_of(tokens: int, mean: float, multiple: int) -> int:
     return math.ceil(1.05 * tokens / mean / multiple) * multiple
 
 
-def rate(components: loop.TrainerComponents, steps: int, warm_up: int) -> tuple[float, float]:
-    """Tokens a second without padding, and passes a step, of `steps` steps after the warm-up."""
-    tokens = passes = 0
-    begun = 0.0
-    for step in range(warm_up + steps):
-        if step == warm_up:
-            gpu.wait_for_device()
-            tokens, passes, begun = 0, 0, time.perf_counter()
-        batches = components.loader.step(step)
-        tokens += loop.train_step(components, batches, step).tokens
+def rate(components: loop.TrainerComponents, steps: int) -> tuple[float, float]:
+    """Tokens a second without padding, and passes a step, of `steps` steps after two in a row that compiled nothing."""
+    number = tokens = passes = quiet = 0
+
+    def step() -> None:
+        nonlocal number, tokens, passes
+        batches = components.loader.step(number)
+        tokens += loop.train_step(components, batches, number).tokens
         passes += len(batches)
+        number += 1
+
+    while quiet < 2 and number < MOST_WARM_UP:
+        step()
+        quiet = 0 if components.meters()["train/compilations"] else quiet + 1
+    gpu.wait_for_device()
+    tokens, passes, begun = 0, 0, time.perf_counter()
+    for _ in range(steps):
+        step()
     gpu.wait_for_device()
     return tokens / (time.perf_counter() - begun), passes / steps
 
@@ -97,15 +105,13 @@ def hf(context: Context) -> None:
 
 def tuned(context: Context, name: str, folder: Path, variant: str | None = None) -> Result:
     """One turn of chattrain, or of TRL as `variant`, on rows that are the same for both. Raises Missing."""
-    rows, steps = (8, 2) if context.tiny else (32, 12)
+    rows, steps = (8, 2) if context.tiny else (32, 10)
     shared = context.folder("sft-hf")
-    talk = shared / "talk.jsonl"
-    if not talk.is_file():
-        write_conversations(talk, (2 + steps) * rows * 20 // 19 + 20)
     compiled = ["train.compile=false"] if context.tiny else ["train.compile=true"]
     with Contest(rounds=1, steps=steps, together=False) as contest:
         if variant is None:
-            facts = contest.add(name, ours.sft, folder, talk, context.device, rows, 1 + steps, shared, compiled)
+            talk = write_conversations(shared / "talk.jsonl", contest.num_steps * rows)
+            facts = contest.add(name, ours.sft, folder, talk, context.device, rows, contest.num_steps, shared, compiled)
             context.details["facts"] = {key: facts[key] for key in ("tokens", "supervised", "bf16", "adamw")}
         else:
             facts = context.details["facts"]
@@ -171,7 +177,7 @@ def nanochat(context: Context) -> None:
     steps = 2 if context.tiny else 5
     with Contest(rounds=1, steps=steps, together=False) as contest:
         contest.add("nanochat", nanochat_side.train, context.nanochat, context.device, facts)
-        tokens = [facts["tokens"]] * (1 + steps)
+        tokens = [facts["tokens"]] * contest.num_steps
         (result,) = contest.results(tokens, tokens)
     context.details["nanochat"] = result._asdict()
     context.add("tokens_per_second", result.tokens_per_second[0])

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--nanochat", type=Path, help="nanochat: a checkout of December 2025")
     parser.add_argument("--rows", type=int, default=32, help="trl: rows a step (default 32)")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn (default 3)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side after its first step (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side after its first steps (default 3)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration of our side")
     asked = parser.parse_intermixed_args(arguments)
@@ -65,10 +65,10 @@ def beside_trl(asked: argparse.Namespace, scratch: Path) -> list[Result]:
     if unknown := [name for name in named if name not in trl.VARIANTS]:
         raise Missing(f"--variants {unknown[0]} is not known; choose from {', '.join(trl.VARIANTS)}")
     folder = (asked.folder or model_folder(scratch, asked.model or "smollm2-135m", asked.device)).resolve()
-    steps = 1 + asked.rounds * asked.steps
-    data = asked.data or write_conversations(scratch / "talk.jsonl", steps * asked.rows * 20 // 19 + 20)  # every 20th is held out
     overrides = [*([f"data.schema={asked.schema}"] if asked.data else []), *asked.overrides]
     with Contest(asked.rounds, asked.steps, together=asked.device == "cpu") as contest:
+        steps = contest.num_steps
+        data = asked.data or write_conversations(scratch / "talk.jsonl", steps * asked.rows)
         facts = contest.add("chattrain", ours.sft, folder, data.resolve(), asked.device, asked.rows, steps, scratch, overrides)
         rows = scratch / "rows.jsonl"
         for name in named:
@@ -84,7 +84,7 @@ def beside_nanochat(asked: argparse.Namespace, scratch: Path) -> list[Result]:
     with Contest(asked.rounds, asked.steps, together=asked.device == "cpu") as contest:
         facts = contest.add("chattrain", ours.random_tokens, asked.model or "d12", asked.device, asked.overrides)
         contest.add("nanochat", nanochat.train, asked.nanochat.resolve(), asked.device, facts)
-        tokens = [facts["tokens"]] * (1 + asked.rounds * asked.steps)
+        tokens = [facts["tokens"]] * contest.num_steps
         results = contest.results(tokens, tokens)
     check_same_targets(results, facts["tokens"])
     return results

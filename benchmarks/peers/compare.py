@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.peers.rounds import Side, Turn, side, speed
 
-SHOWN = 4  # losses of the first steps
+WARM_UP = 3  # steps after the first one that are not timed
 
 
 class Result(NamedTuple):
@@ -24,12 +24,13 @@ class Result(NamedTuple):
 
 
 class Entry:
-    """A side, and what it has measured: the first step, then turns with the number of the first step of each."""
+    """A side, and what it has measured: the first steps, then turns with the number of the first step of each."""
 
     def __init__(self, name: str, main: Callable[..., None], arguments: tuple):
         self.name, self.main, self.arguments = name, main, arguments
         self.facts: dict[str, Any] = {}
-        self.first: Turn | None = None
+        self.first: Turn | None = None  # the first step
+        self.losses: list[float] = []  # of the first step and the warm-up
         self.turns: list[tuple[int, Turn]] = []
         self.side: Side | None = None  # while its process runs
 
@@ -38,21 +39,21 @@ class Entry:
         turns = [turn for _, turn in self.turns]
         rates = [speed(turns, [sizes[i] for start, t in self.turns for i in range(start, start + len(t.steps))])
                  for sizes in (tokens, supervised)]  # fmt: skip
-        steps = [*self.first.steps, *self.turns[0][1].steps]
         return Result(
             self.name,
             *rates,
             max(turn.peak_memory_gib for turn in turns),
             self.first.seconds,
             self.first.since_start_s,
-            [step.loss for step in steps][:SHOWN],
+            self.losses,
             self.first.steps[0].supervised,
             self.facts["settings"],
         )
 
 
 class Contest:
-    """Sides that take `rounds` turns of `steps` steps each, after one first step.
+    """Sides that take `rounds` turns of `steps` steps each, after the first step and WARM_UP others, in which shapes that are new
+    compile.
 
     `together`: their processes live as long as the contest and wait for their turns, so that a machine that slows down slows all.
     Otherwise each turn is a new process that trains the first steps again: a GPU's memory holds one side at a time.
@@ -62,6 +63,11 @@ class Contest:
         self.rounds, self.steps, self.together = rounds, steps, together
         self.entries: list[Entry] = []
         self._stack = ExitStack()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that a side trains, at most."""
+        return 1 + WARM_UP + self.rounds * self.steps
 
     def __enter__(self) -> Contest:
         return self
@@ -87,22 +93,23 @@ class Contest:
         for number in range(0 if self.together else 1, self.rounds):
             for entry in self.entries:
                 if entry.side:
-                    entry.turns.append((1 + number * self.steps, entry.side.train(self.steps)))
+                    entry.turns.append((1 + WARM_UP + number * self.steps, entry.side.train(self.steps)))
                 else:
                     self._turn_of_its_own(entry)
         return [entry.result(tokens, supervised) for entry in self.entries]
 
     def _begin(self, entry: Entry, stack: ExitStack) -> None:
         entry.side = stack.enter_context(side(entry.main, *entry.arguments))
-        first = entry.side.train(1)
+        first, warm_up = entry.side.train(1), entry.side.train(WARM_UP)
         if entry.first is None:  # later processes find what this one has compiled
             entry.facts, entry.first = entry.side.facts, first
+            entry.losses = [step.loss for step in (*first.steps, *warm_up.steps)]
 
     def _turn_of_its_own(self, entry: Entry) -> None:
         with ExitStack() as stack:
             self._begin(entry, stack)
             assert entry.side is not None
-            entry.turns.append((1, entry.side.train(self.steps)))
+            entry.turns.append((1 + WARM_UP, entry.side.train(self.steps)))
         entry.side = None
 
 

@@ -92,9 +92,10 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_conversations(file: Path, count: int, shortest: int = 130, longest: int = 450) -> Path:
+def write_conversations(file: Path, rows: int, shortest: int = 130, longest: int = 450) -> Path:
     """Questions and answers as JSON Lines, in rows of `shortest` to `longest` tokens, as GSM8K's are in a published tokenizer. Most
-    are near the shorter end, and a bit more than half of a row is the answer."""
+    are near the shorter end, and a bit more than half of a row is the answer. So many that `rows` are left to train on where every
+    20th is held out."""
     rng = random.Random(0)
 
     def text(size: int) -> str:
@@ -102,7 +103,7 @@ def write_conversations(file: Path, count: int, shortest: int = 130, longest: in
         return "".join(["a", *letters, "."])  # no space at its ends, which templates strip
 
     with file.open("w", encoding="utf-8") as out:
-        for _ in range(count):
+        for _ in range(rows * 20 // 19 + 20):
             size = round(rng.triangular(shortest, longest, shortest + 0.3 * (longest - shortest))) - TEMPLATE_TOKENS
             asked = round(size * rng.uniform(0.3, 0.6))
             messages = [{"role": "user", "content": text(asked)}, {"role": "assistant", "content": text(size - asked)}]
