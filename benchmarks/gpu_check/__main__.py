@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
                 stopped = outcome.status == "interrupted"
         except KeyboardInterrupt:  # between two parts
             stopped = True
+    write(asked.out, asked.device, outcomes)
     report(outcomes, asked.device == "cuda")
     print(f"written to {asked.out}")
     if stopped:

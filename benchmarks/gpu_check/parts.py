@@ -51,41 +51,41 @@ PARTS = [
 def run(part: Part, device: str, scratch: Path, nanochat: Path | None, limit_s: float) -> Outcome:
     """Run the part for at most `limit_s` seconds. It is ended, with all that it has started, at the limit and on Ctrl-C."""
     command = [sys.executable, "-m", "benchmarks.gpu_check.parts", part.name, device, str(scratch)]
-    compiled = scratch / "compiled"
+    command += [str(nanochat)] if nanochat else []
+    log, begun, process = scratch / f"{part.name}.log", time.perf_counter(), None
+    status, note = "failed", ""
+    try:
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(scratch), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        status = {0: "done", SKIPPED: "skipped"}.get(process.wait(limit_s), "failed")
+    except subprocess.TimeoutExpired:
+        status, note = "timed out", f"after {limit_s:.0f} s"
+    except KeyboardInterrupt:
+        status, note = "interrupted", "by Ctrl-C"
+    finally:
+        if process:
+            end(process)
+    found = read_result(scratch, part.name)
+    lines = log.read_text(errors="replace").splitlines()
+    if status == "failed":
+        note = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    details = found["details"] | ({"output": lines[-TAIL:]} if status in ("failed", "timed out") else {})
+    return Outcome(part.name, status, time.perf_counter() - begun, found["measured"], found["skipped"] or note, details)
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """Of a part: it finds this checkout from any folder, asks no network, and shares the compiled kernels of this check."""
     given = [str(Path(entry).resolve()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    env = {
+    compiled = scratch / "compiled"
+    return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), *given]),
         "HF_HUB_OFFLINE": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(compiled),
         "TRITON_CACHE_DIR": str(compiled / "triton"),
     }
-    log, begun = scratch / f"{part.name}.log", time.perf_counter()
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, *([str(nanochat)] if nanochat else [])],
-            cwd=ROOT,
-            env=env,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        status, note = "failed", ""
-        try:
-            code = process.wait(limit_s)
-            status = {0: "done", SKIPPED: "skipped"}.get(code, "failed")
-        except subprocess.TimeoutExpired:
-            status, note = "timed out", f"after {limit_s:.0f} s"
-        except KeyboardInterrupt:
-            status, note = "interrupted", "by Ctrl-C"
-        finally:
-            end(process)
-    found = read_result(scratch, part.name)
-    lines = log.read_text(errors="replace").splitlines()
-    if status == "failed":
-        note = next((line.strip() for line in reversed(lines) if line.strip()), f"status {process.returncode}")
-    details = found["details"] | ({"output": lines[-TAIL:]} if status in ("failed", "timed out") else {})
-    return Outcome(part.name, status, time.perf_counter() - begun, found["measured"], found["skipped"] or note, details)
 
 
 def end(process: subprocess.Popen) -> None:
