@@ -7,7 +7,8 @@
 Each part is a process with a limit of its own; one that fails or takes too long does not stop the others. What is measured is in
 the JSON file after each part. `--device cpu` rehearses all of it with tiny shapes, whose figures mean nothing.
 
-Exit status: 0 if no part failed, though goals may be missed; 1 if one failed, took too long or had no time left; 130 after Ctrl-C.
+Exit status: 0 if no part failed, though goals may be missed; 1 if one failed, took too long or had no time left; 130 after
+Ctrl-C.
 """
 
 from __future__ import annotations
