@@ -55,7 +55,7 @@ bench: setup ## speed, as ratios in one run
 	$(BIN)/python -m benchmarks
 
 # With the modules of $(PYTHON) where they are enough, so that it works without network; else with .venv.
-gpu-check: ## on a machine with one GPU: tests, speed and memory against the goals, 8 minutes; ARGS="--only own,kernels"
+gpu-check: ## on a machine with one GPU: tests, speed and memory against the goals, 8 minutes; ARGS="--only own,hf"
 	@PYTHONPATH="src:.:$$PYTHONPATH"; export PYTHONPATH; python=$(PYTHON); \
 	$$python -c 'import torch, hydra, tiktoken, rustbpe, datasets, safetensors' 2>/dev/null || \
 		{ $(MAKE) setup && python=$(BIN)/python; } && $$python -m benchmarks.gpu_check $(ARGS)

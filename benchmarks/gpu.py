@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("benchmarks.gpu: torch finds no CUDA device; `--device cpu --model tiny` runs without one", file=sys.stderr)
         sys.exit(2)
     try:
-        found = measure(asked.model, asked.device, asked.steps, asked.overrides, asked.profile)
+        components, found = train(asked.model, asked.device, asked.steps, asked.overrides)
     except UserError as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -56,12 +56,19 @@ def main(arguments: list[str] | None = None) -> None:
         f"{found['start_to_first_step_s']:.1f} s after the start; the optimizer takes {1e3 * found['optimizer_s']:.1f} ms a step"
     )
     if asked.profile:
-        print(f"\n{gpu_kernels.show([gpu_kernels.Kernel(**kernel) for kernel in found['kernels']])}\n")
+        profiled = kernels(components, WARM_UP + asked.steps + 1)
+        asked.out.write_text(json.dumps({**found, "kernels": [kernel._asdict() for kernel in profiled]}, indent=1) + "\n")
+        print(f"\n{gpu_kernels.show(profiled)}\n")
     print(f"written to {asked.out}")
 
 
-def measure(model: str, device: str, steps: int, overrides: list[str], profile: bool = False) -> dict:
+def measure(model: str, device: str, steps: int, overrides: list[str]) -> dict:
     """Results and settings of `steps` steps after the warm-up. Raises UserError for a wrong override."""
+    return train(model, device, steps, overrides)[1]
+
+
+def train(model: str, device: str, steps: int, overrides: list[str]) -> tuple[loop.TrainerComponents, dict]:
+    """What has trained, for more steps, with the results and settings; see `measure`."""
     cfg = compose(
         [
             f"model={model}",
@@ -81,7 +88,7 @@ def measure(model: str, device: str, steps: int, overrides: list[str], profile: 
         state = loop.fit(components, state, loop.Cadence(log=until, evaluate=None, save=None, last_step=until))
         first_step = time.perf_counter() if until == 1 else first_step
     kept = {key: getattr(value, "name", value) for key, value in vars(cfg.train).items()}
-    return {
+    return components, {
         "model": model,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "torch": torch.__version__,
@@ -96,7 +103,6 @@ def measure(model: str, device: str, steps: int, overrides: list[str], profile: 
         "loss": found["train/loss"],
         "settings": kept,
         "overrides": overrides,
-        **({"kernels": [k._asdict() for k in kernels(components, state.step + 1)]} if profile else {}),
     }
 
 

@@ -48,9 +48,10 @@ def talk_hf(context: Context) -> None:
 
 
 def talk(context: Context, model: CausalLM, folder: Path) -> None:
-    """Greedy replies to 1 and to 32 prompts, of the model and of transformers on the folder's weights; both once to warm up. In bf16
-    on a GPU, else in fp32. The details say how many tokens the replies have in common until they first differ: in bf16, random
-    weights soon give other tokens."""
+    """Greedy replies to 1 and to 32 prompts, of the model and of transformers on the folder's weights, timed the second time.
+
+    In bf16 on a GPU, else in fp32. The details say how many tokens the replies have in common until they first differ: in bf16,
+    random weights soon give other tokens."""
     from transformers import AutoModelForCausalLM
 
     dtype, new = (torch.float32, 16) if context.tiny else (torch.bfloat16, NEW_TOKENS)

@@ -32,14 +32,13 @@ class Part(NamedTuple):
 
 PARTS = [
     Part("versions", "machine", 60),
-    Part("own", "own", 150),
-    Part("hf", "tuning", 90),
+    Part("own", "own", 180),
+    Part("hf", "tuning", 120),
     Part("sft", "tuning", 90),
     Part("talk_d12", "answers", 60),
-    Part("talk_hf", "answers", 90),
+    Part("talk_hf", "answers", 100),
     Part("questions", "answers", 60),
     Part("tests", "machine", 120),
-    Part("kernels", "own", 60),
     Part("trl", "tuning", 120),
     Part("fp8", "own", 90),
     Part("forecast", "own", 90),

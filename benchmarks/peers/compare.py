@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.peers.rounds import Side, Turn, side, speed
 
-WARM_UP = 3  # steps after the first one that are not timed
+WARM_UP = 2  # steps after the first one that are not timed
 
 
 class Result(NamedTuple):

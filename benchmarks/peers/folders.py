@@ -93,9 +93,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_conversations(file: Path, rows: int, shortest: int = 130, longest: int = 450) -> Path:
-    """Questions and answers as JSON Lines, in rows of `shortest` to `longest` tokens, as GSM8K's are in published tokenizers. Most
-    are near the shorter end, and a bit more than half of a row is the answer. There are `rows` to train on where every 20th is
-    held out."""
+    """Questions and answers as JSON Lines, in rows of `shortest` to `longest` tokens, as GSM8K's are in published tokenizers.
+
+    Most are near the shorter end; a bit more than half of a row is the answer. `rows` are left where every 20th is held out."""
     rng = random.Random(0)
 
     def text(size: int) -> str:
