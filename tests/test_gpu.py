@@ -194,6 +194,7 @@ def test_two_ranks_on_one_gpu_train_the_run_of_one_rank(place):
     for together in ran:
         assert losses(together) == pytest.approx(losses(alone), rel=5e-5)
         assert losses(together, "val/bpb") == pytest.approx(losses(alone, "val/bpb"), rel=5e-5)
+        assert losses(together, "train/grad_norm") == pytest.approx(losses(alone, "train/grad_norm"), rel=1e-3)
 
 
 def as_rank(planned: list) -> list[dict]:
