@@ -73,6 +73,9 @@ def model_folder(parent: Path, shape: str, device: str) -> Path:
     write_tokenizer(folder)
     model.generation_config.eos_token_id = SPECIAL.index("<|im_end|>")
     model.to(torch.bfloat16).save_pretrained(folder)
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the processes of the sides
     (folder / "done").touch()
     return folder
 
