@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints run test test-fast test-slow lint bench ui clean
+.PHONY: help setup constraints run test test-fast test-slow lint bench gpu-check ui clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -53,6 +53,12 @@ lint: setup ## ruff, the contract of imports, types
 
 bench: setup ## speed, as ratios in one run
 	$(BIN)/python -m benchmarks
+
+# With the modules of $(PYTHON) where they are enough, so that it works without network; else with .venv.
+gpu-check: ## on a machine with one GPU: tests, speed and memory against the goals, 8 minutes; ARGS="--only own,hf"
+	@PYTHONPATH="src:.:$$PYTHONPATH"; export PYTHONPATH; python=$(PYTHON); \
+	$$python -c 'import torch, hydra, tiktoken, rustbpe, datasets, safetensors' 2>/dev/null || \
+		{ $(MAKE) setup && python=$(BIN)/python; } && $$python -m benchmarks.gpu_check $(ARGS)
 
 ui: setup ## open the runs in MLflow in a browser: of runs/, or of MLFLOW_TRACKING_URI
 	$(BIN)/python -m chattrain.tracking.mlflow_ui

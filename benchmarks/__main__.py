@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import platform
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import show
+from benchmarks.timing import commit, show
 
 CASES = ("tokenise", "warm_start", "loader", "optimizer", "mid", "sft", "multiple_choice", "generation")
 
@@ -39,23 +38,12 @@ def main() -> None:
     results = {
         "command": "python -m benchmarks",
         "real_data": "BENCHMARK_DATA" in os.environ,
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine,
         "rows": rows,
     }
     file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {file}")
-
-
-def _commit() -> str | None:
-    """The commit of the working tree, with a + if it has changes; None outside a repository."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return None
-    return described.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
@@ -54,6 +56,17 @@ def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], argum
             return
         function()
         connection.send(True)
+
+
+def commit() -> str | None:
+    """The commit of the working tree, with a + if it has changes; None outside a repository."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return described.stdout.strip() or None
 
 
 def row(case: str, work: float, unit: str, ours: float, reference: float, products: float | None = None) -> dict:

@@ -38,6 +38,8 @@ INTEGRATION = [
     "model/test_recompute.py::test_a_run_",
     "parallel/test_ranks.py",
     "test_device.py",
+    "test_gpu.py",
+    "test_gpu_check.py",
     "planning/test_plan.py",
     "model/test_attention.py",
     "commands/test_command_line.py",

@@ -131,18 +131,3 @@ def test_a_sweep_under_torchrun_is_refused(place, capsys, monkeypatch):
     first, second = under_torchrun(capsys, monkeypatch, "-m", "stage=sft", *TWO, "optimizer.lr_scale=1,0.5")
     assert first.status != 0 and first.message.startswith("-m starts one run after another")
     assert second.status != 0 and "chattrain: " not in second.err
-
-
-@pytest.mark.gpu
-def test_a_step_on_cuda(place):
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    overrides = [o for o in TINY if not o.startswith(("train.device=", "train.dtype=", "train.compile="))]
-    import chattrain
-
-    summary = chattrain.run(
-        ["stage=mid", *overrides, "train.device=cuda", "train.max_steps=3", "run.name=cuda", "init.from=scratch"]
-    )
-    assert summary["steps"] == 3
