@@ -41,9 +41,9 @@ PARTS = [
     Part("tests", "machine", 120),
     Part("trl", "tuning", 120),
     Part("fp8", "own", 90),
-    Part("forecast", "own", 90),
+    Part("forecast", "own", 120),
     Part("quickstart", "machine", 120),
-    Part("nanochat", "tuning", 120),
+    Part("nanochat", "tuning", 150),
 ]
 
 
