@@ -34,6 +34,7 @@ from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.newton_schulz import MuonSettings
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy
+from chattrain.planning.compiled import CompiledBlocks
 from chattrain.planning.fake_ranks import fake_ranks
 from chattrain.planning.mem_tracker import CPU, StepMemTracker
 from chattrain.planning.model import fake_model
@@ -97,6 +98,8 @@ def _build_model(
         model.head_settings = _head_settings(kind, cfg.train.compile)
     eager = replace(cfg, train=replace(cfg.train, compile=False))
     strategy = prepare_for_training(eager, model, CPU, ranks, bf16)
+    if cfg.train.compile:
+        CompiledBlocks(on_gpu=kind == "cuda").replace_forward(model.blocks)
     # Products of whole matrices take as much memory as products of strips, in fewer operations. And no threads: a FakeTensorMode
     # holds for one thread only.
     strategy.muon_settings = MuonSettings(batch=newton_schulz.SETTINGS[kind].batch)
@@ -191,12 +194,17 @@ def fake_batch(shape: MicroBatchSpec) -> Batch:
 def _head_settings(kind: str, compiled: bool) -> head.HeadSettings:
     """The head's settings on a device of this kind: the fake tensors are on the CPU."""
     settings = head.head_settings(kind, compiled=False)
-    return replace(settings, loss_and_gradient=_fused_loss_and_gradient) if compiled else settings
+    fused = partial(_fused_loss_and_gradient, in_fp32=kind == "cpu")
+    return replace(settings, loss_and_gradient=fused) if compiled else settings
 
 
-def _fused_loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Allocates what the compiled function of head.py does: its results, and one number a row."""
-    return logits.new_empty(len(logits), dtype=torch.float32).sum(dtype=head.sum_dtype(logits.device)), torch.empty_like(logits)
+def _fused_loss_and_gradient(logits: Tensor, targets: Tensor, cap: float, in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """Allocates what the compiled function of head.py does: its results, one number a row, and in_fp32 (as a CPU's code needs it)
+    the capped logits, which take the place of logits that are fp32 already."""
+    capped = torch.empty_like(logits, dtype=torch.float32) if in_fp32 and logits.dtype != torch.float32 else None
+    loss, gradient = logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits)
+    del capped
+    return loss.sum(dtype=head.sum_dtype(logits.device)), gradient
 
 
 def largest(measure: Callable[[int], int], limit: float, first: int, most: int) -> int:
