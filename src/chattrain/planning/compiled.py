@@ -145,10 +145,11 @@ def allocating(graph: GraphModule, found: Liveness) -> Callable[[list], list]:
 def _output(node: Node, value: Tensor, found: Liveness, held: dict[Node, Tensor], device: torch.device | None) -> Tensor:
     """A tensor like `value`, which is the node's: of the storage of its owner in `held`, which is allocated if it is not there."""
     owner = found.owner[node]
-    if owner is node and owner in held and node.op == "placeholder":
-        return held[owner]
     if owner not in held:
-        held[owner] = torch.empty(found.buffers[owner].size // value.itemsize, dtype=value.dtype, device=device)
+        like = owner.meta["val"]
+        held[owner] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    if owner is node:
+        return held[owner]
     return held[owner].as_strided(value.shape, value.stride(), value.storage_offset())
 
 
