@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from chattrain.config import Config
-from chattrain.config.model import GPTConfig
+from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.errors import UserError
 from chattrain.planning import cost, show
 from chattrain.planning.data import count, shape_of
@@ -74,7 +75,11 @@ def main(cfg: Config) -> dict:
 
 
 def _start(cfg: Config) -> Start:
-    """What the run would start from. A plan needs only sizes: where there are no weights yet, it warns and plans without."""
+    """What the run would start from. A plan needs only sizes: where there are no weights yet, it warns and plans without. Of a
+    Hugging Face folder, config.json and the tokenizer's files are enough."""
+    named = Path(cfg.init.source).expanduser()
+    if isinstance(cfg.model, HFModelConfig) and (named / "config.json").is_file():
+        return Start(named.resolve(), str(named))
     level = log.level
     log.setLevel(logging.WARNING)  # find_start would log a line for each run that it skips
     try:

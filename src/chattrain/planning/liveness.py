@@ -39,7 +39,14 @@ VIEWS = {
     aten.alias.default,
     aten.detach.default,
 }
-REDUCTIONS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var_mean.correction}
+REDUCTIONS = {
+    aten.sum.dim_IntList,
+    aten.sum.default,
+    aten.mean.dim,
+    aten.amax.default,
+    aten.amin.default,
+    aten.var_mean.correction,
+}
 # Element-wise, though not tagged so: they are indexed reads, or make values from indices.
 ELEMENTWISE = {
     aten.cat.default,
