@@ -12,7 +12,7 @@ from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.errors import UserError
 from chattrain.planning import cost, show
 from chattrain.planning.data import count, shape_of
-from chattrain.planning.hardware import hardware_of
+from chattrain.planning.hardware import Hardware, hardware_of
 from chattrain.planning.memory import Memory, largest, step_memory
 from chattrain.planning.work import workload
 from chattrain.setup.data import RunData, open_data, report_counts
@@ -40,13 +40,16 @@ def main(cfg: Config) -> dict:
         counts = count(data, cfg.train.device_batch_size, cfg.plan.world_size)
         work, groups = workload(cfg, data, start.checkpoint, counts)
         memory, fits = _memory(cfg, data, start, hardware.usable)
-        step = cost.step_on(work, hardware, cfg.plan.mfu, cfg.plan.world_size)
-        rows = cost.scaling(work, hardware, cfg.plan.mfu)
+        mfu = cfg.plan.mfu or hardware.mfu
+        step = cost.step_on(work, hardware, mfu, cfg.plan.world_size)
+        rows = cost.scaling(work, hardware, mfu)
         hours = cost.hours_of(work, step)
         price = cfg.plan.price_per_gpu_hour
         facts = {
             "device": hardware.name,
             "world_size": cfg.plan.world_size,
+            "mfu": mfu,
+            "mfu_is": _source_of_mfu(cfg, hardware),
             "strategy": work.strategy,
             "parameters": groups,
             "parameters_total": sum(groups.values()),
@@ -72,6 +75,12 @@ def main(cfg: Config) -> dict:
         return facts
     finally:
         close_log()
+
+
+def _source_of_mfu(cfg: Config, hardware: Hardware) -> str:
+    if cfg.plan.mfu is not None:
+        return "as given"
+    return f"measured on this device with {hardware.measured.run}" if hardware.measured else "assumed"
 
 
 def _start(cfg: Config) -> Start:

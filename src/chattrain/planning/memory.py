@@ -31,6 +31,7 @@ from chattrain.model import head
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.gpt import GPT
 from chattrain.optim import newton_schulz
+from chattrain.optim.adamw_bf16 import CHUNK_ELEMENTS, AdamWBF16
 from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.newton_schulz import MuonSettings
 from chattrain.parallel.ranks import Ranks
@@ -78,6 +79,9 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: MicroBa
     with fake_ranks(world_size, copies=kind == "cpu") as ranks, FakeTensorMode():
         model, strategy = _build_model(cfg, vocab_size, start, shape, kind, bf16, ranks)
         optimizer = instantiate_config(cfg.optimizer, model, strategy)
+        for part in optimizer.optimizers:
+            if isinstance(part, AdamWBF16):
+                part.chunk_elements = CHUNK_ELEMENTS[kind]
         tracker, kept = StepMemTracker(copies=kind == "cpu"), {}
         loss_of = _tracked_loss(model, tracker, device.autocast(bf16, CPU), kept)
         components = _components(cfg, model, loss_of, optimizer, strategy, ranks)
