@@ -154,43 +154,6 @@ def test_state_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(
     assert f"optimizer.{key} bf16 -> fp32" in caplog.text and formats(changed) == {"float32"}
 
 
-def test_an_interrupted_run_is_not_what_auto_starts_from(whole, place):
-    shutil.copytree(whole["run_dir"], place / "cut/mid/halfway")
-    file = place / "cut/mid/halfway/summary.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "interrupted"}))
-    with pytest.raises(UserError, match="no finished mid run"):
-        train("sft", "after", "run.root=cut", "init.strict=true", "train.max_steps=1")
-
-
-# --- once more -------------------------------------------------------------------------------------------------------
-
-
-def test_a_finished_run_begun_again_does_nothing_and_returns_the_same_summary(short, place):
-    before = contents(Path(short["run_dir"]))
-    assert again(short) == short
-    assert again(short, "run.resume=must") == short
-    assert contents(Path(short["run_dir"])) == before
-
-
-def test_more_steps_go_on_from_where_it_ended(short, caplog):
-    longer = again(short, "train.max_steps=6")
-    assert longer["steps"] == 6 and [r["step"] for r in metrics(longer["run_dir"]) if "train/loss" in r] == [*range(1, 7)]
-    assert any("planned for 4 steps, now for 6" in r.message for r in caplog.records if r.levelname == "WARNING")
-
-
-def test_momentum_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(place, caplog):
-    def momentum(summary: dict) -> set[str]:
-        state = load_file(Path(summary["checkpoint"]) / "optimizer.safetensors")
-        return {str(t.dtype).removeprefix("torch.") for name, t in state.items() if name.endswith("momentum_buffer")}
-
-    bf16 = "optimizer.momentum_dtype=bf16"
-    whole, parts = (train("mid", name, *SHORT, bf16) for name in ("bf16_whole", "bf16_parts"))
-    (Path(parts["checkpoint"]) / "manifest.json").unlink()  # as if the plug had been pulled after step 3
-    assert same_bits(whole, again(parts, bf16)) and momentum(whole) == {"bfloat16"}
-    changed = again(parts, "train.max_steps=6")
-    assert "optimizer.momentum_dtype bf16 -> fp32" in caplog.text and momentum(changed) == {"float32"}
-
-
 def test_an_interrupted_run_is_not_finished_by_asking_for_fewer_steps(short):
     file = Path(short["run_dir"]) / "summary.json"
     file.write_text(json.dumps(short | {"status": "interrupted"}))

@@ -143,7 +143,7 @@ def allocating(graph: GraphModule, found: Liveness) -> Callable[[list], list]:
 
 
 def _output(node: Node, value: Tensor, found: Liveness, held: dict[Node, Tensor], device: torch.device | None) -> Tensor:
-    """A tensor like `value`, which is the node's: of the storage of its owner in `held`, which is allocated if it is not there."""
+    """A tensor like `value`, which is the node's, with the storage of its owner in `held`: allocated if it is not there yet."""
     owner = found.owner[node]
     if owner not in held:
         like = owner.meta["val"]

@@ -37,8 +37,8 @@ def traced(forward: Callable, make: MakeFunction, wrap: Callable[[Callable], Cal
     aot = aot_autograd(
         fw_compiler=compiler(False), bw_compiler=compiler(True), partition_fn=partition_fn, decompositions=select_decomp_table
     )
-    limits = {"recompile_limit": NO_LIMIT, "accumulated_recompile_limit": NO_LIMIT}
-    with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
+    limits = {"recompile_limit": NO_LIMIT, "accumulated_recompile_limit": NO_LIMIT, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
         compiled = torch.compile(forward, backend=lambda graph, inputs: wrap(aot(graph, inputs)), dynamic=False)
         return compiled(*args, **kwargs)
 

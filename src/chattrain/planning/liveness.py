@@ -1,17 +1,17 @@
 """How much memory the kernels that the compiler makes of a graph hold at once.
 
-The compiler fuses element-wise operations and reductions into the kernels that need their results, so most nodes of a graph never
-get a tensor. These do: results of matrix products, attention and other operations that are not fused, what such operations
-read, reductions, and what the graph returns. Everything else is computed again wherever it is read. A tensor is released after the
-last kernel that reads it, and inputs that only this graph holds are too. We follow torch's Inductor in this
-(https://docs.pytorch.org/docs/stable/torch.compiler.html) and leave out its further choices, such as the reuse of a tensor that a
-kernel has read for its result.
+The compiler fuses element-wise operations and reductions into the kernels that need their results, so most nodes of a graph
+never get a tensor. These do: results of matrix products, attention and other operations that are not fused, what such operations
+read, reductions, and what the graph returns. Everything else is computed again wherever it is read. A tensor is released after
+the last kernel that reads it, and inputs that only this graph holds are too. We follow torch's Inductor in this
+(https://docs.pytorch.org/docs/stable/torch.compiler.html), and leave out its further choices, such as a result that takes the
+place of a tensor that the kernel has read.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -113,33 +113,27 @@ def liveness(graph: GraphModule, keeps_input: Callable[[Node], bool], workspace:
     """The tensors of a graph that AOTAutograd made. keeps_input: is the input also held outside, so that it is never released?
     workspace: bytes that the kernel of a node needs while it runs."""
     nodes = list(graph.graph.nodes)
-    found = Liveness()
     kernels = _kernels(nodes)
-    reads: dict[Node, set[Node]] = {}  # of a node that has no tensor of its own: the nodes with one that it is computed from
+    found = Liveness()
+    reads: dict[Node, set[Node]] = {}  # the nodes with a tensor that a node is, is a view of, or is computed from
     for index, node in enumerate(nodes):
-        parents = [parent for parent in node.all_input_nodes if parent.op != "get_attr"]
-        if _is_view(node) and parents:
-            found.owner[node] = found.owner.get(parents[0], parents[0])
-            reads[node] = reads.get(parents[0], set())
-            continue
-        found.owner[node] = node
-        sources = set().union(*(reads.get(parent, set()) for parent in parents))
-        if node.op == "placeholder":
-            found.buffers[node] = Buffer(nbytes(node.meta.get("val")), 0, 0, not keeps_input(node))
+        parents: list[Node] = node.all_input_nodes
+        sources = {source for parent in parents for source in reads.get(parent, ())}
+        found.owner[node] = found.owner[parents[0]] if _is_view(node) else node
+        reads[node] = sources
+        if node.op == "output":
+            for parent in parents:
+                if buffer := found.buffers.get(found.owner[parent]):
+                    buffer.last, buffer.released = index, False
+        elif node.op == "placeholder":
+            found.buffers[node] = Buffer(nbytes(node.meta.get("val")), 0, 0, released=not keeps_input(node))
             reads[node] = {node}
-        elif node.op == "output":
-            returned = {found.owner[parent] for parent in parents if found.owner[parent] in found.buffers}
-            for source in returned:
-                found.buffers[source].last, found.buffers[source].released = index, False
         elif node in kernels:
             for source in sources:
-                found.buffers[source].last = max(found.buffers[source].last, index)
-            value = node.meta.get("val")
-            size = nbytes(value) if isinstance(value, Tensor) else 0  # of several results, each is taken out by a node of its own
-            found.buffers[node] = Buffer(size, index, index, workspace=workspace(node))
+                found.buffers[source].last = index
+            # Of several results, each is taken out by a node of its own.
+            found.buffers[node] = Buffer(nbytes(node.meta.get("val")), index, index, workspace=workspace(node))
             reads[node] = {node}
-        else:
-            reads[node] = sources
     return found
 
 
@@ -154,21 +148,23 @@ def _kernels(nodes: list[Node]) -> set[Node]:
     return {node for node in own if node.op == "call_function"}
 
 
-def _bases(nodes: Iterable[Node]) -> Iterable[Node]:
+def _bases(nodes: list[Node]) -> Iterator[Node]:
     """The nodes that these are views of."""
     for node in nodes:
-        while _is_view(node) and node.all_input_nodes:
+        while _is_view(node):
             node = node.all_input_nodes[0]
         yield node
 
 
 def _is_view(node: Node) -> bool:
+    """Does the node share the storage of its first input?"""
     if node.target is operator.getitem:  # of a split, or one of several results
         return node.all_input_nodes[0].target in VIEWS
     return node.target in VIEWS
 
 
 def _is_fused(node: Node) -> bool:
+    """Can it be part of another's kernel?"""
     target = node.target
     if _is_view(node) or target in REDUCTIONS or target in ELEMENTWISE:
         return True
