@@ -104,6 +104,8 @@ def run(cfg: Config, ranks: int) -> int:
 
 
 def _as_rank(cfg: Config) -> int:
+    import torch._dynamo  # noqa: F401  # as the first step would: its many small objects are no tensors
+
     ranks = join(cfg.distributed.timeout_s, cuda=False)
     try:
         return seen_by_malloc(lambda: steps(cfg, ranks))

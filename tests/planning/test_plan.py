@@ -79,6 +79,7 @@ def work(**changes) -> cost.Workload:
         weights=1_000_000,
         matrices=((500, 1000),),
         ns_steps=5,
+        update_bytes=28,
         flops_a_token=6e6,
         block_share=0.9,
         recomputed=False,

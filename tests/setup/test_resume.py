@@ -138,17 +138,20 @@ def test_more_steps_go_on_from_where_it_ended(short, caplog):
     assert any("planned for 4 steps, now for 6" in r.message for r in caplog.records if r.levelname == "WARNING")
 
 
-def test_momentum_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(place, caplog):
-    def momentum(summary: dict) -> set[str]:
+@pytest.mark.parametrize(
+    "optimizer, key, entry", [("muon_adamw", "momentum_dtype", "momentum_buffer"), ("adamw", "state_dtype", "exp_avg_sq")]
+)
+def test_state_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(place, caplog, optimizer, key, entry):
+    def formats(summary: dict) -> set[str]:
         state = load_file(Path(summary["checkpoint"]) / "optimizer.safetensors")
-        return {str(t.dtype).removeprefix("torch.") for name, t in state.items() if name.endswith("momentum_buffer")}
+        return {str(t.dtype).removeprefix("torch.") for name, t in state.items() if name.endswith(entry)}
 
-    bf16 = "optimizer.momentum_dtype=bf16"
-    whole, parts = (train("mid", name, *SHORT, bf16) for name in ("bf16_whole", "bf16_parts"))
+    bf16 = [f"optimizer={optimizer}", f"optimizer.{key}=bf16"]
+    whole, parts = (train("mid", f"{optimizer}_{name}", *SHORT, *bf16) for name in ("whole", "parts"))
     (Path(parts["checkpoint"]) / "manifest.json").unlink()  # as if the plug had been pulled after step 3
-    assert same_bits(whole, again(parts, bf16)) and momentum(whole) == {"bfloat16"}
-    changed = again(parts, "train.max_steps=6")
-    assert "optimizer.momentum_dtype bf16 -> fp32" in caplog.text and momentum(changed) == {"float32"}
+    assert same_bits(whole, again(parts, *bf16)) and formats(whole) == {"bfloat16"}
+    changed = again(parts, f"optimizer={optimizer}", "train.max_steps=6")
+    assert f"optimizer.{key} bf16 -> fp32" in caplog.text and formats(changed) == {"float32"}
 
 
 def test_an_interrupted_run_is_not_finished_by_asking_for_fewer_steps(short):

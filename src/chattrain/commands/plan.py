@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from chattrain.config import Config
-from chattrain.config.model import GPTConfig
+from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.words import Compile, Device
 from chattrain.data.passes import PassLimits
 from chattrain.errors import UserError
 from chattrain.planning import cost, show
 from chattrain.planning.data import count, shape_of
-from chattrain.planning.hardware import hardware_of
+from chattrain.planning.hardware import Hardware, hardware_of
 from chattrain.planning.memory import Memory, MicroBatchSpec, largest, step_memory
 from chattrain.planning.work import workload
 from chattrain.setup.compilation import choose, planned_work
@@ -48,13 +49,16 @@ def main(cfg: Config) -> dict:
         counts = count(data, limits, cfg.plan.world_size)
         work, groups = workload(cfg, data, start.checkpoint, counts)
         memory, fits = _memory(cfg, data, start, limits, hardware.usable)
-        step = cost.step_on(work, hardware, cfg.plan.mfu, cfg.plan.world_size)
-        rows = cost.scaling(work, hardware, cfg.plan.mfu)
+        mfu = cfg.plan.mfu or hardware.mfu
+        step = cost.step_on(work, hardware, mfu, cfg.plan.world_size)
+        rows = cost.scaling(work, hardware, mfu)
         hours = cost.hours_of(work, step)
         price = cfg.plan.price_per_gpu_hour
         facts = {
             "device": hardware.name,
             "world_size": cfg.plan.world_size,
+            "mfu": mfu,
+            "mfu_is": _source_of_mfu(cfg, hardware),
             "strategy": work.strategy,
             "parameters": groups,
             "parameters_total": sum(groups.values()),
@@ -82,8 +86,18 @@ def main(cfg: Config) -> dict:
         close_log()
 
 
+def _source_of_mfu(cfg: Config, hardware: Hardware) -> str:
+    if cfg.plan.mfu is not None:
+        return "as given"
+    return f"measured on this device with {hardware.measured.run}" if hardware.measured else "assumed"
+
+
 def _start(cfg: Config) -> Start:
-    """What the run would start from. A plan needs only sizes: where there are no weights yet, it warns and plans without."""
+    """What the run would start from. A plan needs only sizes: where there are no weights yet, it warns and plans without. Of a
+    Hugging Face folder, config.json and the tokenizer's files are enough."""
+    named = Path(cfg.init.source).expanduser()
+    if isinstance(cfg.model, HFModelConfig) and (named / "config.json").is_file():
+        return Start(named.resolve(), str(named))
     level = log.level
     log.setLevel(logging.WARNING)  # find_start would log a line for each run that it skips
     try:

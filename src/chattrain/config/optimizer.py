@@ -58,3 +58,4 @@ class AdamWConfig(ScaledOptimizerConfig):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.0  # matrices only
+    state_dtype: StateDType = StateDType.fp32  # in which the two moments are stored

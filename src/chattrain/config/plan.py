@@ -21,12 +21,12 @@ class PlanConfig:
     link_gb_s: float | None = None  # between devices of a host, in one direction
     network_gb_s: float | None = None  # from each device to other hosts, in one direction
     peak_tflops: float | None = None  # of each device, for dense matrix products in train.dtype
-    mfu: float = 0.4  # model FLOPs utilization of forward and backward, an assumption
+    mfu: float | None = None  # model FLOPs utilization of forward and backward
     price_per_gpu_hour: float | None = None  # in any currency; null: no cost
 
     def check(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise UserError(f"plan.{name}={value} must be above 0")
-        if self.mfu > 1:
+        if self.mfu is not None and self.mfu > 1:
             raise UserError(f"plan.mfu={self.mfu} is a share of the peak: at most 1")

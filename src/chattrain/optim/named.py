@@ -81,4 +81,5 @@ def _copy_for(value: Tensor, p: nn.Parameter, group: dict) -> Tensor:
     unfused optimizers."""
     if not value.ndim:
         return value.to(p.device, copy=True) if group.get("fused") else value.clone()
-    return value.to(p.device, group.get("momentum_dtype", value.dtype), copy=True)
+    dtype = group.get("momentum_dtype") or group.get("state_dtype") or value.dtype
+    return value.to(p.device, dtype, copy=True)

@@ -2,9 +2,8 @@
 
 Under FakeTensorMode every operation returns tensors of the right size and allocates nothing; torch's MemTracker counts what would
 be alive. It does not see contexts, workspaces inside kernels or what an allocator leaves unused: a fraction of the device is
-reserved for them (see hardware.py). torch.compile is not run, as that takes longer than a plan should: blocks are counted
-uncompiled, and the head as the one pass over the logits that its compilation makes of it. docs/planning.md compares the results
-with measurements.
+reserved for them (see hardware.py). Of compiled blocks the compiler says what they keep (compiled.py), and the compiled head is
+one pass over the logits. docs/planning.md compares the results with measurements.
 
 B rows, T tokens, V vocabulary.
 """
@@ -13,7 +12,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,19 @@ from chattrain.model import head
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.gpt import GPT
 from chattrain.optim import newton_schulz
+from chattrain.optim.adamw_bf16 import CHUNK_ELEMENTS, AdamWBF16
 from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.newton_schulz import MuonSettings
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy
+from chattrain.planning.compiled import CompiledBlocks
 from chattrain.planning.fake_ranks import fake_ranks
+from chattrain.planning.gpu_norm import FusedNorms
 from chattrain.planning.mem_tracker import CPU, StepMemTracker
 from chattrain.planning.model import fake_model
 from chattrain.setup.build import prepare_for_training
 
+CLEAR = 0.02  # share of the limit, in the search for the largest batch
 MIN_DOCUMENT = 64  # average tokens a document, for the size of cu_seqlens: real rows hold fewer and longer documents
 
 
@@ -70,14 +75,19 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: MicroBa
     cannot be built without weights.
     """
     kind = "cpu" if cfg.train.device.name == "cpu" else "cuda"
+    compiled = cfg.train.compile is not False
     bf16 = cfg.train.dtype.name != "fp32" if kind == "cuda" else device.use_bf16(cfg.train.dtype, CPU)
     with fake_ranks(world_size, copies=kind == "cpu") as ranks, FakeTensorMode():
-        model, strategy = _build_model(cfg, vocab_size, start, shape, kind, bf16, ranks)
+        model, strategy = _build_model(cfg, vocab_size, start, shape, kind, bf16, compiled, ranks)
         optimizer = instantiate_config(cfg.optimizer, model, strategy)
+        for part in optimizer.optimizers:
+            if isinstance(part, AdamWBF16):
+                part.chunk_elements = CHUNK_ELEMENTS[kind]
         tracker, kept = StepMemTracker(copies=kind == "cpu"), {}
         loss_of = _tracked_loss(model, tracker, device.autocast(bf16, CPU), kept)
         components = _components(cfg, model, loss_of, optimizer, strategy, ranks)
-        with warnings.catch_warnings():
+        as_on_a_gpu = FusedNorms() if kind == "cuda" and not compiled else nullcontext()
+        with warnings.catch_warnings(), as_on_a_gpu:
             warnings.filterwarnings("ignore", message="Expected a tensor or a traceable wrapper-subclass")
             _second_step(components, tracker, shape)
     at_peak = {name: size for name, size in tracker.at_peak.items() if name != "total"}
@@ -85,18 +95,20 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: MicroBa
 
 
 def _build_model(
-    cfg: Config, vocab_size: int, start: Path | None, shape: MicroBatchSpec, kind: str, bf16: bool, ranks: Ranks
+    cfg: Config, vocab_size: int, start: Path | None, shape: MicroBatchSpec, kind: str, bf16: bool, compiled: bool, ranks: Ranks
 ) -> tuple[CausalLM, ParallelStrategy]:
-    """The model as a run on a device of this kind would have it, uncompiled, on fake CPU tensors."""
+    """The model as a run on a device of this kind would have it, on fake CPU tensors. If compiled, its blocks take the memory of
+    compiled ones."""
     model = fake_model(cfg, vocab_size, start)
     if isinstance(model, GPT):
         # On a GPU block attention stands in for FlashAttention within documents, which takes as much memory.
-        compiled = cfg.train.compile is not False
         if compiled if kind == "cpu" else bf16 and shape.isolated:
             model.use_block_attention = True
         model.head_settings = _head_settings(kind, compiled)
     eager = replace(cfg, train=replace(cfg.train, compile=False))
     strategy = prepare_for_training(eager, model, CPU, ranks, bf16)
+    if compiled:
+        CompiledBlocks(on_gpu=kind == "cuda").replace_forward(model.blocks)
     # Products of whole matrices take as much memory as products of strips, in fewer operations. And no threads: a FakeTensorMode
     # holds for one thread only.
     strategy.muon_settings = MuonSettings(batch=newton_schulz.SETTINGS[kind].batch)
@@ -191,26 +203,31 @@ def fake_batch(shape: MicroBatchSpec) -> Batch:
 def _head_settings(kind: str, compiled: bool) -> head.HeadSettings:
     """The head's settings on a device of this kind: the fake tensors are on the CPU."""
     settings = head.head_settings(kind, compiled=False)
-    return replace(settings, losses_and_gradient=_fused_losses_and_gradient) if compiled else settings
+    fused = partial(_fused_losses_and_gradient, in_fp32=kind == "cpu")
+    return replace(settings, losses_and_gradient=fused) if compiled else settings
 
 
-def _fused_losses_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Allocates what the compiled function of head.py does: its results, and one number a row."""
-    return logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits)
+def _fused_losses_and_gradient(logits: Tensor, targets: Tensor, cap: float, in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """Allocates what the compiled function of head.py does: its results, one number a row, and in_fp32 (as a CPU's code needs it)
+    the capped logits, which take the place of logits that are fp32 already."""
+    capped = torch.empty_like(logits, dtype=torch.float32) if in_fp32 and logits.dtype != torch.float32 else None
+    losses, gradient = logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits)
+    del capped
+    return losses, gradient
 
 
 def largest(measure: Callable[[int], int], limit: float, first: int, most: int) -> int:
     """The largest number of rows, up to `most`, whose peak measure(rows) is within the limit; 0 if one row exceeds it.
 
     A secant search: memory is linear in rows but for chunks that are not full, so a line through two measured sizes guesses the
-    next one. Each size is measured once.
+    next one. Each size is measured once, and none that the line puts well above the limit.
 
     >>> largest(lambda rows: 10 + 7 * rows, limit=100, first=4, most=64)
     12
     """
     peaks = {first: measure(first)}
     fits, fails = (first, most + 1) if peaks[first] <= limit else (0, first)
-    while fails - fits > 1:
+    while fails - fits > 1 and not _is_beyond(peaks, limit, fits + 1):
         guess = _guess(peaks, limit, fits, fails)
         peaks[guess] = measure(guess)
         if peaks[guess] <= limit:
@@ -218,6 +235,15 @@ def largest(measure: Callable[[int], int], limit: float, first: int, most: int) 
         else:
             fails = guess
     return fits
+
+
+def _is_beyond(peaks: dict[int, int], limit: float, rows: int) -> bool:
+    """Is the line through the two measured peaks nearest to the limit more than CLEAR above it at this number of rows?"""
+    if len(peaks) == 1:
+        return False
+    one, other = sorted(peaks, key=lambda n: abs(peaks[n] - limit))[:2]
+    slope = (peaks[other] - peaks[one]) / (other - one)
+    return peaks[one] + slope * (rows - one) > limit * (1 + CLEAR)
 
 
 def _guess(peaks: dict[int, int], limit: float, fits: int, fails: int) -> int:

@@ -11,6 +11,10 @@ from chattrain.planning import cost
 from chattrain.planning.cost import Step, Workload
 from chattrain.planning.hardware import CONTEXT, FRAGMENTED
 
+# What remains, see docs/planning.md.
+MEMORY_ERROR = "peak within about 10 %"
+TIME_ERROR = "within about 10 % for full rows on one device that was measured, else only the order of magnitude"
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -55,7 +59,8 @@ def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
         "bytes sent a step and rank": f"{facts['bytes_sent_per_step'] / 1e9:.3g} GB",
         "time a step": f"{facts['seconds_per_step']:.3g} s: forward and backward {step.compute_s:.3g}, "
         f"update {step.update_s:.3g}, communication {step.communication_s:.3g}, of which {step.exposed_s:.3g} not overlapped",
-        "time": f"{_duration(facts['hours'])} without evaluation and checkpoints, at an assumed plan.mfu={cfg.plan.mfu}",
+        "time": f"{_duration(facts['hours'])} without evaluation and checkpoints, at plan.mfu={facts['mfu']}, {facts['mfu_is']}; "
+        f"{TIME_ERROR}",
     }
     if facts["cost"] is not None:
         pairs["cost"] = f"{facts['cost']:.3g} at {cfg.plan.price_per_gpu_hour} a GPU hour"
@@ -92,7 +97,8 @@ def _memory(facts: dict[str, Any]) -> dict[str, str]:
     pairs |= {f"peak in {phase}": _gib(size) for phase, size in memory["phases"].items()}
     fits = "fits" if facts["fits"] else "DOES NOT FIT"
     return pairs | {
-        "peak": f"{_gib(memory['peak'])}: {fits} in {_gib(usable)} (the device's, less {FRAGMENTED:.0%} and {_gib(CONTEXT)})"
+        "peak": f"{_gib(memory['peak'])}: {fits} in {_gib(usable)} (the device's, less {FRAGMENTED:.0%} and {_gib(CONTEXT)}); "
+        f"{MEMORY_ERROR}"
     }
 
 

@@ -8,12 +8,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chattrain.config import Config
-from chattrain.config.optimizer import MuonAdamWConfig
-from chattrain.config.words import ActivationCheckpointing, Strategy
+from chattrain.config.optimizer import AdamWConfig, MuonAdamWConfig
+from chattrain.config.words import ActivationCheckpointing, StateDType, Strategy
 from chattrain.optim import newton_schulz
 from chattrain.optim.groups import parameter_groups
 from chattrain.parallel.layout import Item, shard_group_size
-from chattrain.planning.cost import BF16, FP32, SCALES, Workload
+from chattrain.planning.cost import BF16, BF16_UPDATE_BYTES, FP32, SCALES, UPDATE_BYTES, Workload
 from chattrain.planning.data import Counts
 from chattrain.planning.model import fake_model
 from chattrain.setup.data import RunData
@@ -27,11 +27,13 @@ def workload(cfg: Config, data: RunData, start: Path | None, counts: Counts) -> 
         flops = model.flops_per_token(cfg.train.seq_len)
         head = 6 * model.lm_head.weight.numel()
     muon = cfg.optimizer if isinstance(cfg.optimizer, MuonAdamWConfig) else None
+    in_bf16 = isinstance(cfg.optimizer, AdamWConfig) and cfg.optimizer.state_dtype == StateDType.bf16
     sizes = {name: sum(p.numel() for p in members) for name, members in groups.items()}
     return Workload(
         weights=sum(sizes.values()),
         matrices=tuple((p.size(0), p.size(1)) for p in groups["matrix"]) if muon else (),
         ns_steps=muon.ns_steps if muon else 0,
+        update_bytes=BF16_UPDATE_BYTES if in_bf16 else UPDATE_BYTES,
         flops_a_token=flops,
         block_share=(flops - head) / flops,
         recomputed=cfg.train.activation_checkpointing == ActivationCheckpointing.block,
