@@ -42,17 +42,17 @@ class CompiledBlocks:
             self._runs = False
 
     def _forward(self, plain: Callable, compiled: Callable) -> Callable:
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds, and the compiler imports it anyway
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self._runs or not self.works:
                 return plain(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs) if torch.is_grad_enabled() else _without_gradient(compiled, args, kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except TorchDynamoException as error:
                 self.works = False
                 reason = str(error).strip().splitlines()[0]
-                log.warning(
-                    "torch.compile fails for the layers of %s, which run uncompiled, slower: %s", self.architecture, reason
-                )
+                log.warning("torch.compile cannot take the layers of %s; uncompiled, slower: %s", self.architecture, reason)
                 return plain(*args, **kwargs)
 
         return forward
@@ -63,4 +63,6 @@ def _without_gradient(compiled: Callable, args: tuple, kwargs: dict[str, Any]) -
     with torch.enable_grad():
         (args[0] if args else kwargs["hidden_states"]).requires_grad_()
         outputs = compiled(*args, **kwargs)
-    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+    if isinstance(outputs, Tensor):
+        return outputs.detach()
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in outputs)

@@ -28,9 +28,7 @@ class HeadSettings:
     """How head and loss are computed. All settings give the same result, to rounding."""
 
     chunk_elements: int  # logits a chunk, R x V
-    losses_and_gradient: Callable[
-        [Tensor, Tensor, float | None], tuple[Tensor, Tensor]
-    ]  # from a chunk's logits, targets, the cap
+    losses_and_gradient: Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]  # from a chunk's logits, targets, cap
     dynamic: bool = False  # is that function compiled once for any number of rows?
 
 
@@ -137,15 +135,15 @@ def _chunks(
 
 def _losses_and_gradient(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """From logits (R, V) before the cap and targets (R,): the losses, fp32 (R,), and the gradient of their sum on the logits."""
-    tanh = None if cap is None else torch.tanh(logits.float() / cap)
-    capped = logits.float() if tanh is None else tanh * cap
+    capped, slope = logits.float(), None
+    if cap is not None:
+        tanh = torch.tanh(capped / cap)
+        capped, slope = tanh * cap, 1 - tanh * tanh
     log_sum = capped.logsumexp(dim=1, keepdim=True)
     losses = log_sum[:, 0] - capped.gather(1, targets[:, None])[:, 0]
     one_hot = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
     grad = (capped - log_sum).exp() - one_hot.float()
-    if tanh is not None:
-        grad = grad * (1 - tanh * tanh)
-    return losses, grad.to(logits.dtype)
+    return losses, (grad if slope is None else grad * slope).to(logits.dtype)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -79,8 +79,8 @@ class HFModel(CausalLM):
             self.head = OwnHead(self.inner)
         if isinstance(self.head, OwnHead):
             log.warning(
-                "the head of %s is not a linear layer with a factor or a soft cap: its own is used, whose logits of all tokens at "
-                "once take rows x tokens x %d numbers, several times over",
+                "the head of %s is not a linear layer with a factor or a soft cap: its own is used, and the logits of all "
+                "tokens, rows x tokens x %d, exist at once, several times over",
                 self.inner.config.model_type,
                 self.vocab_size,
             )

@@ -75,7 +75,7 @@ def isolates(features: Any, ids: Tensor) -> str | None:
     except (TypeError, ValueError, RuntimeError) as error:  # a forward that takes no further arguments, or _attention's own
         return str(error)
     if (together - alone).abs().max() > TOLERANCE * alone.abs().max():
-        return "it computes something else between its layers"
+        return "its layers give other numbers with our attention"
     return None
 
 
