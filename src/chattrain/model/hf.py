@@ -131,7 +131,7 @@ class HFModel(CausalLM):
         """Arguments of the model's forward that choose its attention."""
         varlen = has_varlen(inputs.device, self.head_dim)
         keeps = self.keeps_attention
-        if self.window is not None and inputs.size(1) > self.window:
+        if keeps is None and self.window is not None and inputs.size(1) > self.window:
             keeps = f"rows of {inputs.size(1)} tokens are longer than its attention window of {self.window}"
         if keeps is not None:
             if positions is not None and (varlen or self.use_block_attention):

@@ -189,11 +189,11 @@ def fake_batch(shape: MicroBatchSpec) -> Batch:
 
 def _head_settings(kind: str, compiled: bool) -> head.HeadSettings:
     """The head's settings on a device of this kind: the fake tensors are on the CPU."""
-    settings = head.head_settings(kind, compiled=False)
-    return replace(settings, losses_and_gradient=_fused_losses_and_gradient) if compiled else settings
+    settings = head.head_settings(kind, compiled)
+    return replace(settings, losses_and_gradient=_fused_losses_and_gradient, dynamic=False) if compiled else settings
 
 
-def _fused_losses_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def _fused_losses_and_gradient(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """Allocates what the compiled function of head.py does: its results, and one number a row."""
     return logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits)
 
