@@ -72,6 +72,30 @@ def write_tokenizer(
     return folder
 
 
+def tiny_model(kind: str, **changes):
+    """A random model of three layers. Heads: a cap (`gemma2`), a factor (`cohere`, `granite`), a bias (`phi`), or neither."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 340, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.1}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256}
+    others = {
+        "gemma2": {"final_logit_softcapping": 3.0, "head_dim": 16, "sliding_window": 16},
+        "granite": {"logits_scaling": 6.0, "attention_multiplier": 0.1, "residual_multiplier": 0.3},
+        "cohere": {"logit_scale": 0.25},
+        "mistral": {"sliding_window": 16},
+    }
+    grouped = {} if kind == "gpt2" else {"intermediate_size": 96, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes | special | grouped | others.get(kind, {}) | changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for p in model.parameters():
+            if p.ndim == 1:  # norms and biases
+                p.data.add_(0.1 * torch.randn_like(p))
+    return model
+
+
 def write_model(folder: Path, kind: str = "llama", **tokenizer) -> Path:
     """A folder as from_pretrained wants it: `llama` (untied, grouped queries) or `qwen` (tied, biases, a padded vocabulary)."""
     import torch

@@ -166,10 +166,6 @@ def test_a_model_whose_layers_are_not_marked_is_refused():
     transformers = pytest.importorskip("transformers")
     from chattrain.model.hf import HFModel
 
-    class Unmarked(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config = transformers.LlamaConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1)
-
+    unmarked = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, hidden_size=32, num_hidden_layers=0))
     with pytest.raises(UserError, match=r"train.activation_checkpointing=block.*llama.*activation_checkpointing=none"):
-        HFModel(Unmarked(), {}).checkpoint_activations(selective=False)
+        HFModel(unmarked, {}).checkpoint_activations(selective=False)

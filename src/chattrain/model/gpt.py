@@ -24,7 +24,7 @@ from chattrain.model.attention import Attend, attention, choose_attention, has_v
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import compile_each
 from chattrain.model.elementwise import norm, rotated_norm, squared_relu
-from chattrain.model.head import HeadSettings, compute_dtype, head_settings, summed_loss, token_losses
+from chattrain.model.head import HeadSettings, compute_dtype, head_settings, in_places, summed_loss, supervised, token_losses
 from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
 from chattrain.storage.tensors import fill_model, unique_tensors
@@ -193,24 +193,13 @@ class GPT(CausalLM):
         return losses.view(targets.shape)
 
     def loss(self, batch: Batch) -> Tensor:
-        features, targets = self._supervised(batch)
+        features, targets = supervised(self.features(batch.inputs, batch.positions, batch.cu_seqlens), batch)
         return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self._head_settings)
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
-        features, targets = self._supervised(batch)
-        found = token_losses(features, self.lm_head.weight, targets, LOGIT_CAP, self._head_settings)
-        if batch.target_indices is None:
-            return found.view(batch.targets.shape)
-        return found.new_zeros(batch.targets.numel()).index_put_((batch.target_indices,), found).view(batch.targets.shape)
-
-    def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Inputs of the head (N, C) and targets (N,) of the supervised tokens: the head is computed for them only."""
-        features = self.features(batch.inputs, batch.positions, batch.cu_seqlens).flatten(0, 1)
-        targets = batch.targets.flatten()
-        if batch.target_indices is not None:
-            features, targets = features[batch.target_indices], targets[batch.target_indices]
-        return features, targets
+        features, targets = supervised(self.features(batch.inputs, batch.positions, batch.cu_seqlens), batch)
+        return in_places(token_losses(features, self.lm_head.weight, targets, LOGIT_CAP, self._head_settings), batch)
 
     @property
     def _head_settings(self) -> HeadSettings:

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from chattrain.data.batch import Batch
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits a chunk, R x V: a CPU's last-level cache; 1 GiB on a GPU
 
@@ -25,31 +28,53 @@ class HeadSettings:
     """How head and loss are computed. All settings give the same result, to rounding."""
 
     chunk_elements: int  # logits a chunk, R x V
-    losses_and_gradient: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # from a chunk's logits, targets and the cap
+    losses_and_gradient: Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]  # from a chunk's logits, targets, cap
     dynamic: bool = False  # is that function compiled once for any number of rows?
 
 
 def head_settings(device_type: str, compiled: bool) -> HeadSettings:
-    """The settings of training on a type of device."""
+    """The settings of training on a type of device. Uncompiled, each logit takes several fp32 numbers: on a GPU, where a chunk is
+    large, it is then smaller by as much."""
     chunk_elements = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cpu"])
+    if device_type == "cuda" and not compiled:
+        chunk_elements //= 4
     return HeadSettings(chunk_elements, _compiled() if compiled else _losses_and_gradient, dynamic=compiled)
 
 
-def summed_loss(features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
+def supervised(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of features (B, T, any) the rows (N, any) of the supervised tokens, and their targets (N,)."""
+    features, targets = features.flatten(0, 1), batch.targets.flatten()
+    if batch.target_indices is None:
+        return features, targets
+    return features[batch.target_indices], targets[batch.target_indices]
+
+
+def in_places(losses: Tensor, batch: Batch) -> Tensor:
+    """Losses (N,) of the supervised tokens in their places in the batch (B, T), 0 elsewhere."""
+    if batch.target_indices is None:
+        return losses.view(batch.targets.shape)
+    return losses.new_zeros(batch.targets.numel()).index_put_((batch.target_indices,), losses).view(batch.targets.shape)
+
+
+def summed_loss(
+    features: Tensor, weight: Tensor, targets: Tensor, cap: float | None, settings: HeadSettings, bias: Tensor | None = None
+) -> Tensor:
     """Sum of the cross-entropies of features (N, C) against targets (N,), in nats, of dtype `sum_dtype`.
 
-    Targets are token ids; none is ignored. Logits are cap x tanh(x / cap), where x is features times weight (V, C) transposed.
-    Under autocast the matrix products are in its dtype.
+    Targets are token ids; none is ignored. Logits are cap x tanh(x / cap), or x where the cap is None; x is features times weight
+    (V, C) transposed, plus the bias (V,). Under autocast the matrix products are in its dtype.
     """
-    return _SummedLoss.apply(features, weight, targets, cap, settings)
+    return _SummedLoss.apply(features, weight, bias, targets, cap, settings)
 
 
-def token_losses(features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
+def token_losses(
+    features: Tensor, weight: Tensor, targets: Tensor, cap: float | None, settings: HeadSettings, bias: Tensor | None = None
+) -> Tensor:
     """The cross-entropies that `summed_loss` sums, fp32 (N,), without gradients: its own function makes them, chunk by chunk."""
     dtype = compute_dtype(weight)
     losses = torch.empty(targets.shape, dtype=torch.float32, device=features.device)
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        for rows, found, _ in _chunks(features.to(dtype), weight.to(dtype), targets, cap, settings):
+        for rows, found, _ in _chunks(features.to(dtype), weight.to(dtype), _to(bias, dtype), targets, cap, settings):
             losses[rows] = found
     return losses
 
@@ -68,52 +93,66 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings) -> Tensor:
+    def forward(
+        ctx, features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, settings: HeadSettings
+    ) -> Tensor:
         dtype = compute_dtype(weight)
-        x, w = features.detach().to(dtype), weight.detach().to(dtype)
+        x, w, b = features.detach().to(dtype), weight.detach().to(dtype), _to(bias, dtype)
         total = torch.zeros((), dtype=sum_dtype(x.device), device=x.device)
         grad_x = torch.empty_like(x)
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            for rows, losses, grad in _chunks(x, w, targets, cap, settings):
+            for rows, losses, grad in _chunks(x, w, b, targets, cap, settings):
                 total += losses.sum(dtype=total.dtype)
                 grad_x[rows] = grad @ w
                 grad_w += grad.T @ x[rows]
-        ctx.save_for_backward(grad_x, grad_w)
-        ctx.dtypes = features.dtype, weight.dtype
+                if grad_b is not None:
+                    grad_b += grad.sum(dim=0, dtype=torch.float32)
+        ctx.save_for_backward(grad_x, grad_w, grad_b)
+        ctx.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        grad_x, grad_w = ctx.saved_tensors
-        return (grad_x * upstream).to(ctx.dtypes[0]), (grad_w * upstream).to(ctx.dtypes[1]), None, None, None
+        grads = (
+            None if grad is None else (grad * upstream).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*grads, None, None, None)
 
 
 def _chunks(
-    features: Tensor, weight: Tensor, targets: Tensor, cap: float, settings: HeadSettings
+    features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, settings: HeadSettings
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of a chunk, their losses fp32 (R,), and the gradients on their logits before the cap (R, V)."""
     size = max(64, settings.chunk_elements // len(weight))
     for start in range(0, len(features), size):
         rows = slice(start, start + size)
-        logits, row_targets = features[rows] @ weight.T, targets[rows]
+        logits, row_targets = F.linear(features[rows], weight, bias), targets[rows]
         if settings.dynamic:
             for tensor in (logits, row_targets):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         yield rows, *settings.losses_and_gradient(logits, row_targets, cap)
 
 
-def _losses_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def _losses_and_gradient(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """From logits (R, V) before the cap and targets (R,): the losses, fp32 (R,), and the gradient of their sum on the logits."""
-    tanh = torch.tanh(logits.float() / cap)
-    capped = tanh * cap
+    capped, slope = logits.float(), None
+    if cap is not None:
+        tanh = torch.tanh(capped / cap)
+        capped, slope = tanh * cap, 1 - tanh * tanh
     log_sum = capped.logsumexp(dim=1, keepdim=True)
     losses = log_sum[:, 0] - capped.gather(1, targets[:, None])[:, 0]
     one_hot = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
-    grad = ((capped - log_sum).exp() - one_hot.float()) * (1 - tanh * tanh)
-    return losses, grad.to(logits.dtype)
+    grad = (capped - log_sum).exp() - one_hot.float()
+    return losses, (grad if slope is None else grad * slope).to(logits.dtype)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(dtype)
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
+def _compiled() -> Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]:
     return torch.compile(_losses_and_gradient)

@@ -5,7 +5,8 @@ B rows, T tokens, V vocabulary, L choices.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from torch import Tensor, nn
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
-from chattrain.model.attention import document_mask
+from chattrain.model import hf_attention
+from chattrain.model.attention import choose_attention, has_varlen
 from chattrain.model.causal_lm import CausalLM
-from chattrain.model.compiling import compile_each
-from chattrain.model.head import sum_dtype
+from chattrain.model.compiling import CompiledBlocks
+from chattrain.model.head import HeadSettings, compute_dtype, head_settings, in_places, supervised
+from chattrain.model.hf_head import ChunkedHead, OwnHead, choose_head, is_right
 from chattrain.model.recompute import recompute
 from chattrain.storage.files import read_json
 from chattrain.storage.tensors import unique_tensors
+
+log = logging.getLogger("chattrain")
 
 # Text files that a checkpoint holds beside the weights, so that transformers loads the checkpoint itself.
 FILES = ("config.json", "generation_config.json")
@@ -55,9 +60,35 @@ class HFModel(CausalLM):
     def __init__(self, inner: Any, files: dict[str, str]):
         super().__init__()
         self.inner, self.files = inner, files
-        self.compiles = False  # see compile_blocks
         config = inner.config.get_text_config()
         self.vocab_size, self.n_embd, self.n_layer = config.vocab_size, config.hidden_size, config.num_hidden_layers
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head = choose_head(inner)
+        self.head_settings: HeadSettings | None = None  # None: those of the device
+        self.compiled: CompiledBlocks | None = None  # see compile_blocks
+        self.compiles, self.use_block_attention = False, False
+        self.window = hf_attention.window(config)
+        self.keeps_attention = hf_attention.use_interface(inner)  # why attention is the model's own; None: it is ours
+        self._said: set[str] = set()
+        inner.get_input_embeddings().register_forward_hook(_in_compute_dtype)
+
+    def check(self) -> HFModel:
+        """Compare head and attention with the model's own, on random tokens, and use the model's own where they differ."""
+        ids = torch.randint(0, self.vocab_size, (2, hf_attention.PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        if isinstance(self.head, ChunkedHead) and not is_right(self.head, ids):
+            self.head = OwnHead(self.inner)
+        if isinstance(self.head, OwnHead):
+            log.warning(
+                "the head of %s is not a linear layer with a factor or a soft cap: its own is used, and the logits of all "
+                "tokens, rows x tokens x %d, exist at once, several times over",
+                self.inner.config.model_type,
+                self.vocab_size,
+            )
+        if self.keeps_attention is None:
+            self.keeps_attention = hf_attention.isolates(self.head.features, ids)
+            if self.keeps_attention is not None:
+                hf_attention.own_attention(self.inner)
+        return self
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by the names that transformers uses."""
@@ -85,25 +116,49 @@ class HFModel(CausalLM):
 
         positions (B, T) begin at 0 with each document of a row: attention then stays within a document.
         """
-        logits = self.features(inputs, positions).float()
+        packed = {} if positions is None else {"position_ids": positions}
+        logits = self.inner(input_ids=inputs, use_cache=False, **packed).logits.float()
         if targets is None:
             return logits
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view(targets.shape)
 
     def features(self, inputs: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        packed = {} if positions is None else {"position_ids": positions, "attention_mask": document_mask(positions)}
-        return self.inner(input_ids=inputs, use_cache=False, **packed).logits
+        with nullcontext() if self.compiled is None else self.compiled.running():
+            return self.head.features(input_ids=inputs, **self._attention(inputs, positions, cu_seqlens))
+
+    def _attention(self, inputs: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of the model's forward that choose its attention."""
+        varlen = has_varlen(inputs.device, self.head_dim)
+        keeps = self.keeps_attention
+        if keeps is None and self.window is not None and inputs.size(1) > self.window:
+            keeps = f"rows of {inputs.size(1)} tokens are longer than its attention window of {self.window}"
+        if keeps is not None:
+            if positions is not None and (varlen or self.use_block_attention):
+                self._say_once(f"{self.inner.config.model_type} keeps its own attention, with masks, slower: {keeps}")
+            return {} if positions is None else {"position_ids": positions}
+        if cu_seqlens is not None and self.compiles:
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one compilation for any number of documents
+        attend = choose_attention(positions, cu_seqlens if varlen else None, self.use_block_attention)
+        return hf_attention.arguments(attend, positions, inputs)
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning(message)
 
     def loss(self, batch: Batch) -> Tensor:
-        logits, targets = self.features(batch.inputs, batch.positions).flatten(0, 1), batch.targets.flatten()
-        if batch.target_indices is not None:
-            logits, targets = logits[batch.target_indices], targets[batch.target_indices]
-        return F.cross_entropy(logits.float(), targets, reduction="none").sum(dtype=sum_dtype(logits.device))
+        features, targets = supervised(self.features(batch.inputs, batch.positions, batch.cu_seqlens), batch)
+        return self.head.summed_loss(features, targets, self._head_settings)
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
-        return self(*batch.arguments)
+        features, targets = supervised(self.features(batch.inputs, batch.positions, batch.cu_seqlens), batch)
+        return in_places(self.head.token_losses(features, targets, self._head_settings), batch)
+
+    @property
+    def _head_settings(self) -> HeadSettings:
+        return self.head_settings or head_settings(self.lm_head.weight.device.type, self.compiles)
 
     def checkpoint_activations(self, selective: bool) -> None:
         """Trade time for memory, see `recompute`. To be called before `compile_blocks`.
@@ -126,30 +181,19 @@ class HFModel(CausalLM):
         return [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def compile_blocks(self, dynamic: bool) -> None:
-        self.compiles = True
-        compile_each(self.blocks, dynamic)
+        self.use_block_attention, self.compiles = self.lm_head.weight.device.type == "cpu", True
+        architecture = self.inner.config.model_type
+        if not self.blocks:
+            log.warning("transformers marks no layers of %s: they run without torch.compile, slower", architecture)
+        self.compiled = CompiledBlocks(self.blocks, dynamic, architecture)
 
     @torch.no_grad()
     def choice_logits(self, inputs: Tensor, positions: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
-        kept, indices = positions.unique(return_inverse=True)
-        with self._head_in_fp32():
-            logits = self.inner(input_ids=inputs, use_cache=False, logits_to_keep=kept).logits  # (B, kept, V)
-        logits = logits[torch.arange(len(inputs), device=inputs.device), indices].float()  # (B, V)
+        own_head = isinstance(self.head, OwnHead)  # then all is computed in fp32: in bf16 there would be ties
+        with torch.autocast(inputs.device.type, enabled=False) if own_head else nullcontext():
+            features = self.head.features(input_ids=inputs, **self._attention(inputs))
+        logits = self.head.logits(features[torch.arange(len(inputs), device=inputs.device), positions])  # (B, V)
         return logits.gather(1, choices), logits.logsumexp(dim=1)
-
-    @contextmanager
-    def _head_in_fp32(self):
-        """Compute the head in fp32 within this context: under autocast its logits would be bf16, with ties."""
-
-        def recompute_head(head: nn.Linear, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-            with torch.autocast(logits.device.type, enabled=False):
-                return F.linear(arguments[0].float(), head.weight.float(), None if head.bias is None else head.bias.float())
-
-        hook = self.lm_head.register_forward_hook(recompute_head)
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def new_cache(self, padding: Tensor, max_tokens: int) -> HFCache:
         """An empty key-value cache; the first padding (B,) of max_tokens tokens in each row are padding."""
@@ -179,7 +223,7 @@ def build(vocab_size: int, start: Path, seed: int) -> HFModel:
     model = HFModel(_load(start), files)
     if vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer of {start} has {vocab_size} tokens, its model only {model.vocab_size}")
-    return model.train()
+    return model.check().train()
 
 
 def check_start(folder: Path, seq_len: int) -> None:
@@ -200,6 +244,11 @@ def check_start(folder: Path, seq_len: int) -> None:
             f"train.seq_len={seq_len} is more than the {longest} positions of the model in {folder}; set "
             f"train.seq_len={longest} or less"
         )
+
+
+def _in_compute_dtype(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+    """A forward hook: the stream of a pass begins in bf16 under autocast. transformers' norms compute in fp32 inside."""
+    return embedded.to(compute_dtype(embedded))
 
 
 def _load(folder: Path) -> nn.Module:

@@ -202,12 +202,12 @@ def fake_batch(shape: MicroBatchSpec) -> Batch:
 
 def _head_settings(kind: str, compiled: bool) -> head.HeadSettings:
     """The head's settings on a device of this kind: the fake tensors are on the CPU."""
-    settings = head.head_settings(kind, compiled=False)
+    settings = head.head_settings(kind, compiled)
     fused = partial(_fused_losses_and_gradient, in_fp32=kind == "cpu")
-    return replace(settings, losses_and_gradient=fused) if compiled else settings
+    return replace(settings, losses_and_gradient=fused, dynamic=False) if compiled else settings
 
 
-def _fused_losses_and_gradient(logits: Tensor, targets: Tensor, cap: float, in_fp32: bool) -> tuple[Tensor, Tensor]:
+def _fused_losses_and_gradient(logits: Tensor, targets: Tensor, cap: float | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
     """Allocates what the compiled function of head.py does: its results, one number a row, and in_fp32 (as a CPU's code needs it)
     the capped logits, which take the place of logits that are fp32 already."""
     capped = torch.empty_like(logits, dtype=torch.float32) if in_fp32 and logits.dtype != torch.float32 else None
