@@ -22,6 +22,7 @@ from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import compile_each
 from chattrain.model.head import sum_dtype
 from chattrain.model.hf_generate import HFCache
+from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
 from chattrain.storage.files import read_json
 from chattrain.storage.tensors import unique_tensors
@@ -134,12 +135,11 @@ class HFModel(CausalLM):
         finally:
             hook.remove()
 
-    def new_cache(self, padding: Tensor, max_tokens: int) -> HFCache:
-        """An empty key-value cache; the first padding (B,) of max_tokens tokens in each row are padding."""
-        return hf_generate.new_cache(padding, max_tokens)
+    def new_cache(self, rows: int, max_tokens: int) -> KVCache | HFCache:
+        return hf_generate.new_cache(self.inner, rows, max_tokens)
 
-    def next_logits(self, inputs: Tensor, cache: HFCache) -> Tensor:
-        return hf_generate.next_logits(self.inner, inputs, cache)
+    def next_logits(self, inputs: Tensor, cache: KVCache | HFCache, counts: Tensor | None = None) -> Tensor:
+        return hf_generate.next_logits(self.inner, inputs, cache, counts)
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
