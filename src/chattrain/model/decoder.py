@@ -1,7 +1,7 @@
 """The passes of generation: a prompt in one pass, then a token a pass, as fast as the device allows.
 
 - Under autocast, weights are cast once for all passes (2 bytes a weight while it generates), not in every pass.
-- On CUDA a pass of one token is recorded as a CUDA graph and replayed: to start its kernels one by one takes several times as long
+- On CUDA a pass of one token is recorded as a CUDA graph and replayed: to start its kernels one by one takes many times as long
   as they run. Recording takes as long as a few passes, so it pays in every reply, where compiling would pay after thousands.
 - On a CPU, products of few rows are computed as in thin.py, and a row that has ended leaves the batch.
 

@@ -69,7 +69,7 @@ def next_logits(inner: Any, inputs: Tensor, cache: KVCache | HFCache, counts: Te
 
 
 def _sees_all(inner: Any, max_tokens: int) -> bool:
-    """Does a token see all of max_tokens tokens before it, in every layer? Not with states in place of keys, or narrow windows."""
+    """Does a token see all of max_tokens tokens before it, in every layer? Not with states in place of keys or short windows."""
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) or max_tokens

@@ -24,7 +24,8 @@ class KVCache:
 
     def __init__(self, rows: int, max_tokens: int, device: torch.device, recordable: bool = True):
         """max_tokens: the space S of each row. recordable: may the model's passes be recorded, as none waits for the device?"""
-        self.max_tokens, self.recordable, self.static = max_tokens, recordable, False
+        self.max_tokens = max_tokens + -max_tokens % 16  # masks of this width are what kernels take as they are
+        self.recordable, self.static = recordable, False
         self.lengths = [0] * rows  # tokens of each row
         self.rotary: tuple[Tensor, Tensor] | None = None  # tables of a GPT, held here because recorded passes read them
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # the same on the device
@@ -38,12 +39,12 @@ class KVCache:
         offsets = torch.arange(count, device=self._lengths.device)
         self._positions = self._lengths[: len(self.lengths), None] + offsets
         self._rows = torch.arange(len(self.lengths), device=offsets.device)[:, None]
-        window, shortest = self.window(count), min(self.lengths) + 1
-        alike = count == 1 and shortest == window and not self.static  # every row sees all keys of the window
-        keys = torch.arange(window, device=offsets.device)
-        self._mask = (
-            None if alike or not any(self.lengths) else (keys <= self._positions[..., None])[:, None]
-        )  # (B, 1, T, window)
+        window = self.window(count)
+        alike = count == 1 and min(self.lengths) + 1 == window  # every row sees all keys of the window
+        self._mask = None
+        if any(self.lengths) and (self.static or not alike):
+            keys = torch.arange(window, device=offsets.device)
+            self._mask = (keys <= self._positions[..., None])[:, None]  # (B, 1, T, window)
         return self._positions
 
     def window(self, count: int) -> int:
@@ -67,7 +68,8 @@ class KVCache:
         if not any(self.lengths):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
         window = self.window(q.size(2))
-        return attend_to_cache(q, keys[:, :, :window], values[:, :, :window], self._mask, scale)
+        knows_groups = q.device.type == "cpu"
+        return attend_to_cache(q, keys[:, :, :window], values[:, :, :window], self._mask, scale, knows_groups)
 
     def advance(self, counts: list[int]) -> None:
         """Each row has `counts` tokens more."""
@@ -98,13 +100,16 @@ class KVCache:
         return keys[: len(k)], values[: len(k)]
 
 
-def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
-    """Attention of q (B, H, T, D) to keys and values (B, H or a divisor, window, D). mask (B, 1, T, window): None sees all.
+def attend_to_cache(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None, knows_groups: bool
+) -> Tensor:
+    """Attention of q (B, H, T, D) to keys and values (B, H or a divisor, window, D). mask (B, 1, T, window); None: all are seen.
 
-    Off the CPU, the heads that share keys become the queries of one head where T is 1: masked kernels there know no groups.
+    knows_groups: the device's masked kernel takes fewer heads of keys than of queries. Otherwise, where T is 1, the heads that
+    share keys become the queries of one head.
     """
     grouped = q.size(1) != keys.size(1)
-    if not grouped or q.device.type == "cpu" or q.size(2) > 1:
+    if not grouped or knows_groups or q.size(2) > 1:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    together = q.view(len(q), keys.size(1), -1, q.size(3))
+    together = q.reshape(len(q), keys.size(1), -1, q.size(3))
     return F.scaled_dot_product_attention(together, keys, values, attn_mask=mask, scale=scale).reshape(*q.shape[:3], -1)
