@@ -1,10 +1,10 @@
 """Tokens a second of greedy replies, 1 and 32 prompts together, against `generate` of transformers with the same weights in the
 same dtype: d12, which transformers has as NanoChat, and a model of Qwen3-0.6B's shape through `model=hf`. Weights are random.
 
-The seconds are those of the whole call: prompts of 32 tokens, recorded CUDA graphs, and 256 new tokens, or fewer with --quick,
-as `python -m benchmarks` runs it on a CPU. Few tokens are the harder case, as a cache that is copied for each costs more the
-longer it is. Both sides take turns. In bf16 ours runs under autocast and casts its fp32 weights in each call; the other side's
-weights are bf16. Each of our tokens must be the likeliest by transformers without a cache, to rounding.
+The seconds are those of whole calls: prompts of 32 tokens, the recording of CUDA graphs, and 256 new tokens. On two cores that is
+20 minutes, so --quick, and `python -m benchmarks` on a CPU, take 8 tokens in the middle of such replies: caches are filled with
+160 tokens that mean nothing. Both sides take turns. In bf16 ours runs under autocast and casts its fp32 weights in each call; the
+other side's weights are bf16. Each token of ours must be the likeliest by transformers without a cache, to rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,17 +25,19 @@ from chattrain.config.words import Device, DType
 from chattrain.device import autocast, pick_device, use_bf16
 from chattrain.formats.huggingface import BLOCK_NAMES, EPS, OUTER_NAMES
 from chattrain.model.causal_lm import CausalLM
+from chattrain.model.decoder import Decoder
 from chattrain.model.generate import generate_batch
 from chattrain.model.gpt import GPT, LOGIT_CAP, ROPE_BASE
 from chattrain.model.hf import HFModel
 
-PROMPT_TOKENS, NEW_TOKENS, QUICK_TOKENS, TURNS, BATCHES = 32, 256, 16, 3, (1, 32)
+PROMPT_TOKENS, NEW_TOKENS, QUICK_TOKENS, TURNS, BATCHES = 32, 256, 8, 3, (1, 32)
+MIDDLE = PROMPT_TOKENS + NEW_TOKENS // 2  # tokens of a row in the middle of its reply
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="auto", choices=[device.name for device in Device])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_TOKENS} new tokens in place of {NEW_TOKENS}")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_TOKENS} tokens of each reply")
     arguments = parser.parse_args()
     show(measure(Device[arguments.device], arguments.quick))
 
@@ -42,7 +45,7 @@ def main() -> None:
 def measure(setting: Device = Device.auto, quick: bool | None = None) -> list[dict]:
     """quick: None for yes on a CPU, and no elsewhere."""
     device = pick_device(setting)
-    count = QUICK_TOKENS if quick or (quick is None and device.type == "cpu") else NEW_TOKENS
+    quick = device.type == "cpu" if quick is None else quick
     rows = []
     for name, make in (("d12", d12), ("Qwen3-0.6B", qwen3)):
         ours, peer = make(device)
@@ -51,43 +54,71 @@ def measure(setting: Device = Device.auto, quick: bool | None = None) -> list[di
                 peer = in_bf16(peer)
             for batch in BATCHES:
                 rows.append(
-                    compare(f"replies, {name}, {'bf16' if bf16 else 'fp32'}, batch {batch}", ours, peer, bf16, batch, count)
+                    compare(f"replies, {name}, {'bf16' if bf16 else 'fp32'}, batch {batch}", ours, peer, bf16, batch, quick)
                 )
                 print(rows[-1], file=sys.stderr)
     return rows
 
 
-def compare(case: str, ours: CausalLM, peer: Any, bf16: bool, batch: int, count: int) -> dict:
-    device = ours.lm_head.weight.device
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(0, ours.vocab_size, (batch, PROMPT_TOKENS), generator=generator)
+def compare(case: str, ours: CausalLM, peer: Any, bf16: bool, batch: int, quick: bool) -> dict:
+    number_format = autocast(bf16, ours.lm_head.weight.device)
+    prompts = torch.randint(0, ours.vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
 
     def reply(tokens: int) -> list[list[int]]:
-        with autocast(bf16, device):
+        with number_format:
             return generate_batch(ours, prompts.tolist(), tokens, stop_ids=set())
 
     def peer_reply(tokens: int) -> list[list[int]]:
-        ids = prompts.to(device)
-        out = peer.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        return out[:, PROMPT_TOKENS:].tolist()
+        return peer_generate(peer, prompts.to(peer.device), tokens, None)
 
-    reply(4), peer_reply(4)  # warm up
-    seconds: tuple[list[float], list[float]] = ([], [])
-    replies: list[list[int]] = []
-    for _ in range(TURNS):
-        replies = timed(reply, count, seconds[0])
-        timed(peer_reply, count, seconds[1])
-    check(peer, prompts[:2].tolist(), replies[:2], 0.1 if bf16 else 1e-3)
-    return row(case, batch * count, "tokens", *map(statistics.median, seconds))
+    check(peer, prompts[:2].tolist(), [reply[:QUICK_TOKENS] for reply in reply(QUICK_TOKENS)[:2]], 0.1 if bf16 else 1e-3)
+    if quick:
+        functions = middle_of_ours(ours, batch, number_format), lambda: middle_of_peer(peer, batch)
+    else:
+        functions = (lambda: seconds_of(reply, NEW_TOKENS)), (lambda: seconds_of(peer_reply, NEW_TOKENS))
+    seconds = [[function() for function in functions] for _ in range(1 + TURNS)][1:]  # the first warms up
+    count = QUICK_TOKENS if quick else NEW_TOKENS
+    return row(case, batch * count, "tokens", *(statistics.median(side) for side in zip(*seconds, strict=True)))
 
 
-def timed(reply: Callable[[int], list[list[int]]], tokens: int, seconds: list[float]) -> list[list[int]]:
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
     begun = time.perf_counter()
-    replies = reply(tokens)
-    seconds.append(time.perf_counter() - begun)
-    return replies
+    function(*arguments)
+    return time.perf_counter() - begun
+
+
+def peer_generate(peer: Any, ids: torch.Tensor, tokens: int, cache: Any) -> list[list[int]]:
+    """The cache holds all of ids (B, T) but the last, or is None."""
+    mask = torch.ones_like(ids)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": tokens}
+    return peer.generate(ids, attention_mask=mask, past_key_values=cache, **settings)[:, ids.size(1) :].tolist()
+
+
+def middle_of_ours(model: CausalLM, batch: int, number_format: AbstractContextManager) -> Callable[[], float]:
+    with torch.inference_mode(), number_format:
+        decoder = Decoder(model, batch, MIDDLE + QUICK_TOKENS * (1 + TURNS))
+        first = decoder.read([[0]] * batch).argmax(1)
+        decoder.cache.advance([MIDDLE - 1] * batch)
+
+    def steps() -> None:
+        tokens = first
+        with torch.inference_mode():
+            for _ in range(QUICK_TOKENS):
+                tokens = decoder.step(tokens).argmax(1)
+                tokens.tolist()
+
+    return lambda: seconds_of(steps)
+
+
+def middle_of_peer(peer: Any, batch: int) -> float:
+    from transformers import DynamicCache
+
+    cache, config = DynamicCache(config=peer.config), peer.config
+    for layer in range(config.num_hidden_layers):
+        keys = torch.zeros(batch, config.num_key_value_heads, MIDDLE, config.head_dim, dtype=peer.dtype, device=peer.device)
+        cache.update(keys, keys.clone(), layer)
+    ids = torch.zeros(batch, MIDDLE + 1, dtype=torch.int64, device=peer.device)
+    return seconds_of(peer_generate, peer, ids, QUICK_TOKENS, cache)
 
 
 @torch.no_grad()
@@ -119,6 +150,7 @@ def d12(device: torch.device) -> tuple[CausalLM, Any]:
         num_hidden_layers=12,
         num_attention_heads=6,
         num_key_value_heads=6,
+        head_dim=128,
         final_logit_softcapping=LOGIT_CAP,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         rms_norm_eps=EPS,

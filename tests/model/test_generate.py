@@ -109,9 +109,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor([PROMPTS[0]]))[0, -1] / 0.5, 0)
         top = p.topk(5)
-    drawn = torch.tensor([next(iter(generate(model, PROMPTS[0], 1, set(), 0.5, top_k=5, seed=s))) for s in range(600)])
+    drawn = torch.tensor([next(iter(generate(model, PROMPTS[0], 1, set(), 0.5, top_k=5, seed=s))) for s in range(300)])
     shares = (drawn[:, None] == top.indices).float().mean(0)
-    torch.testing.assert_close(shares, top.values / top.values.sum(), atol=0.07, rtol=0)
+    torch.testing.assert_close(shares, top.values / top.values.sum(), atol=0.1, rtol=0)
 
 
 def test_a_reply_in_bf16_is_that_of_bf16_weights_and_the_model_keeps_its_own():

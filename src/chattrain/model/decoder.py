@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.head import compute_dtype
 from chattrain.model.kv_cache import KVCache
-from chattrain.model.thin import ThinProducts
+from chattrain.model.thin import ROWS, ThinProducts
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 # cuDNN's attention, which is not among them, plans anew for each shape.
@@ -37,15 +37,15 @@ class Decoder:
 
     def __init__(self, model: CausalLM, rows: int, max_tokens: int, record: Record | None = None):
         weight = model.lm_head.weight
-        self.device, dtype = weight.device, compute_dtype(weight)
+        self.device, self.dtype = weight.device, compute_dtype(weight)
         self._pass, self._weights = _Pass(model), {}
-        if dtype != weight.dtype:
-            self._weights = {name: p.to(dtype) for name, p in self._pass.named_parameters()}
-        self._cache = model.new_cache(rows, max_tokens)
+        if self.dtype != weight.dtype:
+            self._weights = {name: p.to(self.dtype) for name, p in self._pass.named_parameters()}
+        self.cache = model.new_cache(rows, max_tokens)
         self._record = None
-        if isinstance(self._cache, KVCache) and self._cache.recordable:
+        if isinstance(self.cache, KVCache) and self.cache.recordable:
             self._record = record or (cuda_graph if self.device.type == "cuda" else None)
-            self._cache.static = self._record is not None
+            self.cache.static = self._record is not None
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)  # what recorded passes read
         self._recorded: tuple[Any, Callable[[], Tensor]] | None = None  # the shape of the last recorded pass, and the pass
 
@@ -54,7 +54,7 @@ class Decoder:
         counts = [len(prompt) for prompt in prompts]
         inputs = [prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts]
         logits = self._run(torch.tensor(inputs, device=self.device), torch.tensor(counts, device=self.device))
-        self._cache.advance(counts)
+        self.cache.advance(counts)
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -63,29 +63,29 @@ class Decoder:
         if self._record is None:
             logits = self._run(tokens[:, None])
         else:
-            inputs, shape = self._tokens[:rows], (rows, self._cache.window(1))
+            inputs, shape = self._tokens[:rows], (rows, self.cache.window(1))
             inputs.copy_(tokens[:, None])
             if self._recorded is None or self._recorded[0] != shape:
                 self._recorded = None  # its memory is free for the next
                 self._recorded = shape, self._record(lambda: self._run(inputs))
             logits = self._recorded[1]()
-        self._cache.advance([1] * rows)
+        self.cache.advance([1] * rows)
         return logits
 
     def keep(self, rows: list[int], of: int) -> list[int]:
         """Drop all of the `of` rows but these where that pays. The rows that are left, in their new order."""
         # On CUDA more rows take hardly longer, and another number of rows is another recording.
         few_enough = len(rows) * 2 <= of if self._record else len(rows) < of
-        return self._cache.keep(rows) if few_enough and isinstance(self._cache, KVCache) else list(range(of))
+        return self.cache.keep(rows) if few_enough and isinstance(self.cache, KVCache) else list(range(of))
 
     def _run(self, inputs: Tensor, counts: Tensor | None = None) -> Tensor:
         with ExitStack() as contexts:
             contexts.enter_context(torch.autocast(self.device.type, enabled=False))
-            if self.device.type == "cpu":
+            if self.device.type == "cpu" and inputs.numel() in ROWS.get(self.dtype, ()):
                 contexts.enter_context(ThinProducts())
             if self.device.type == "cuda":
                 contexts.enter_context(sdpa_kernel(BACKENDS))
-            return torch.func.functional_call(self._pass, self._weights, (inputs, self._cache, counts))
+            return torch.func.functional_call(self._pass, self._weights, (inputs, self.cache, counts))
 
 
 class _Pass(nn.Module):
