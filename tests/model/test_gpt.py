@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chattrain.model.generate import generate, generate_batch
 from chattrain.model.gpt import GPT
 
 
@@ -46,29 +45,6 @@ def test_no_token_sees_the_future(n_kv_head):
 
 
 @pytest.mark.parametrize("n_kv_head", [None, 2, 1])
-def test_the_key_value_cache_changes_no_logit(n_kv_head):
-    model, x = random_gpt(n_kv_head), tokens(2, 20)
-    cache = model.new_cache(torch.zeros(2, dtype=torch.long), max_tokens=20)
-    parts = [model.decode(part, cache) for part in (x[:, :7], x[:, 7:8], x[:, 8:])]  # prompt, one token, a chunk
-    torch.testing.assert_close(torch.cat(parts, dim=1), model.features(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
-def test_what_pads_a_row_at_its_left_is_never_seen(n_kv_head):
-    model, x, padding = random_gpt(n_kv_head), tokens(3, 16), torch.tensor([0, 5, 9])
-    other = torch.where(torch.arange(16) < padding[:, None], (x + 1) % 97, x)
-
-    def logits(rows: torch.Tensor) -> torch.Tensor:
-        cache = model.new_cache(padding, 16)
-        return torch.stack([model.next_logits(part, cache) for part in (rows[:, :12], rows[:, 12:13], rows[:, 13:])])
-
-    assert torch.equal(logits(x), logits(other))
-    for row, pad in zip(range(3), padding.tolist(), strict=True):
-        alone = model(x[row : row + 1, pad:])[0]
-        torch.testing.assert_close(logits(x)[:, row], alone[[11 - pad, 12 - pad, 15 - pad]], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
 def test_choices_are_scored_as_by_all_logits(n_kv_head):
     model, x, places = random_gpt(n_kv_head), tokens(4, 12), torch.tensor([11, 0, 7, 3])
     choices = tokens(4, 3)
@@ -92,58 +68,6 @@ def test_logits_stay_within_the_soft_cap():
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
     assert model(tokens(1, 5)).abs().max() <= 15.0
-
-
-def test_greedy_generation_is_the_argmax_of_the_whole_row():
-    model, prompt = random_gpt(), tokens(6).tolist()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    out = list(generate(model, prompt, max_tokens=8, stop_ids=set()))
-    row = list(prompt)
-    for token in out:
-        assert token == int(model(torch.tensor([row]))[0, -1].argmax())
-        row.append(token)
-    assert len(out) == 8
-
-
-def test_generation_ends_at_a_stop_token_which_is_not_part_of_the_reply():
-    model, prompt = random_gpt(), tokens(6).tolist()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    free = list(generate(model, prompt, max_tokens=8, stop_ids=set()))
-    stop = free[3]
-    assert list(generate(model, prompt, max_tokens=8, stop_ids={stop})) == free[: free.index(stop)]
-
-
-def test_sampling_follows_from_the_seed():
-    model, prompt = random_gpt(), tokens(6).tolist()
-    one, two, other = (list(generate(model, prompt, 12, set(), temperature=1.0, top_k=50, seed=s)) for s in (1, 1, 2))
-    assert one == two and one != other
-
-
-PROMPTS = [tokens(40)[a:b].tolist() for a, b in ((0, 6), (6, 7), (7, 20), (20, 38))]
-
-
-@pytest.mark.parametrize("n_kv_head", [None, 2])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_prompts_of_many_lengths_get_together_what_each_gets_alone(n_kv_head, temperature):
-    model = random_gpt(n_kv_head)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(10)
-    free = generate_batch(model, PROMPTS, 12, set(), temperature, 50, seed=3)
-    assert all(len(reply) == 12 for reply in free) and len(set(map(tuple, free))) == len(PROMPTS)
-    for stop in (reply[at] for reply in free for at in (0, 5, 11)):
-        together = generate_batch(model, PROMPTS, 12, {stop}, temperature, 50, seed=3)
-        assert together == [reply[: reply.index(stop)] if stop in reply else reply for reply in free]
-    assert free == [list(generate(model, prompt, 12, set(), temperature, 50, seed=3)) for prompt in PROMPTS]
-
-
-def test_a_reply_does_not_depend_on_its_company():
-    model = random_gpt()
-    replies = generate_batch(model, PROMPTS, 12, set(), temperature=1.0, seed=1)
-    assert generate_batch(model, PROMPTS[::-1], 12, set(), temperature=1.0, seed=1) == replies[::-1]
-    assert generate_batch(model, PROMPTS[1:3], 12, set(), temperature=1.0, seed=1) == replies[1:3]
-    assert generate_batch(model, [], 12, set()) == []
 
 
 def test_initial_weights_follow_from_the_generator_alone():

@@ -69,12 +69,16 @@ class CausalLM(nn.Module):
         fp32 (B,), of the sum over the vocabulary: logits less this are log-probabilities."""
         raise NotImplementedError
 
-    def new_cache(self, padding: Tensor, max_tokens: int) -> Any:
-        """An empty key-value cache of max_tokens a row; the first padding (B,) tokens of each row are padding."""
+    def new_cache(self, rows: int, max_tokens: int) -> Any:
+        """An empty key-value cache for `rows` rows of at most max_tokens each: a `KVCache`, or what has its `advance`."""
         raise NotImplementedError
 
-    def next_logits(self, inputs: Tensor, cache: Any) -> Tensor:
-        """Logits (B, V) of the token after inputs (B, T), which follow the tokens in the cache. Adds them to the cache."""
+    def next_logits(self, inputs: Tensor, cache: Any, counts: Tensor | None = None) -> Tensor:
+        """Logits, fp32 (B, V), of the token after inputs (B, T), which follow the tokens in the cache.
+
+        counts (B,): how many of each row's inputs are tokens, the rest at its right being padding; None: all. Keys and values go
+        into the cache; the caller counts them with its `advance`.
+        """
         raise NotImplementedError
 
     def flops_per_token(self, seq_len: int) -> int:

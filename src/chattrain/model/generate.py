@@ -1,16 +1,17 @@
 """Generation of replies, token by token, with a key-value cache; several prompts at once.
 
-Shorter prompts are padded on the left, so that the next token of every row is in the same column; no token attends to padding.
-Each row draws from its own generator, so a reply is the same, to rounding, whichever prompts share its batch.
+A reply is the same, to rounding, whichever prompts share its batch: every row draws with the same random numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from chattrain.model.causal_lm import CausalLM
+from chattrain.model.decoder import Decoder
 
 
 def generate(
@@ -26,9 +27,8 @@ def generate(
 
     temperature 0 takes the likeliest token; otherwise tokens are drawn from the top_k likeliest (None: all).
     """
-    for (token,) in _columns(model, [prompt], max_tokens, stop_ids, temperature, top_k, seed):
-        if token is not None:  # a single reply has not ended while there are columns
-            yield token
+    for column in _columns(model, [prompt], max_tokens, stop_ids, temperature, top_k, seed):
+        yield column[0]
 
 
 def generate_batch(
@@ -44,9 +44,8 @@ def generate_batch(
     replies: list[list[int]] = [[] for _ in prompts]
     if prompts:
         for column in _columns(model, prompts, max_tokens, stop_ids, temperature, top_k, seed):
-            for reply, token in zip(replies, column, strict=True):
-                if token is not None:
-                    reply.append(token)
+            for reply, token in column.items():
+                replies[reply].append(token)
     return replies
 
 
@@ -59,30 +58,61 @@ def _columns(
     temperature: float,
     top_k: int | None,
     seed: int,
-) -> Iterator[list[int | None]]:
-    """Yield the next token of each reply, None where it has ended, until all have ended or have `max_tokens` tokens."""
-    device = next(model.parameters()).device
-    generators = [torch.Generator(device=device).manual_seed(seed) for _ in prompts]
-    width = max(len(prompt) for prompt in prompts)
-    padding = [width - len(prompt) for prompt in prompts]
-    cache = model.new_cache(torch.tensor(padding, device=device), width + max_tokens)
-    inputs = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)
-    ended = [False] * len(prompts)
-    for _ in range(max_tokens):
-        tokens = _draw(model.next_logits(inputs, cache), temperature, top_k, generators)
-        ended = [done or token in stop_ids for done, token in zip(ended, tokens, strict=True)]
-        if all(ended):
+) -> Iterator[dict[int, int]]:
+    """Yield the next token of each reply that has not ended, by its index, until all have ended or have `max_tokens` tokens."""
+    if max_tokens < 1:
+        return
+    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_tokens)
+    generator = torch.Generator(device=decoder.device).manual_seed(seed)
+    # A device that computes on its own goes on with the next token before we have read this one.
+    ahead = decoder.device.type == "cuda"
+    replies: list[int | None] = list(range(len(prompts)))  # the reply of each row of the batch; None: it has ended
+    logits = decoder.read(prompts)
+    for left in reversed(range(max_tokens)):
+        tokens = _draw(logits, temperature, top_k, generator)
+        read = _to_host(tokens)
+        if ahead and left:
+            logits = decoder.step(tokens)
+        column: dict[int, int] = {}
+        for row, (reply, token) in enumerate(zip(replies, read(), strict=True)):
+            if reply is None or token in stop_ids:
+                replies[row] = None
+            else:
+                column[reply] = token
+        if not column:
             return
-        yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
-        inputs = torch.tensor(tokens, device=device)[:, None]
+        yield column
+        rows = decoder.keep([row for row, reply in enumerate(replies) if reply is not None], of=len(replies))
+        if len(rows) < len(replies):
+            replies, tokens, logits = [replies[row] for row in rows], tokens[rows], logits[rows]
+        if not ahead and left:
+            logits = decoder.step(tokens)
 
 
-def _draw(logits: torch.Tensor, temperature: float, top_k: int | None, generators: list[torch.Generator]) -> list[int]:
-    """Draw a token for each row of logits (B, V); at temperature 0 the likeliest."""
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """Draw a token (B,) for each row of logits (B, V); at temperature 0 the likeliest.
+
+    Of probabilities p, the index of the largest p / e is drawn, with e from an exponential distribution: as torch.multinomial
+    does, but with the same e for every row, so that no row depends on the number of others.
+    """
     if temperature <= 0:
-        return logits.argmax(dim=1).tolist()
+        return logits.argmax(dim=1)
     if top_k is not None:
         threshold = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     probabilities = torch.softmax(logits / temperature, dim=-1)
-    return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)]
+    return (probabilities / torch.empty_like(probabilities[0]).exponential_(generator=generator)).argmax(dim=1)
+
+
+def _to_host(tokens: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy tokens (B,) from the device; the function returned waits for them, and for nothing that is started later."""
+    if tokens.device.type != "cuda":
+        return tokens.tolist
+    copy, arrived = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[int]:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return read

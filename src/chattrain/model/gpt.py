@@ -241,22 +241,22 @@ class GPT(CausalLM):
             logits = soft_cap(torch.einsum("bc,blc->bl", features, weight[choices].float()))
             return logits, soft_cap(features @ weight.float().T).logsumexp(dim=1)
 
-    def new_cache(self, padding: Tensor, max_tokens: int) -> KVCache:
-        """An empty key-value cache of max_tokens a row; the first padding (B,) tokens of each row are padding."""
-        shape = (self.n_layer, len(padding), max_tokens, self.n_kv_head, self.head_dim)
-        return KVCache(shape, self.lm_head.weight.dtype, padding)
+    def new_cache(self, rows: int, max_tokens: int) -> KVCache:
+        return KVCache(rows, max_tokens, self.lm_head.weight.device)
 
-    def next_logits(self, inputs: Tensor, cache: KVCache) -> Tensor:
-        return self.logits(self.decode(inputs, cache)[:, -1])
+    def next_logits(self, inputs: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
+        features = self.decode(inputs, cache)
+        if counts is None:
+            return self.logits(features[:, -1])
+        return self.logits(features[torch.arange(len(inputs), device=inputs.device), counts - 1])
 
     def decode(self, inputs: Tensor, cache: KVCache) -> Tensor:
-        """`features` of inputs (B, T), which follow the tokens in the cache and are added to it."""
-        length, x = inputs.size(1), self._embed(inputs)
-        cos, sin = (table[cache.length : cache.length + length] for table in self._rotary(cache.max_tokens, like=x))
-        mask = cache.mask(length)
+        """`features` of inputs (B, T), which follow the tokens in the cache."""
+        x, positions = self._embed(inputs), cache.begin(inputs.size(1))
+        cache.rotary = cache.rotary or self._rotary(cache.max_tokens, like=x)
+        cos, sin = (table[positions] for table in cache.rotary)  # (B, T, 1, D/2)
         for layer, block in enumerate(self.blocks):
-            x = block.uncompiled(x, cos, sin, partial(cache.attend, layer, mask))
-        cache.length += length
+            x = block.uncompiled(x, cos, sin, partial(_attend, cache, layer))
         return norm(x)
 
     def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,3 +291,7 @@ def build(vocab_size: int, start: Path | None, seed: int, **sizes: int) -> GPT:
 
 def soft_cap(logits: Tensor) -> Tensor:
     return LOGIT_CAP * torch.tanh(logits.float() / LOGIT_CAP)
+
+
+def _attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return cache.attend(layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ from torch import Tensor, nn
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
-from chattrain.model import hf_attention
+from chattrain.model import hf_attention, hf_generate
 from chattrain.model.attention import choose_attention, has_varlen
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import CompiledBlocks
 from chattrain.model.head import HeadSettings, compute_dtype, head_settings, in_places, supervised
+from chattrain.model.hf_generate import HFCache
 from chattrain.model.hf_head import ChunkedHead, OwnHead, choose_head, is_right
+from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
 from chattrain.storage.files import read_json
 from chattrain.storage.tensors import unique_tensors
@@ -32,24 +33,6 @@ log = logging.getLogger("chattrain")
 
 # Text files that a checkpoint holds beside the weights, so that transformers loads the checkpoint itself.
 FILES = ("config.json", "generation_config.json")
-
-
-@dataclass
-class HFCache:
-    """Keys and values of the tokens so far, in the architecture's own cache class, which grows by itself."""
-
-    attention_mask: Tensor | None  # (B, max_tokens) 0 where padding, else 1; None: no row is padded
-    past: Any = None  # past_key_values of transformers
-    length: int = 0
-
-    def step(self, count: int) -> dict[str, Any]:
-        """Count the next tokens of each row, and return the arguments that transformers needs with them."""
-        before, self.length = self.length, self.length + count
-        if self.attention_mask is None:
-            return {"past_key_values": self.past}
-        mask = self.attention_mask[:, : self.length]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
-        return {"past_key_values": self.past, "attention_mask": mask, "position_ids": positions}
 
 
 class HFModel(CausalLM):
@@ -195,15 +178,11 @@ class HFModel(CausalLM):
         logits = self.head.logits(features[torch.arange(len(inputs), device=inputs.device), positions])  # (B, V)
         return logits.gather(1, choices), logits.logsumexp(dim=1)
 
-    def new_cache(self, padding: Tensor, max_tokens: int) -> HFCache:
-        """An empty key-value cache; the first padding (B,) of max_tokens tokens in each row are padding."""
-        mask = torch.arange(max_tokens, device=padding.device) >= padding[:, None]
-        return HFCache(mask.long() if padding.any() else None)
+    def new_cache(self, rows: int, max_tokens: int) -> KVCache | HFCache:
+        return hf_generate.new_cache(self.inner, rows, max_tokens)
 
-    def next_logits(self, inputs: Tensor, cache: HFCache) -> Tensor:
-        out = self.inner(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache.step(inputs.size(1)))
-        cache.past = out.past_key_values
-        return out.logits[:, -1].float()
+    def next_logits(self, inputs: Tensor, cache: KVCache | HFCache, counts: Tensor | None = None) -> Tensor:
+        return hf_generate.next_logits(self.inner, inputs, cache, counts)
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs of forward and backward: 6 a weight of the matmuls, and attention (PaLM, https://arxiv.org/abs/2204.02311)."""
