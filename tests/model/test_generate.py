@@ -114,10 +114,12 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     torch.testing.assert_close(shares, top.values / top.values.sum(), atol=0.1, rtol=0)
 
 
-def test_a_reply_in_bf16_is_that_of_bf16_weights_and_the_model_keeps_its_own():
+def test_under_autocast_generation_is_that_of_bf16_weights_and_the_model_keeps_its_own():
     model, cast = sharp_gpt(2), sharp_gpt(2).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        replies = generate_batch(model, PROMPTS, 12, set())
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        logits, replies = Decoder(model, 4, 20).read(PROMPTS), generate_batch(model, PROMPTS, 12, set())
+    with torch.inference_mode():
+        assert torch.equal(logits, Decoder(cast, 4, 20).read(PROMPTS))
     assert replies == generate_batch(cast, PROMPTS, 12, set())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 

@@ -42,7 +42,7 @@ class KVCache:
         window = self.window(count)
         alike = count == 1 and min(self.lengths) + 1 == window  # every row sees all keys of the window
         self._mask = None
-        if any(self.lengths) and (self.static or not alike):
+        if any(self.lengths) and not alike:
             keys = torch.arange(window, device=offsets.device)
             self._mask = (keys <= self._positions[..., None])[:, None]  # (B, 1, T, window)
         return self._positions
