@@ -39,6 +39,7 @@ INTEGRATION = [
     "parallel/test_ranks.py",
     "test_device.py",
     "planning/test_plan.py",
+    "planning/test_compiled.py",
     "model/test_attention.py",
     "commands/test_command_line.py",
     "commands/test_evaluate.py",
