@@ -33,7 +33,7 @@ from chattrain.parallel.ranks import Ranks, join
 from chattrain.planning.memory import MicroBatchSpec, step_memory
 
 STEPS = 4  # the first creates the optimizer's state; several after it, because the timing of ranks varies
-KINDS = ["none", "block"]
+KINDS = ["none", "selective", "block"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             overrides = [*asked.overrides, f"train.activation_checkpointing={kind}"]
             predicted, found = predict(model, asked.ranks, *overrides), measure(model, asked.ranks, *overrides)
             print(
-                f"{model} {kind:5s} predicted {predicted / GIB:.3f} GiB, measured {found / GIB:.3f} GiB: "
+                f"{model} {kind:9s} predicted {predicted / GIB:.3f} GiB, measured {found / GIB:.3f} GiB: "
                 f"{predicted / found - 1:+.1%}",
                 flush=True,
             )
@@ -104,8 +104,6 @@ def run(cfg: Config, ranks: int) -> int:
 
 
 def _as_rank(cfg: Config) -> int:
-    import torch._dynamo  # noqa: F401  # as the first step would: its many small objects are no tensors
-
     ranks = join(cfg.distributed.timeout_s, cuda=False)
     try:
         return seen_by_malloc(lambda: steps(cfg, ranks))

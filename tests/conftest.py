@@ -41,6 +41,7 @@ INTEGRATION = [
     "test_gpu.py",
     "test_gpu_check.py",
     "planning/test_plan.py",
+    "planning/test_compiled.py",
     "model/test_attention.py",
     "commands/test_command_line.py",
     "commands/test_evaluate.py",

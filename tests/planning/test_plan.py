@@ -12,6 +12,7 @@ from chattrain.errors import UserError
 from chattrain.planning import cost
 from chattrain.planning.hardware import hardware_of
 from chattrain.planning.memory import MicroBatchSpec, largest, step_memory
+from tests import tiny_hf
 from tests.helpers import TINY, command_line, contents, write_talk
 
 H100 = hardware_of(PlanConfig())
@@ -128,6 +129,14 @@ def test_with_more_devices_communication_grows_until_it_dominates():
     )
 
 
+def test_the_utilization_is_the_given_one_else_the_devices_measured_one_else_assumed(workplace, capsys):
+    write_talk(workplace)
+    h100, a100, given = (plan("base", *keys) for keys in ([], ["plan.device=a100"], ["plan.mfu=0.2"]))
+    assert h100["mfu"] == H100.mfu != a100["mfu"] and "measured" in h100["mfu_is"] and a100["mfu_is"] == "assumed"
+    assert given["mfu"] == 0.2 and given["seconds_per_step"] > h100["seconds_per_step"]
+    assert "within about 10 %" in capsys.readouterr().out
+
+
 def test_half_the_price_is_half_the_cost_and_time_follows_the_peak(workplace):
     write_talk(workplace)
     dear, cheap = (plan("mid", f"plan.price_per_gpu_hour={price}") for price in (4, 2))
@@ -150,6 +159,31 @@ def test_a_plan_says_all_and_leaves_nothing_behind(workplace, stage, dtype):
     assert facts["parameters_total"] == 2 * 12 * 64 * 64 + 2 * 320 * 64 == sum(facts["parameters"].values())
     assert facts["memory"]["peak"] == max(facts["memory"]["phases"].values()) and facts["fits"]
     assert facts["largest_device_batch_size"] == 2 and facts["grad_accum_steps"] == 1 and facts["cost"] is None
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_a_hugging_face_model_is_planned_from_its_config_and_tokenizer_alone(workplace, state):
+    pytest.importorskip("transformers")
+    write_talk(workplace)
+    folder = tiny_hf.write_model(workplace / "llama", "llama")
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    settings = [o for o in TINY if not o.startswith(("model.", "tokenizer."))]
+    facts = chattrain.run(
+        [
+            "command=plan",
+            "stage=mid",
+            *settings,
+            "model=hf",
+            f"init.from={folder}",
+            f"optimizer.state_dtype={state}",
+            "plan.world_size=4",
+            "distributed.strategy=fsdp",
+            "train.device_batch_size=1",
+        ]
+    )
+    moments = 2 * (4 if state == "fp32" else 2) * facts["parameters_total"] / 4
+    assert facts["fits"] and facts["memory"]["at_peak"]["optimizer"] == pytest.approx(moments, rel=0.1)
 
 
 def test_supervised_tokens_of_a_plan_are_those_that_the_run_trains_on(workplace):
