@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.fx import symbolic_trace
 from torch.fx.passes.shape_prop import ShapeProp
 
 from benchmarks import memory
 from chattrain.device import can_compile
 from chattrain.planning import compiler
+from chattrain.planning.gpu_norm import FusedNorms
 from chattrain.planning.liveness import liveness
 from chattrain.planning.memory import Memory, MicroBatchSpec, step_memory
 
@@ -22,15 +24,14 @@ def memory_of(*overrides: str, ranks: int = 1, isolated: bool = False) -> Memory
 
 
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
-@pytest.mark.parametrize("kind", ["none", pytest.param("selective", marks=pytest.mark.slow), "block"])
+@pytest.mark.parametrize("kind", ["none", *(pytest.param(k, marks=pytest.mark.slow) for k in ("selective", "block"))])
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_predicted_peak_of_a_compiled_run_is_within_a_tenth_of_the_measured_one(kind, dtype):
     overrides = [*DEEP, "train.compile=true", f"train.dtype={dtype}", f"train.activation_checkpointing={kind}"]
     assert memory.predict("tiny", 1, *overrides) == pytest.approx(memory.measure("tiny", 1, *overrides), rel=0.1)
 
 
-@pytest.mark.parametrize("strategy, ranks", [("ddp", 1), ("ddp", 4), ("fsdp", 4)])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("strategy, ranks, device", [("ddp", 1, "cpu"), ("ddp", 4, "cuda"), ("fsdp", 4, "cuda")])
 def test_compiled_blocks_keep_less_and_recomputed_ones_still_less(strategy, ranks, device):
     bf16 = ["train.dtype=bf16", f"train.device={device}", f"distributed.strategy={strategy}"]
     peaks = [
@@ -46,7 +47,15 @@ def test_documents_within_a_row_are_planned_too():
 
 
 def test_many_plans_in_one_process_ask_the_compiler_each_time():
-    assert len({memory_of("train.compile=true").peak for _ in range(10)}) == 1
+    assert len({memory_of("train.compile=true", "model.n_layer=1").peak for _ in range(10)}) == 1
+
+
+def test_a_norm_on_a_gpu_keeps_its_input_and_a_number_a_row():
+    x, kept = torch.zeros(4, 8, 64, dtype=torch.bfloat16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), FusedNorms():
+        normed = F.rms_norm(x, (64,))
+    assert normed.shape == x.shape and normed.dtype == x.dtype
+    assert sum(t.nbytes for t in kept) == x.nbytes + 4 * 4 * 8
 
 
 def test_a_compiler_that_cannot_be_asked_is_said_and_its_blocks_are_counted_uncompiled(monkeypatch, caplog):
@@ -76,4 +85,4 @@ def test_only_what_a_kernel_writes_takes_memory():
     kept = liveness(graph, keeps_input=lambda node: True, workspace=lambda node: 0)
     assert kept.inputs() == inputs and kept.peak() == inputs + max(2 * hidden, hidden + out)
     released = liveness(graph, keeps_input=lambda node: False, workspace=lambda node: 0)
-    assert released.peak() == inputs + hidden  # while the first product is made; then its inputs are gone
+    assert released.peak() == max(inputs + hidden, 2 * hidden + 4 * 16 * 4)  # the first product's inputs are gone at the square

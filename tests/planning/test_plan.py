@@ -37,7 +37,7 @@ SHORT = ["train.seq_len=128", "optimizer.ns_steps=3", "tokenizer.vocab_size=8192
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["d6", "d12"])
-@pytest.mark.parametrize("kind", memory.KINDS)
+@pytest.mark.parametrize("kind", ["none", "block"])
 @pytest.mark.parametrize("ranks, strategy", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(model, kind, ranks, strategy):
     overrides = [
