@@ -54,6 +54,7 @@ INTEGRATION = [
     "formats/test_parity.py",
     "data/test_best_fit.py::test_a_run_",
     "model/test_hf.py",
+    "model/test_hf_parts.py",
     "test_equivalence.py",
     "storage/test_checkpoint.py",
     "tracking/test_tracker.py",

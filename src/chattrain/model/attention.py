@@ -46,7 +46,7 @@ def choose_attention(
     - positions (B, T) int64, given if and only if documents are isolated: they begin at 0 in each document
     - cu_seqlens (documents + 1,) int32: the same documents for FlashAttention; None where the pass or the device has none
     - use_block_attention: training or multiple choice of a model that is compiled and on a CPU
-    The dtype is autocast's. A model of transformers has its own attention and always takes `document_mask`.
+    The dtype is autocast's. What models of transformers use: hf_attention.py.
     """
     if use_block_attention and (positions is not None or torch.is_autocast_enabled("cpu")):
         return partial(block_attention, positions=positions)

@@ -126,9 +126,11 @@ def _chunks(
     features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, settings: HeadSettings
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of a chunk, their losses fp32 (R,), and the gradients on their logits before the cap (R, V)."""
-    size = max(64, settings.chunk_elements // len(weight))
-    for start in range(0, len(features), size):
-        rows = slice(start, start + size)
+    size, stop = max(64, settings.chunk_elements // len(weight)), 0
+    while stop < len(features):
+        # The last chunk takes one row more rather than leave a chunk of one, for which torch.compile would compile anew.
+        start, stop = stop, len(features) if len(features) - stop <= size + 1 else stop + size
+        rows = slice(start, stop)
         logits, row_targets = F.linear(features[rows], weight, bias), targets[rows]
         if settings.dynamic:
             for tensor in (logits, row_targets):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,6 @@ from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy
 from chattrain.planning.compiled import CompiledBlocks
 from chattrain.planning.fake_ranks import fake_ranks
-from chattrain.planning.gpu_norm import FusedNorms
 from chattrain.planning.mem_tracker import CPU, StepMemTracker
 from chattrain.planning.model import fake_model
 from chattrain.setup.build import prepare_for_training
@@ -86,8 +84,7 @@ def step_memory(cfg: Config, vocab_size: int, start: Path | None, shape: MicroBa
         tracker, kept = StepMemTracker(copies=kind == "cpu"), {}
         loss_of = _tracked_loss(model, tracker, device.autocast(bf16, CPU), kept)
         components = _components(cfg, model, loss_of, optimizer, strategy, ranks)
-        as_on_a_gpu = FusedNorms() if kind == "cuda" and not compiled else nullcontext()
-        with warnings.catch_warnings(), as_on_a_gpu:
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Expected a tensor or a traceable wrapper-subclass")
             _second_step(components, tracker, shape)
     at_peak = {name: size for name, size in tracker.at_peak.items() if name != "total"}
