@@ -82,7 +82,8 @@ def token_losses(
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of matrix products with this tensor: autocast's, or its own without autocast."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocasts else tensor.dtype
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
