@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from chattrain import torch_compat
 from chattrain.data.batch import Batch, as_batch
 from chattrain.model import attention, hf, hf_attention
+from chattrain.model.head import head_settings
 from chattrain.model.hf_head import OwnHead
 from tests.model.test_recompute import Watch
 from tests.test_torch_compat import attended, under_autocast_of_cuda
@@ -254,6 +255,7 @@ def test_one_compiled_layer_serves_all_layers_shapes_and_validation(kind, isolat
         losses = model.losses(rows)
         with compiled_anew() as num_graphs:
             model.compile_blocks(dynamic=True)
+            model.head_settings = head_settings("cpu", compiled=False)
             for ours, theirs in zip(gradients(model.loss(rows), model), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
             first = num_graphs()
@@ -277,7 +279,7 @@ def test_layers_that_torch_cannot_compile_run_uncompiled_and_say_so_once(monkeyp
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic, backend=broken))
     with compiled_anew(), caplog.at_level(logging.WARNING):
         model.compile_blocks(dynamic=True)
-        model.compiles = False  # the head has nothing to do with it
+        model.head_settings = head_settings("cpu", compiled=False)
         for _ in range(2):
             torch.testing.assert_close(model.loss(rows), expected)
     assert [record for record in caplog.records if "cannot take the layers of llama" in record.getMessage()] == caplog.records
