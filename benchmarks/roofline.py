@@ -48,7 +48,7 @@ def _direction_seconds(together: int, rows: int, columns: int, dtype: torch.dtyp
     with Products() as seen:
         orthogonalize(torch.randn(*([together] if together > 1 else []), rows, columns, device=device), ns_steps, dtype)
     factors = [[torch.randn(size, device=device).to(dtype) for size in sizes] for sizes in seen.sizes]
-    side_by_side = min(torch.get_num_threads(), cores.MOST) if device.type == "cpu" else 1
+    side_by_side = torch.get_num_threads() if device.type == "cpu" else 1
 
     def products(_: int) -> None:
         for a, b in factors:
