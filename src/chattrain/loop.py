@@ -30,7 +30,8 @@ class State:
 
     step: int = 0  # completed optimizer steps
     tokens_seen: int = 0
-    supervised_tokens: int = 0
+    supervised_tokens: int = 0  # targets of weight 1
+    loss_weight: float = 0.0  # sum of the weights of all targets
     interrupted: bool = False
     tokens_per_second: float | None = None  # over all ranks, from this process's second step on
     current_step: int = 0  # the step that runs, or ran last, counted from 1: the one that an error names
@@ -77,11 +78,12 @@ class StepResult:
     """loss and grad_norm stay on the device: reading them would make this process wait for it."""
 
     step: int  # steps completed before it
-    loss: Tensor  # () this rank's summed loss in nats, divided by the supervised tokens of all ranks and micro-batches
+    loss: Tensor  # () this rank's summed loss in nats, divided by the loss weight of all ranks and micro-batches
     grad_norm: Tensor  # () of the gradients summed over all ranks
     group_norms: Tensor | None  # (groups,) the same of each of the optimizer's groups; None at steps that are not logged
     tokens: int  # of all ranks, without padding
-    num_supervised: int  # tokens, of all ranks
+    num_supervised: int  # targets of weight 1, of all ranks
+    loss_weight: float  # sum of the weights of the targets, of all ranks
     stop: bool  # was a rank asked to stop?
 
 
@@ -102,6 +104,7 @@ def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
         state.step += 1
         state.tokens_seen += result.tokens
         state.supervised_tokens += result.num_supervised
+        state.loss_weight += result.loss_weight
         state.interrupted = result.stop
         speed.tick()
         trainer.show(state.step)
@@ -126,6 +129,7 @@ def log_step(trainer: TrainerComponents, state: State, speed: Speed, metrics: di
     """Track the metrics of the last step, with learning rates, speed, resources and tokens."""
     metrics |= {**trainer.optimizer.learning_rates(), **speed.since_last(), **trainer.meters()}
     metrics |= {"train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens}
+    metrics |= {"train/loss_weight": state.loss_weight}
     trainer.track(state.step, metrics)
     gc.collect(1)  # between steps, so that it interrupts none: see runner.collect_garbage_between_steps
 
@@ -141,26 +145,26 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logg
     """One optimizer step on this rank's micro-batches. `step`: steps completed before. parallel/strategy.py has the timeline.
 
     `logged`: take the gradient norm of each group too, which reads the gradients once more.
-    The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches and ranks: a mean
-    of means would give a token in a batch with few of them more weight. Raises RunFailed before the weights change if the step
-    has no supervised token or, with checks_each_step, if loss or gradient norm are not finite.
+    The loss of a step is the weighted sum over its targets divided by the sum of their weights, over all micro-batches and ranks:
+    a mean of means would give a token in a batch with few of them more weight. Raises RunFailed before the model changes if no
+    target of the step carries loss or, with checks_each_step, if loss or gradient norm are not finite.
     """
     ranks = trainer.ranks
     ranks.at(f"step {step + 1}")
-    supervised, tokens, stop = ranks.sum(
-        [sum(b.num_supervised for b in batches), sum(b.num_tokens for b in batches), float(trainer.stop_asked())]
-    )
-    if not supervised:
-        raise RunFailed(f"step {step + 1} has no supervised token in its rows: {trainer.loader.describe(step)}")
+    counts = ([b.loss_weight, b.num_supervised, b.num_tokens] for b in batches)
+    weight, supervised, tokens, stop = ranks.sum([*map(sum, zip(*counts, strict=True)), float(trainer.stop_asked())])
+    if not weight:
+        raise RunFailed(f"step {step + 1} has no token that carries loss in its rows: {trainer.loader.describe(step)}")
     losses = []
     for number, batch in enumerate(batches, start=1):
         trainer.strategy.set_requires_gradient_sync(last=number == len(batches))
-        loss = trainer.loss_of(batch) / supervised
+        loss = trainer.loss_of(batch) / weight
         loss.backward()
         losses.append(loss.detach())
     norm = trainer.strategy.reduce_gradients(trainer.optimizer)
     group_norms = trainer.strategy.group_norms(trainer.optimizer, norm) if logged else None
-    result = StepResult(step, sum(losses[1:], losses[0]), norm, group_norms, int(tokens), int(supervised), stop > 0)
+    loss = sum(losses[1:], losses[0])
+    result = StepResult(step, loss, norm, group_norms, int(tokens), int(supervised), weight, stop > 0)
     if trainer.checks_each_step:
         sync_and_check_finite(trainer, [result])
     if trainer.max_grad_norm is not None:

@@ -257,6 +257,5 @@ def test_a_malformed_prompt_is_refused_too(tokenizer, conversation):
 def test_a_batch_gives_what_each_conversation_gives_alone(tokenizer, some, max_tokens):
     form = chat_format(tokenizer)
     together = form.encode([form.to_segments(c) for c in some])
-    assert [Rendered(ids[:max_tokens], mask[:max_tokens]) for ids, mask in together] == [
-        render(c, tokenizer, max_tokens) for c in some
-    ]
+    alone = [render(c, tokenizer, max_tokens) for c in some]
+    assert [Rendered(e.ids[:max_tokens], e.loss_mask[:max_tokens]) for e in together] == alone

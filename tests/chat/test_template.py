@@ -98,7 +98,7 @@ def test_a_python_call_is_written_as_gsm8k_writes_it_and_its_result_is_given(tok
     row = {"question": "Half of 4?", "answer": "It is <<4/2=2>>2.\n#### 2"}
     pieces = record_to_segments(row, "gsm8k", chat_format(tokenizers["chatml"]))
     assert "It is <<4/2=2>>2.\n#### 2<|im_end|>" in "".join(piece.text for piece in pieces)
-    assert "".join(piece.text for piece in pieces if piece.supervised) == "It is <<4/2=>>2.\n#### 2<|im_end|>"
+    assert "".join(piece.text for piece in pieces if piece.kind) == "It is <<4/2=>>2.\n#### 2<|im_end|>"
 
 
 def test_spaces_of_an_answer_are_supervised_whatever_the_tokenizer_says_of_its_places(tmp_path):

@@ -46,7 +46,9 @@ def bytes_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def same(one: TokenizedSource, two: TokenizedSource) -> bool:
-    pairs = [(getattr(one, a), getattr(two, a)) for a in ("tokens", "loss_mask", "offsets", "num_supervised", "record_indices")]
+    pairs = [
+        (getattr(one, a), getattr(two, a)) for a in ("tokens", "kinds", "turns", "offsets", "num_assistant", "record_indices")
+    ]
     return (one.content_hash, one.skipped) == (two.content_hash, two.skipped) and all(
         np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs
     )
@@ -73,10 +75,10 @@ def test_the_documents_are_what_rendering_gives(tmp_path, tokenizer):
     assert documents.record_indices.tolist() == list(range(600))
     for i, row in enumerate(rows):
         ids, mask = chat.render(row, tokenizer, None)
-        tokens, loss_mask = documents[i]
-        assert (tokens.tolist(), loss_mask.tolist()) == (ids, mask)
-        assert documents.num_supervised[i] == sum(mask)
-    assert documents.offsets[-1] == len(documents.tokens) == len(documents.loss_mask)
+        tokens, kinds, _ = documents[i]
+        assert (tokens.tolist(), (kinds == chat.Kind.ASSISTANT).tolist()) == (ids, mask)
+        assert documents.num_assistant[i] == sum(mask)
+    assert documents.offsets[-1] == len(documents.tokens) == len(documents.kinds)
 
 
 def test_documents_of_plain_text_are_supervised_but_for_bos(tmp_path, tokenizer):
@@ -85,7 +87,7 @@ def test_documents_of_plain_text_are_supervised_but_for_bos(tmp_path, tokenizer)
     documents = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
     assert [tokenizer.decode(documents[i][0]) for i in range(2)] == ["<|bos|>one <|bos|>", "<|bos|>two"]
     assert [documents[i][1].tolist()[0] for i in range(2)] == [0, 0]
-    assert documents.num_supervised.tolist() == [len(documents[i][0]) - 1 for i in range(2)]
+    assert documents.num_assistant.tolist() == [len(documents[i][0]) - 1 for i in range(2)]
 
 
 def test_the_second_call_takes_the_cache_and_reads_and_renders_nothing(tmp_path, tokenizer, no_work):

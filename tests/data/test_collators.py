@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chattrain.config.data import SourceConfig
-from chattrain.data.cache import TokenizedSource, load_or_tokenize
+from chattrain.data.cache import load_or_tokenize
 from chattrain.data.collators import EMPTY, Packed, Padded
 from chattrain.data.mixture import Mixture
 from chattrain.data.passes import PassLimits
 from chattrain.errors import UserError
+from tests.documents import tokenized
 
 many = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 PAD = 9_999  # no document holds it
@@ -27,16 +28,7 @@ masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=11).map(lambda m: 
 def mixture(masks: list[list[bool]], seed: int = 1) -> Mixture:
     """TokenizedSource of source `a` with these masks; every token of all documents is another number."""
     flat, sizes = [m for mask in masks for m in mask], [len(mask) for mask in masks]
-    made = TokenizedSource(
-        "a",
-        np.arange(len(flat), dtype=np.uint16),
-        np.array(flat, np.uint8),
-        np.cumsum([0, *sizes]),
-        np.array([sum(mask) for mask in masks]),
-        np.arange(len(masks)),
-        0,
-        "hash",
-    )
+    made = tokenized("a", np.arange(len(flat)), flat, np.cumsum([0, *sizes]))
     return Mixture([made], [SourceConfig("a")], seed)
 
 

@@ -12,11 +12,11 @@ import torch
 
 from chattrain.config.data import SourceConfig
 from chattrain.data.batch import Batch
-from chattrain.data.cache import TokenizedSource
 from chattrain.data.collators import Packed, Padded
 from chattrain.data.loader import Loader, evaluation_batches
 from chattrain.data.mixture import Mixture
 from chattrain.data.passes import PassLimits
+from tests.documents import tokenized
 
 PAD = 9_999
 CPU = torch.device("cpu")
@@ -33,8 +33,7 @@ def mixture() -> Mixture:
         mask = rng.integers(0, 2, offsets[-1]).astype(np.uint8)
         mask[offsets[:-1]], mask[offsets[:-1] + 1] = 0, 1
         tokens = np.arange(first, first + offsets[-1], dtype=np.uint16)
-        supervised = np.add.reduceat(mask, offsets[:-1]).astype(np.int64)
-        caches.append(TokenizedSource(name, tokens, mask, offsets, supervised, np.arange(n), 0, name))
+        caches.append(tokenized(name, tokens, mask, offsets))
         first += int(offsets[-1])
     return Mixture(caches, [SourceConfig("a"), SourceConfig("b")], seed=3)
 

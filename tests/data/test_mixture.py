@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from chattrain.config.data import SourceConfig
 from chattrain.data.cache import TokenizedSource
 from chattrain.data.mixture import Mixture, epoch_counts
+from tests.documents import tokenized
 
 many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=4)
@@ -20,7 +21,7 @@ def documents(name: str, n: int) -> TokenizedSource:
     lengths = np.arange(n) % 3 + 1
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.repeat(np.arange(n), lengths).astype(np.uint16)
-    return TokenizedSource(name, tokens, np.ones(len(tokens), np.uint8), offsets, lengths, 10 * np.arange(n), 0, name)
+    return tokenized(name, tokens, np.ones(len(tokens)), offsets, record_indices=10 * np.arange(n))
 
 
 def mixture(sizes: list[int], seed: int = 1, keep=None, **each) -> Mixture:

@@ -11,11 +11,13 @@ import torch
 from chattrain.config.data import SourceConfig
 from chattrain.data.cache import TokenizedSource
 from chattrain.data.collators import BestFit, Packed, Padded
+from chattrain.data.loss_weights import MEASURED
 from chattrain.data.mixture import Mixture
 from chattrain.data.passes import PassLimits
 from chattrain.evals.validation import Validation
 from chattrain.model.gpt import GPT
 from chattrain.parallel.ranks import Ranks
+from tests.documents import tokenized
 
 CPU = torch.device("cpu")
 VOCAB, SPECIAL = 61, 9  # the last 9 ids are special: they stand for no bytes
@@ -50,9 +52,7 @@ def mixture() -> Mixture:
     mask = rng.integers(0, 2, offsets[-1]).astype(np.uint8)
     mask[offsets[:-1]], mask[offsets[:-1] + 1] = 0, 1
     tokens = rng.integers(0, VOCAB, offsets[-1]).astype(np.uint16)
-    supervised = np.add.reduceat(mask, offsets[:-1]).astype(np.int64)
-    made = TokenizedSource("a", tokens, mask, offsets, supervised, np.arange(25), 0, "a")
-    return Mixture([made], [SourceConfig("a")], seed=0)
+    return Mixture([tokenized("a", tokens, mask, offsets)], [SourceConfig("a")], seed=0, loss=MEASURED)
 
 
 def packed() -> Packed:
@@ -64,33 +64,33 @@ def masked() -> Padded:
 
 
 def packed_rows() -> list[tuple[list[int], list[bool]]]:
-    """(tokens, does each carry loss) of a row: SEQ_LEN inputs and the token after the last."""
+    """(tokens, is each the assistant's) of a row: SEQ_LEN inputs and the token after the last."""
     documents = mixture()
-    stream = [int(t) for i in documents.order(0) for t in documents.document(i)[0]]
+    pairs = [zip(*documents.document(i), strict=True) for i in documents.order(0)]
+    stream = [(int(token), weight == 1) for pair in pairs for token, weight in pair]
     rows = [stream[start : start + SEQ_LEN + 1] for start in range(0, len(stream) - 1, SEQ_LEN)]
-    return [(row, [True] * len(row)) for row in rows]
+    return [([token for token, _ in row], [reply for _, reply in row]) for row in rows]
 
 
 def masked_rows() -> list[tuple[list[int], list[bool]]]:
     documents = mixture()
     cut = [[array[: SEQ_LEN + 1].tolist() for array in documents.document(i)] for i in documents.order(0)]
-    return [(ids, [bool(m) for m in mask]) for ids, mask in cut]
+    return [(ids, [weight == 1 for weight in weights]) for ids, weights in cut]
 
 
 @torch.no_grad()
 def slow(model: GPT, rows, token_bytes) -> dict[str, float]:
     """A token at a time: its probability after what stands before it in its row."""
-    nats, bits, targets, bytes_ = 0.0, 0.0, 0, 0
-    for ids, loss in rows:
+    of_replies, of_all, bits, bytes_ = [], [], 0.0, 0
+    for ids, replies in rows:
         probabilities = torch.softmax(model(torch.tensor([ids[:-1]]))[0].double(), dim=-1)
         for i in range(1, len(ids)):
-            if not loss[i]:
-                continue
             p = float(probabilities[i - 1, ids[i]])
-            nats, targets = nats - math.log(p), targets + 1
+            of_all.append(-math.log(p))
+            of_replies += [-math.log(p)] if replies[i] else []
             if token_bytes[ids[i]] > 0:
                 bits, bytes_ = bits - math.log2(p), bytes_ + int(token_bytes[ids[i]])
-    return {"val/loss": nats / targets, "val/bpb": bits / bytes_}
+    return {"val/loss": np.mean(of_replies), "val/loss_all": np.mean(of_all), "val/bpb": bits / bytes_}
 
 
 def validate(collator, losses_of, token_bytes, device_batch_size: int = 4, rows: int | None = None, ranks=None) -> dict:
@@ -128,8 +128,8 @@ def test_ranks_together_measure_the_same_to_the_bit(model, token_bytes, make, wo
 def test_special_tokens_count_no_bytes_and_their_loss_is_no_bits():
     """Each ordinary token costs 3 bits, each special one 100: only val/loss sees the special ones."""
     ids = np.array([60, 1, 2, 59, 58, 3, 4, 57], dtype=np.uint16)
-    made = TokenizedSource("a", ids, np.ones(8, np.uint8), np.array([0, 8]), np.array([8]), np.array([0]), 0, "a")
-    collator = Packed(Mixture([made], [SourceConfig("a")], seed=0), 8, pad_id=60, last_epoch=0)
+    made = tokenized("a", ids, np.ones(8), [0, 8])
+    collator = Packed(Mixture([made], [SourceConfig("a")], seed=0, loss=MEASURED), 8, pad_id=60, last_epoch=0)
     token_bytes = np.array([2] * (VOCAB - SPECIAL) + [0] * SPECIAL, dtype=np.int32)
     bits = torch.tensor([3.0] * (VOCAB - SPECIAL) + [100.0] * SPECIAL)
 
@@ -170,13 +170,37 @@ def best_fit() -> BestFit:
     return BestFit(mixture(), 40, VOCAB - 1, last_epoch=0)
 
 
-@pytest.mark.parametrize("make, targets", [(packed, "all"), (isolated, "all"), (padded, "replies"), (best_fit, "replies")])
-def test_what_a_loss_is_over_follows_from_the_targets(model, token_bytes, make, targets):
+@pytest.mark.parametrize("make", [packed, isolated, padded, best_fit])
+def test_what_a_loss_was_measured_on_is_said(model, token_bytes, make):
     collator = make()
     rows = collator.rows_in(1)
     validation = Validation(collator, rows, PassLimits(4, 4 * SEQ_LEN, "cpu"), token_bytes, CPU, Ranks())
     validation(model.losses)
+    batches = [collator.batch(np.array([row])) for row in range(rows)]
     measured = validation.measured
-    supervised = [int((collator.batch(np.array([row])).targets >= 0).sum()) for row in range(rows)]
-    assert measured is not None and (measured.rows, measured.tokens, measured.targets) == (rows, sum(supervised), targets)
-    assert sum(count for _, count in measured.passes) == measured.tokens
+    assert measured is not None and measured.rows == rows
+    assert measured.tokens == sum(b.num_supervised for b in batches) == sum(count for _, count in measured.passes)
+    assert measured.all_tokens == sum(int((b.targets >= 0).sum()) for b in batches) > measured.tokens
+
+
+@pytest.mark.parametrize("make", [Padded, BestFit])
+def test_each_source_has_the_metrics_that_it_has_alone(model, token_bytes, make):
+    (whole,) = mixture().caches
+    halves = [whole_part(whole, "b/c d", 0, 10), whole_part(whole, "e", 10, 25)]
+    together = validate(make(of(*halves), 40, VOCAB - 1, last_epoch=0), model.losses, token_bytes)
+    for half, name in zip(halves, ("b_c_d", "e"), strict=True):
+        alone = validate(make(of(half), 40, VOCAB - 1, last_epoch=0), model.losses, token_bytes)
+        assert alone.keys() == {"val/loss", "val/loss_all", "val/bpb"}
+        for metric, value in alone.items():
+            assert together[f"{metric}/{name}"] == pytest.approx(value, rel=1e-6)
+    assert len(together) == 9
+
+
+def whole_part(whole: TokenizedSource, name: str, start: int, stop: int) -> TokenizedSource:
+    """Documents start to stop as a source of their own."""
+    a, b = whole.offsets[start], whole.offsets[stop]
+    return tokenized(name, whole.tokens[a:b], whole.kinds[a:b], whole.offsets[start : stop + 1] - a)
+
+
+def of(*sources: TokenizedSource) -> Mixture:
+    return Mixture(list(sources), [SourceConfig(source.name) for source in sources], seed=0, loss=MEASURED)

@@ -7,12 +7,14 @@ import logging
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from chattrain import torch_compat
 from chattrain.data.batch import Batch, as_batch
+from chattrain.data.packing import Tokens
 from chattrain.model import attention, hf, hf_attention
 from chattrain.model.head import head_settings
 from chattrain.model.hf_head import OwnHead
@@ -31,7 +33,7 @@ def batch(isolated: bool = False, width: int = 32) -> Batch:
     ids = torch.randint(3, 340, (2, width + 1), generator=torch.Generator().manual_seed(1)).numpy()
     targets = ids[:, 1:].copy()
     targets[:, : width // 3] = -1
-    rows = list(zip(ids[:, :-1], targets, strict=True))
+    rows = [tokens(x, y) for x, y in zip(ids[:, :-1], targets, strict=True)]
     return as_batch(rows, width, 0, [SIZES, SIZES] if isolated else None)
 
 
@@ -42,7 +44,11 @@ def documents(packed: Batch) -> Batch:
 
 
 def split(inputs, targets):
-    return [(inputs[:20], targets[:20]), (inputs[20:], targets[20:])]
+    return [tokens(inputs[:20], targets[:20]), tokens(inputs[20:], targets[20:])]
+
+
+def tokens(inputs, targets) -> Tokens:
+    return Tokens(inputs, targets, (targets >= 0).astype(np.float32), np.zeros(len(targets), np.int16))
 
 
 def model_of(kind: str, **changes) -> hf.HFModel:

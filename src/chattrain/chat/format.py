@@ -1,8 +1,9 @@
-"""The interface of a chat format: it splits a document into segments, each supervised or not, and encodes them as token ids."""
+"""The interface of a chat format: it splits a document into segments, each of one kind and turn, and encodes them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from enum import IntFlag
 from typing import Any, NamedTuple
 
 
@@ -17,16 +18,37 @@ class Rendered(NamedTuple):
     loss_mask: list[int]
 
 
+class Kind(IntFlag):
+    """What a token is, apart from what a training makes of it (data/loss_weights.py)."""
+
+    PROMPT = 0  # user turns, role tokens, tool output, BOS
+    ASSISTANT = 1  # what the model must generate itself: replies with their end tokens, calls; a plain text
+    OFF = 2  # of a message that is flagged off: never a target, whether it is ASSISTANT or not
+
+
+class Encoded(NamedTuple):
+    """The tokens of a document with what each of them is. All three have the same length."""
+
+    ids: list[int]
+    kinds: list[int]  # values of Kind
+    turns: list[int]  # from 0: a user message begins the next turn, which its replies belong to
+
+    @property
+    def loss_mask(self) -> list[int]:
+        return [int(kind == Kind.ASSISTANT) for kind in self.kinds]
+
+
 class Segment(NamedTuple):
     """A part of a rendered document: ordinary text, or (if `special`) the name of one special token."""
 
     text: str
     special: bool
-    supervised: bool
+    kind: Kind
+    turn: int = 0
 
 
 class ChatFormat(ABC):
-    """Renders conversations for one tokenizer, and decides which parts of them are supervised."""
+    """Renders conversations for one tokenizer, and decides which parts of them the model must generate."""
 
     version: int  # part of the token cache's key; raised when the rendering changes
 
@@ -40,8 +62,8 @@ class ChatFormat(ABC):
         """The segments of a conversation `{"messages": [...]}` or a text `{"text": ...}`, in order. Raises Malformed."""
 
     @abstractmethod
-    def encode(self, documents: list[list[Segment]]) -> list[Rendered]:
-        """Token ids and loss mask of each document. All texts are tokenised in one batch."""
+    def encode(self, documents: list[list[Segment]]) -> list[Encoded]:
+        """The tokens of each document. All texts are tokenised in one batch."""
 
     @abstractmethod
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chattrain.chat.format import ChatFormat, Malformed, Rendered, Segment, check_turns, is_text, messages_of
+from chattrain.chat.format import ChatFormat, Encoded, Kind, Malformed, Segment, check_turns, is_text, messages_of
 from chattrain.tokenizer import Tokenizer
 from chattrain.tokenizer.special_tokens import (
     ASSISTANT_END,
@@ -25,8 +25,8 @@ from chattrain.tokenizer.special_tokens import (
     USER_START,
 )
 
-CONTEXT_TOKENS = {name: Segment(name, special=True, supervised=False) for name in SPECIAL_TOKENS}
-TARGET_TOKENS = {name: Segment(name, special=True, supervised=True) for name in SPECIAL_TOKENS}  # the model generates them
+CONTEXT_TOKENS = {name: Segment(name, special=True, kind=Kind.PROMPT) for name in SPECIAL_TOKENS}
+TARGET_TOKENS = {name: Segment(name, special=True, kind=Kind.ASSISTANT) for name in SPECIAL_TOKENS}  # the model generates them
 
 
 class NativeFormat(ChatFormat):
@@ -44,22 +44,24 @@ class NativeFormat(ChatFormat):
     def to_segments(self, document: dict[str, Any]) -> list[Segment]:
         return to_segments(document)
 
-    def encode(self, documents: list[list[Segment]]) -> list[Rendered]:
+    def encode(self, documents: list[list[Segment]]) -> list[Encoded]:
         texts = [segment.text for document in documents for segment in document if not segment.special]
         encoded = iter(self.tokenizer.encode_batch(texts))
         rendered = []
         for document in documents:
             ids: list[int] = []
-            mask: list[int] = []
-            for text, special, supervised in document:
+            kinds: list[int] = []
+            turns: list[int] = []
+            for text, special, kind, turn in document:
                 new = (self.tokenizer.special(text),) if special else next(encoded)
                 ids += new
-                mask += [int(supervised)] * len(new)
-            rendered.append(Rendered(ids, mask))
+                kinds += [int(kind)] * len(new)
+                turns += [turn] * len(new)
+            rendered.append(Encoded(ids, kinds, turns))
         return rendered
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        ids, _ = self.encode([to_segments({"messages": messages})])[0]
+        ids = self.encode([to_segments({"messages": messages})])[0].ids
         return [*ids, self.tokenizer.special(ASSISTANT_START)]
 
     def choices(self, messages: list[dict[str, Any]], replies: list[str]) -> tuple[list[int], list[int]]:
@@ -72,7 +74,7 @@ class NativeFormat(ChatFormat):
 def to_segments(document: dict[str, Any]) -> list[Segment]:
     """The segments of a conversation, or of a text `{"text": ...}`, of which all but BOS is supervised. Raises Malformed."""
     if is_text(document):
-        return [CONTEXT_TOKENS[BOS], Segment(document["text"], special=False, supervised=True)]
+        return [CONTEXT_TOKENS[BOS], Segment(document["text"], special=False, kind=Kind.ASSISTANT)]
     segments = [CONTEXT_TOKENS[BOS]]
     messages = messages_of(document)
     turns = _merge_system(messages)
@@ -83,17 +85,16 @@ def to_segments(document: dict[str, Any]) -> list[Segment]:
         if role == "user":
             if not isinstance(content, str):
                 raise Malformed(f"message {i}: a user's content must be a string, not {type(content).__name__}")
-            segments += [CONTEXT_TOKENS[USER_START], Segment(content, False, False), CONTEXT_TOKENS[USER_END]]
+            new = [CONTEXT_TOKENS[USER_START], Segment(content, False, Kind.PROMPT), CONTEXT_TOKENS[USER_END]]
         else:
-            segments.append(CONTEXT_TOKENS[ASSISTANT_START])
-            segments += _assistant_segments(content, i)
-            segments.append(TARGET_TOKENS[ASSISTANT_END])
+            new = [CONTEXT_TOKENS[ASSISTANT_START], *_assistant_segments(content, i), TARGET_TOKENS[ASSISTANT_END]]
+        segments += [segment._replace(turn=(i - first) // 2) for segment in new]
     return segments
 
 
 def _assistant_segments(content: Any, i: int) -> list[Segment]:
     if isinstance(content, str):
-        return [Segment(content, False, True)]
+        return [Segment(content, False, Kind.ASSISTANT)]
     if not isinstance(content, list) or not content:
         raise Malformed(f"message {i}: an assistant's content must be a string or a list of parts")
     segments = []
@@ -102,11 +103,11 @@ def _assistant_segments(content: Any, i: int) -> list[Segment]:
         if not isinstance(text, str):
             raise Malformed(f"message {i}: a part must be {{'type': ..., 'text': str}}, not {part!r:.80}")
         if kind == "text":
-            segments.append(Segment(text, False, True))
+            segments.append(Segment(text, False, Kind.ASSISTANT))
         elif kind == "python":
-            segments += [TARGET_TOKENS[PYTHON_START], Segment(text, False, True), TARGET_TOKENS[PYTHON_END]]
+            segments += [TARGET_TOKENS[PYTHON_START], Segment(text, False, Kind.ASSISTANT), TARGET_TOKENS[PYTHON_END]]
         elif kind == "python_output":
-            segments += [CONTEXT_TOKENS[OUTPUT_START], Segment(text, False, False), CONTEXT_TOKENS[OUTPUT_END]]
+            segments += [CONTEXT_TOKENS[OUTPUT_START], Segment(text, False, Kind.PROMPT), CONTEXT_TOKENS[OUTPUT_END]]
         else:
             raise Malformed(f"message {i}: unknown part type {kind!r}; known are text, python, python_output")
     return segments

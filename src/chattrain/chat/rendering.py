@@ -28,8 +28,8 @@ def render(conversation: dict[str, Any], tokenizer: AnyTokenizer, max_tokens: in
     if the roles do not alternate, starting with user, or if content has another type.
     """
     form = chat_format(tokenizer)
-    ids, mask = form.encode([form.to_segments(conversation)])[0]
-    return Rendered(ids[:max_tokens], mask[:max_tokens])
+    encoded = form.encode([form.to_segments(conversation)])[0]
+    return Rendered(encoded.ids[:max_tokens], encoded.loss_mask[:max_tokens])
 
 
 def render_prompt(conversation: dict[str, Any], tokenizer: AnyTokenizer) -> list[int]:

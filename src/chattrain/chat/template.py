@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from chattrain.chat.format import ChatFormat, Malformed, Rendered, Segment, check_turns, is_text, messages_of
+from chattrain.chat.format import ChatFormat, Encoded, Kind, Malformed, Segment, check_turns, is_text, messages_of
 from chattrain.errors import UserError
 from chattrain.tokenizer.huggingface import HFTokenizer
 
@@ -83,11 +83,13 @@ class ChatTemplate(ChatFormat):
         texts = ["".join(text for text, _ in message_parts) for message_parts in parts]
         self._refuse_special_tokens(texts)
         literals, starts, whole = self._locate_messages(messages, texts)
-        supervised = np.zeros(len(whole), dtype=bool)
+        kinds, turns = np.zeros(len(whole), dtype=np.uint8), np.zeros(len(whole), dtype=np.int64)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                self._mark_supervised(supervised, whole, literals, starts, i, parts[i], texts[i])
-        return _to_segments(whole, supervised)
+                self._mark_supervised(kinds, whole, literals, starts, i, parts[i], texts[i])
+            elif i > first:
+                turns[starts[i] - len(literals[i]) :] += 1
+        return _to_segments(whole, kinds, turns)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         contents = ["".join(text for text, _ in _content_parts(m["content"], i)) for i, m in enumerate(messages)]
@@ -95,17 +97,20 @@ class ChatTemplate(ChatFormat):
         filled = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
         return self.tokenizer.encode_rendered([self._render(filled, add_generation_prompt=True)])[0][0]
 
-    def encode(self, documents: list[list[Segment]]) -> list[Rendered]:
-        """Token ids and loss mask of each document. A token is supervised if all of its characters are: the model never has to
-        generate a token that begins in the context."""
+    def encode(self, documents: list[list[Segment]]) -> list[Encoded]:
+        """The tokens of each document. A token is the assistant's if all of its characters are: the model never has to generate a
+        token that begins in the context. It is off if one of its characters is, and belongs to the turn that it begins in."""
         rendered = []
         encoded = self.tokenizer.encode_rendered(["".join(segment.text for segment in document) for document in documents])
         for document, (ids, offsets) in zip(documents, encoded, strict=True):
-            supervised = np.repeat([segment.supervised for segment in document], [len(segment.text) for segment in document])
-            before = np.concatenate([[0], np.cumsum(supervised)])  # supervised characters before each character
+            sizes = [len(segment.text) for segment in document]
+            kinds = np.repeat([int(segment.kind) for segment in document], sizes)
+            turns = np.repeat([segment.turn for segment in document], sizes)
             begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-            all_supervised = (end > begin) & (before[end] - before[begin] == end - begin)
-            rendered.append(Rendered(ids, all_supervised.astype(int).tolist()))
+            replies = _count(kinds & Kind.ASSISTANT > 0, begin, end)
+            is_reply, is_off = (end > begin) & (replies == end - begin), _count(kinds & Kind.OFF > 0, begin, end) > 0
+            of_tokens = is_reply * int(Kind.ASSISTANT) + is_off * int(Kind.OFF)
+            rendered.append(Encoded(ids, of_tokens.tolist(), turns[begin.clip(max=len(turns) - 1)].tolist()))
         return rendered
 
     def choices(self, messages: list[dict[str, Any]], replies: list[str]) -> tuple[list[int], list[int]]:
@@ -124,8 +129,8 @@ class ChatTemplate(ChatFormat):
         self._refuse_special_tokens([text])
         bos, eos = self.tokenizer.bos_text, self.tokenizer.eos_text
         if bos is not None:
-            return [Segment(bos, True, False), Segment(text, False, True)]
-        return [Segment(text, False, True), *([Segment(eos, True, True)] if eos is not None else [])]
+            return [Segment(bos, True, Kind.PROMPT), Segment(text, False, Kind.ASSISTANT)]
+        return [Segment(text, False, Kind.ASSISTANT), *([Segment(eos, True, Kind.ASSISTANT)] if eos is not None else [])]
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
@@ -181,7 +186,7 @@ class ChatTemplate(ChatFormat):
 
     def _mark_supervised(
         self,
-        supervised: np.ndarray,
+        kinds: np.ndarray,
         whole: str,
         literals: list[str],
         starts: list[int],
@@ -189,7 +194,7 @@ class ChatTemplate(ChatFormat):
         parts: list[tuple[str, bool]],
         text: str,
     ) -> None:
-        """Set `supervised` (characters of `whole`,) where the model must generate assistant message i.
+        """Set `kinds` (characters of `whole`,) to ASSISTANT where the model must generate assistant message i.
 
         `parts`: the message as (text, supervised), which join to `text`. Raises Malformed if the turn has no end-of-turn token.
         """
@@ -202,12 +207,12 @@ class ChatTemplate(ChatFormat):
                 f"{whole[starts[i] - len(literals[i]) : starts[i] + length + len(literals[i + 1])]!r}"
             )
         begins = starts[i] - len(literals[i]) + self._context_length(literals[i])
-        supervised[begins : starts[i] + length + ends + len(self.end_of_turn)] = True
+        kinds[begins : starts[i] + length + ends + len(self.end_of_turn)] = Kind.ASSISTANT
         stripped = text.find(whole[starts[i] : starts[i] + length])  # characters that the template removed at the start
         at = starts[i] - stripped
         for part, carries_loss in parts:
             if not carries_loss:
-                supervised[max(at, starts[i]) : min(at + len(part), starts[i] + length)] = False
+                kinds[max(at, starts[i]) : min(at + len(part), starts[i] + length)] = Kind.PROMPT
             at += len(part)
 
     def _context_length(self, literal: str) -> int:
@@ -240,11 +245,18 @@ def _content_parts(content: Any, i: int) -> list[tuple[str, bool]]:
     return parts
 
 
-def _to_segments(whole: str, supervised: np.ndarray) -> list[Segment]:
-    """Split the text where `supervised` (characters,) changes.
+def _to_segments(whole: str, kinds: np.ndarray, turns: np.ndarray) -> list[Segment]:
+    """Split the text where its kind or its turn, each (characters,), changes.
 
-    >>> [(s.text, s.supervised) for s in _to_segments("abcd", np.array([False, True, True, False]))]
-    [('a', False), ('bc', True), ('d', False)]
+    >>> [(s.text, s.kind, s.turn) for s in _to_segments("abcd", np.array([0, 1, 1, 0]), np.array([0, 0, 0, 1]))]
+    [('a', <Kind.PROMPT: 0>, 0), ('bc', <Kind.ASSISTANT: 1>, 0), ('d', <Kind.PROMPT: 0>, 1)]
     """
-    cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(whole)]
-    return [Segment(whole[a:b], False, bool(supervised[a])) for a, b in pairwise(cuts)]
+    changes = (np.diff(kinds) != 0) | (np.diff(turns) != 0)
+    cuts = [0, *(np.flatnonzero(changes) + 1).tolist(), len(whole)]
+    return [Segment(whole[a:b], False, Kind(int(kinds[a])), int(turns[a])) for a, b in pairwise(cuts)]
+
+
+def _count(marked: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """(tokens,): how many of the characters begin to end of each token are marked; `marked`: (characters,) bool."""
+    before = np.concatenate([[0], np.cumsum(marked)])
+    return before[end] - before[begin]

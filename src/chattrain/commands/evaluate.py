@@ -33,6 +33,7 @@ from chattrain.setup.start import find_checkpoint, start_at, with_own_settings
 from chattrain.storage import checkpoint
 from chattrain.storage.files import replace_text
 from chattrain.tracking.console import setup_logging
+from chattrain.tracking.run_folder import over
 from chattrain.tracking.table_evaluations import describe, label
 
 log = logging.getLogger("chattrain")
@@ -146,7 +147,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
         "stage": cfg.stage,
         "part": cfg.eval.on.name,
         "metrics": metrics,
-        "validation": measured.facts | {"over": measured.over, "label": measured.label} if measured else None,
+        "validation": measured.facts | {"label": measured.label} if measured else None,
         "batches": measured.passes if measured else [],
     }
     result["folder"] = ranks.run_on_rank0(lambda: _keep(cfg, folder, result, data.answers))
@@ -173,7 +174,7 @@ def _keep(cfg: Config, measured: Path, result: dict, answers: list[dict]) -> str
 def _differences(first: dict, second: dict) -> list[Difference]:
     answers = [_answers(result) for result in (first, second)]
     found = compare_answers(*answers)
-    targets = {(result["validation"] or {}).get("targets") for result in (first, second)}
+    targets = {over("val/loss", (result["validation"] or {}).get("targets")) for result in (first, second)}
     if len(targets) > 1:
         log.warning(
             "the losses are over different targets (%s), so they are not compared",

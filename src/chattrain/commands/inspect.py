@@ -1,4 +1,4 @@
-"""command=inspect: rows of the first step as the model will see them, token by token, with supervised tokens marked."""
+"""command=inspect: rows of the first step as the model will see them, with the loss weight of each token marked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 from chattrain.config import Config
+from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.parallel import launch
 from chattrain.setup.data import open_data, report_counts
@@ -17,7 +18,7 @@ from chattrain.tracking.console import setup_logging
 
 
 def main(cfg: Config) -> dict:
-    """Print inspect.rows rows with their supervised tokens marked, and the counts of the mixture. Starts no training."""
+    """Print inspect.rows rows with the loss weights of their tokens marked, and the counts of the mixture. Starts no training."""
     close_log = setup_logging(None, console=True, resume=False)
     start = find_start(cfg)
     world_size = launch.processes_here(cfg.distributed.nproc, cfg.train.device)
@@ -26,10 +27,10 @@ def main(cfg: Config) -> dict:
     report_counts(data.train, data.num_steps)
     shown = min(cfg.inspect.rows, data.rows_per_step)
     batch = data.train.batch(np.arange(shown))
-    print("Supervised tokens are " + ("green." if sys.stdout.isatty() else "in [brackets].") + " Padding is left out.\n")
+    print(_legend(data.train.mixture.weights.prompt_weight) + "\n")
     for row in range(shown):
         print(f"row {row}: {data.train.describe(row)}")
-        print(_mark_supervised(data.tokenizer, batch.inputs[row].tolist(), batch.targets[row].tolist()) + "\n")
+        print(_mark_weights(data.tokenizer, batch, row) + "\n")
     facts = {
         "documents_an_epoch": data.train.counts.documents,
         "rows_per_step": data.rows_per_step,
@@ -38,25 +39,37 @@ def main(cfg: Config) -> dict:
         "left_out": data.train.counts.left_out,
         "tokens_shown": batch.num_tokens,
         "supervised_shown": batch.num_supervised,
+        "loss_weight_shown": batch.loss_weight,
     }
     for name, value in facts.items():
-        print(f"{name:20s} {value:,}")
+        print(f"{name:20s} {value:,.10g}")
     close_log()
     return facts
 
 
-def _mark_supervised(tokenizer: AnyTokenizer, inputs: list[int], targets: list[int]) -> str:
-    """The row as text without its padding. Tokens that are targets are green on a terminal, in [brackets] elsewhere."""
-    out, tty = [tokenizer.decode(inputs[:1])], sys.stdout.isatty()
-    last = max(i for i, target in enumerate(targets) if target != IGNORE_INDEX)
-    inputs, targets = inputs[: last + 1], targets[: last + 1]
-    following = inputs[1:] + targets[-1:]
-    for token, target in zip(following, targets, strict=True):
-        if target == IGNORE_INDEX:
+def _legend(prompt_weight: float) -> str:
+    supervised, weighed = ("green", "yellow") if sys.stdout.isatty() else ("in [brackets]", "in (parentheses)")
+    between = f" Those of loss weight {prompt_weight:g} are {weighed}." if prompt_weight else ""
+    return f"Supervised tokens, of loss weight 1, are {supervised}.{between} Padding is left out."
+
+
+def _mark_weights(tokenizer: AnyTokenizer, batch: Batch, row: int) -> str:
+    """The row as text without its padding, each token marked by its weight as a target."""
+    inputs, targets = batch.inputs[row].tolist(), batch.targets[row].tolist()
+    weights = (batch.targets[row] != IGNORE_INDEX).tolist() if batch.weights is None else batch.weights[row].tolist()
+    last = max((i for i, weight in enumerate(weights) if weight), default=-1)
+    out, following = [tokenizer.decode(inputs[:1])], inputs[1:] + targets[-1:]
+    for token, target, weight in list(zip(following, targets, weights, strict=True))[: last + 1]:
+        if not weight:
             out.append(tokenizer.decode([token]) if token != IGNORE_INDEX else "")
-        else:
-            text = tokenizer.decode([target])
-            out.append(f"\033[32m{text}\033[0m" if tty else f"[{text}]")
-            if token != target:  # isolated documents: the next one begins, and its first token is no target
-                out.append(tokenizer.decode([token]))
+            continue
+        out.append(_marked(tokenizer.decode([target]), weight))
+        if token != target:  # isolated documents: the next one begins, and its first token is no target
+            out.append(tokenizer.decode([token]))
     return "".join(out)
+
+
+def _marked(text: str, weight: float) -> str:
+    if sys.stdout.isatty():
+        return f"\033[{32 if weight == 1 else 33}m{text}\033[0m"
+    return f"[{text}]" if weight == 1 else f"({text})"

@@ -14,6 +14,7 @@ from chattrain.config.collator import CollatorConfig
 from chattrain.config.commands import ChatConfig, ExportConfig, InspectConfig
 from chattrain.config.data import DataConfig
 from chattrain.config.eval import EvalConfig
+from chattrain.config.loss import LossConfig
 from chattrain.config.model import ModelConfig
 from chattrain.config.optimizer import OptimizerConfig
 from chattrain.config.plan import PlanConfig
@@ -40,6 +41,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = MISSING
     collator: CollatorConfig = field(default_factory=CollatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = MISSING
     schedule: ScheduleConfig = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -60,6 +62,7 @@ class Config:
             self.train,
             self.model,
             self.data,
+            self.loss,
             self.optimizer,
             self.schedule,
             self.eval,

@@ -71,6 +71,13 @@ class ActivationCheckpointing(Enum):
     selective = "selective"
 
 
+class Supervise(Enum):
+    auto = "auto"
+    all = "all"
+    assistant = "assistant"
+    last_assistant = "last_assistant"
+
+
 class Schema(Enum):
     messages = "messages"
     multiple_choice = "multiple_choice"

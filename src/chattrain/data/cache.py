@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from mmap import MADV_DONTNEED, mmap
 from multiprocessing import get_context
@@ -21,23 +22,28 @@ from pathlib import Path
 
 import numpy as np
 
-from chattrain.chat import Malformed, chat_format
+from chattrain.chat import Encoded, Kind, Malformed, chat_format
 from chattrain.config.data import SourceConfig
+from chattrain.data.loss_weights import last_turn
 from chattrain.data.sources import Records, identity, open_records
 from chattrain.errors import UserError
 from chattrain.storage.files import make_folder
 from chattrain.tasks import record_to_segments
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Field of TokenizedSource -> name of its .npy file.
 ARRAYS = {
     "tokens": "tokens",
-    "loss_mask": "loss_mask",
+    "kinds": "kinds",
+    "turns": "turns",
     "offsets": "offsets",
-    "num_supervised": "supervised",
+    "num_assistant": "assistant",
+    "num_last_assistant": "last_assistant",
+    "num_off": "off",
     "record_indices": "rows",
 }
+MAX_TURN = (1 << 16) - 1  # turns are kept as uint16: those beyond are one
 CHUNK_RECORDS = 512  # records that a process renders at a time
 PARALLEL_RECORDS = 32 * CHUNK_RECORDS  # with fewer records, starting the processes (about 2 s) takes longer than rendering
 
@@ -48,25 +54,28 @@ class TokenizedSource:
 
     name: str
     tokens: np.ndarray  # (tokens,) uint16 or uint32
-    loss_mask: np.ndarray  # (tokens,) uint8, 1 where supervised
+    kinds: np.ndarray  # (tokens,) uint8, chat.Kind of each
+    turns: np.ndarray  # (tokens,) uint16, turn of each in its document
     offsets: np.ndarray  # (documents + 1,) int64
-    num_supervised: np.ndarray  # (documents,) int64, supervised tokens of each document
+    num_assistant: np.ndarray  # (documents,) int64, tokens of the kind ASSISTANT in each document
+    num_last_assistant: np.ndarray  # (documents,) int64, of these, those of its last reply
+    num_off: np.ndarray  # (documents,) int64, tokens that are flagged off
     record_indices: np.ndarray  # (documents,) int64, index of each document's record in the source, for messages
     skipped: int  # malformed records left out
-    content_hash: str  # of tokens, loss_mask and offsets
+    content_hash: str  # of tokens, kinds and offsets
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, loss_mask) of document i."""
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, kinds, turns) of document i."""
         span = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[span], self.loss_mask[span]
+        return self.tokens[span], self.kinds[span], self.turns[span]
 
     def release(self) -> None:
         """Drop the pages that were read from this process's memory, so that it does not grow. The system's page cache keeps
         them, so reading them again costs no disk access."""
-        for array in (self.tokens, self.loss_mask):
+        for array in (self.tokens, self.kinds, self.turns):
             if isinstance(array.base, mmap):
                 array.base.madvise(MADV_DONTNEED)
 
@@ -119,16 +128,21 @@ def _open(name: str, folder: Path) -> TokenizedSource:
 
 
 def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
-    """Write a cache folder. Tokens and masks go to disk chunk by chunk, so that memory does not grow with the source."""
+    """Write a cache folder. What there is of each token goes to disk chunk by chunk, so that memory does not grow with the
+    source."""
     skipped, reasons, content_hash = 0, [], hashlib.sha256()
-    lengths, num_supervised, record_indices = [0], [], []
-    with (folder / "tokens.raw").open("wb") as tokens, (folder / "loss_mask.raw").open("wb") as masks:
+    lengths, counts, record_indices = [0], [], []
+    files = {name: (folder / f"{name}.raw") for name in ("tokens", "kinds", "turns")}
+    with ExitStack() as stack:
+        streams = {name: stack.enter_context(file.open("wb")) for name, file in files.items()}
         for chunk in chunks:
-            tokens.write(chunk.tokens)
-            masks.write(chunk.loss_mask)
+            for name, stream in streams.items():
+                stream.write(getattr(chunk, name))
             content_hash.update(chunk.tokens + chunk.loss_mask)
+            if any(off for _, _, off in chunk.counts):  # so that hashes of data without flags are those of earlier versions
+                content_hash.update(chunk.kinds)
             lengths += chunk.lengths
-            num_supervised += chunk.num_supervised
+            counts += chunk.counts
             record_indices += chunk.record_indices
             skipped += len(chunk.malformed)
             reasons = (reasons + chunk.malformed)[:3]
@@ -140,9 +154,11 @@ def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk
     offsets = np.cumsum(lengths, dtype=np.int64)
     content_hash.update(offsets.tobytes())
     _raw_to_npy(folder / "tokens", dtype, int(offsets[-1]))
-    _raw_to_npy(folder / "loss_mask", np.dtype(np.uint8), int(offsets[-1]))
+    _raw_to_npy(folder / "kinds", np.dtype(np.uint8), int(offsets[-1]))
+    _raw_to_npy(folder / "turns", np.dtype(np.uint16), int(offsets[-1]))
     np.save(folder / f"{ARRAYS['offsets']}.npy", offsets)
-    np.save(folder / f"{ARRAYS['num_supervised']}.npy", np.array(num_supervised, dtype=np.int64))
+    for field, column in zip(("num_assistant", "num_last_assistant", "num_off"), np.array(counts, dtype=np.int64).T, strict=True):
+        np.save(folder / f"{ARRAYS[field]}.npy", column)
     np.save(folder / f"{ARRAYS['record_indices']}.npy", np.array(record_indices, dtype=np.int64))
     meta = {
         "skipped": skipped,
@@ -172,11 +188,17 @@ class Chunk:
     """The documents of up to CHUNK_RECORDS records, in the form that goes to disk."""
 
     tokens: bytes
-    loss_mask: bytes
+    kinds: bytes
+    turns: bytes
     lengths: list[int]  # tokens of each document
-    num_supervised: list[int]  # supervised tokens of each document
+    counts: list[tuple[int, int, int]]  # of each document: assistant tokens, those of its last reply, tokens flagged off
     record_indices: list[int]
     malformed: list[tuple[int, str]]  # (index of the record, reason)
+
+    @property
+    def loss_mask(self) -> bytes:
+        """1 for each token of the kind ASSISTANT."""
+        return (np.frombuffer(self.kinds, np.uint8) == Kind.ASSISTANT).astype(np.uint8).tobytes()
 
 
 def render_all(
@@ -255,9 +277,18 @@ def _render(
     dtype = _token_dtype(tokenizer)
     return Chunk(
         tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
-        loss_mask=b"".join(bytes(r.loss_mask) for r in rendered),
+        kinds=b"".join(bytes(r.kinds) for r in rendered),
+        turns=b"".join(np.array(r.turns, dtype=np.int64).clip(max=MAX_TURN).astype(np.uint16).tobytes() for r in rendered),
         lengths=[len(r.ids) for r in rendered],
-        num_supervised=[sum(r.loss_mask) for r in rendered],
+        counts=[_count(r) for r in rendered],
         record_indices=record_indices,
         malformed=malformed,
     )
+
+
+def _count(document: Encoded) -> tuple[int, int, int]:
+    """Of a document: assistant tokens, those of its last reply, tokens flagged off."""
+    kinds, turns = np.array(document.kinds, dtype=np.uint8), np.array(document.turns, dtype=np.int64)
+    replies = kinds == Kind.ASSISTANT
+    of_last = replies & (turns == last_turn(kinds, turns))
+    return int(replies.sum()), int(of_last.sum()), int((kinds & Kind.OFF > 0).sum())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from chattrain.config.data import SourceConfig
+from chattrain.config.words import Supervise
 from chattrain.data.cache import TokenizedSource
+from chattrain.data.loss_weights import LossWeights
 from chattrain.storage.files import make_folder
 
 
@@ -38,7 +40,8 @@ class Mixture:
     """The documents of all sources under common indices, and their order in each epoch.
 
     `lengths` (documents,) int64: tokens of each document. `keep` (documents,) bool: documents that epochs may use; None: all.
-    `folder`: cache for arrays computed from the mixture, see `load_or_compute`; None: no cache.
+    `folder`: cache for arrays computed from the mixture, see `load_or_compute`; None: no cache. `loss`: what of a document
+    carries loss; with auto, what the collator says, and without one its assistant tokens.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class Mixture:
         seed: int,
         keep: np.ndarray | None = None,
         folder: Path | None = None,
+        loss: LossWeights = LossWeights(),
     ):
-        self.caches, self.sources, self.seed, self.folder = caches, sources, seed, folder
+        self.caches, self.sources, self.seed, self.folder, self.loss = caches, sources, seed, folder, loss
+        self.weights = loss.resolved(Supervise.assistant)
         self.starts = np.cumsum([0] + [len(c) for c in caches])
         self.lengths = np.concatenate([np.diff(c.offsets) for c in caches])
-        keep = np.ones(len(self.lengths), dtype=bool) if keep is None else keep
+        keep = self.keep = np.ones(len(self.lengths), dtype=bool) if keep is None else keep
         self.kept = [np.flatnonzero(keep[a:b]) + a for a, b in zip(self.starts, self.starts[1:], strict=False)]
         present = [i for i, ids in enumerate(self.kept) if len(ids)]
         counts = epoch_counts([len(self.kept[i]) for i in present], [sources[i] for i in present]) if present else []
@@ -65,7 +70,20 @@ class Mixture:
 
     def restricted(self, keep: np.ndarray) -> Mixture:
         """The same mixture, using only the documents where `keep` (documents,) is true."""
-        return Mixture(self.caches, self.sources, self.seed, keep, self.folder)
+        return Mixture(self.caches, self.sources, self.seed, keep, self.folder, self.loss)
+
+    def weighed(self, implied: Supervise) -> Mixture:
+        """The same mixture, in which the tokens carry loss that the collator implies, unless loss.supervise says which. Raises
+        UserError for a prompt_weight that no token has."""
+        return Mixture(self.caches, self.sources, self.seed, self.keep, self.folder, self.loss.resolved(implied))
+
+    @cached_property
+    def num_weighed(self) -> np.ndarray:
+        """(documents,) int64: how many tokens of each document carry loss."""
+        if self.weights.prompts_count:
+            return self.lengths - np.concatenate([c.num_off for c in self.caches])
+        last = self.weights.supervise == Supervise.last_assistant
+        return np.concatenate([c.num_last_assistant if last else c.num_assistant for c in self.caches])
 
     def load_or_compute(self, key: list, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays that `compute` returns, memory-mapped from `folder` if an earlier run has saved them.
@@ -87,9 +105,14 @@ class Mixture:
         return {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, loss_mask) of document i."""
-        cache, at = self._find(i)
-        return cache[at]
+        """(tokens, loss weights fp32) of document i, each (tokens,)."""
+        source, at = self._find(i)
+        tokens, kinds, turns = self.caches[source][at]
+        return tokens, self.weights.of(kinds, turns)
+
+    def source_of(self, i: int) -> int:
+        """Index of the source of document i."""
+        return self._find(i)[0]
 
     def release(self) -> None:
         """Drop the pages that were read from this process's memory, see TokenizedSource.release."""
@@ -98,13 +121,13 @@ class Mixture:
 
     def describe(self, i: int) -> str:
         """Source and record of document i for messages, as `<source> row <index>`."""
-        cache, at = self._find(i)
-        return f"{cache.name} row {cache.record_indices[at]}"
+        source, at = self._find(i)
+        return f"{self.caches[source].name} row {self.caches[source].record_indices[at]}"
 
-    def _find(self, i: int) -> tuple[TokenizedSource, int]:
-        """(source of document i, its index in that source)."""
+    def _find(self, i: int) -> tuple[int, int]:
+        """(index of the source of document i, its index in that source)."""
         source = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.caches[source], i - int(self.starts[source])
+        return source, i - int(self.starts[source])
 
     def _order(self, epoch: int) -> np.ndarray:
         """(epoch_size,) int64: document indices in the order of this epoch."""

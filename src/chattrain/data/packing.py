@@ -5,24 +5,44 @@ B rows, T tokens a row. Targets are shifted: targets[t] is the token after input
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 IGNORE_INDEX = -1
 
 
-def shift(ids: np.ndarray, loss_mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets), int64, of consecutive tokens. With a loss mask, unsupervised targets are IGNORE_INDEX.
+class Tokens(NamedTuple):
+    """Consecutive tokens, shifted: each (T,)."""
 
-    >>> shift(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1]))
-    (array([5, 6, 7]), array([-1,  7,  8]))
+    inputs: np.ndarray  # int64
+    targets: np.ndarray  # int64; IGNORE_INDEX where the weight is 0
+    weights: np.ndarray  # fp32: how much each target's loss counts
+    sources: np.ndarray  # int16: index of each target's source in the mixture
+
+    @classmethod
+    def join(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The parts one after the other; none gives no tokens."""
+        return cls(*(np.concatenate(arrays) for arrays in zip(NO_TOKENS, *parts, strict=True)))
+
+
+def shift(ids: np.ndarray, weights: np.ndarray | None = None, sources: np.ndarray | None = None) -> Tokens:
+    """Inputs and targets of consecutive tokens with their weights (None: 1) and sources (None: 0), all (T + 1,). Targets of
+    weight 0 are IGNORE_INDEX.
+
+    >>> tokens = shift(np.array([5, 6, 7, 8]), np.array([0, 0, 0.5, 1], dtype=np.float32))
+    >>> tokens.inputs.tolist(), tokens.targets.tolist(), tokens.weights.tolist()
+    ([5, 6, 7], [-1, 7, 8], [0.0, 0.5, 1.0])
     """
     ids = ids.astype(np.int64)
-    targets = ids[1:].copy()
-    if loss_mask is not None:
-        targets[loss_mask[1:] == 0] = IGNORE_INDEX
-    return ids[:-1], targets
+    weights = np.ones(len(ids), np.float32) if weights is None else weights
+    sources = np.zeros(len(ids), np.int16) if sources is None else sources
+    return Tokens(ids[:-1], np.where(weights[1:] > 0, ids[1:], IGNORE_INDEX), weights[1:], sources[1:])
+
+
+NO_TOKENS = Tokens(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int16))
 
 
 def slice_stream(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
@@ -124,16 +144,20 @@ def cu_seqlens_of(positions: np.ndarray, unit: int = 64) -> np.ndarray:
     return np.append(starts, np.full(1 + -len(starts) % unit, positions.size)).astype(np.int32)
 
 
-def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets), each (B, width) int64, padded with pad_id and with IGNORE_INDEX. Raises ValueError for a longer row.
+def pad_rows(rows: Sequence[Tokens], width: int, pad_id: int) -> Tokens:
+    """Inputs, targets, weights and sources, each (B, width), padded with pad_id, IGNORE_INDEX, 0 and 0. Raises ValueError for a
+    longer row.
 
-    >>> inputs, targets = pad_rows([(np.array([1, 2]), np.array([2, 3])), (np.array([4]), np.array([5]))], 3, pad_id=9)
-    >>> inputs.tolist(), targets.tolist()
-    ([[1, 2, 9], [4, 9, 9]], [[2, 3, -1], [5, -1, -1]])
+    >>> rows = pad_rows([shift(np.array([1, 2, 3])), shift(np.array([4, 5]))], 3, pad_id=9)
+    >>> rows.inputs.tolist(), rows.targets.tolist(), rows.weights.tolist()
+    ([[1, 2, 9], [4, 9, 9]], [[2, 3, -1], [5, -1, -1]], [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     """
     inputs = np.full((len(rows), width), pad_id, dtype=np.int64)
     targets = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
-    for b, (x, y) in enumerate(rows):
-        inputs[b, : len(x)] = x
-        targets[b, : len(y)] = y
-    return inputs, targets
+    weights = np.zeros((len(rows), width), dtype=np.float32)
+    sources = np.zeros((len(rows), width), dtype=np.int16)
+    padded = Tokens(inputs, targets, weights, sources)
+    for b, row in enumerate(rows):
+        for whole, part in zip(padded, row, strict=True):
+            whole[b, : len(part)] = part
+    return padded

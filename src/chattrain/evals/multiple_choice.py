@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from chattrain.chat import Malformed, render_choices
-from chattrain.data.packing import pad_rows
 from chattrain.data.sources import Records
 from chattrain.errors import UserError
 from chattrain.model.causal_lm import CausalLM
@@ -142,12 +141,11 @@ class MultipleChoice:
     def _answer(self, model: CausalLM, batch: list[Question], L: int) -> torch.Tensor:
         """(B, 2 + L) fp64 of B questions with at most L choices: 1, the choice, each letter's log-probability, then zeros."""
         width = max(len(q.ids) for q in batch)
-        empty = np.empty(0, np.int64)
-        inputs, _ = pad_rows([(np.array(q.ids), empty) for q in batch], width, self.pad_id)
+        inputs = torch.tensor([q.ids + [self.pad_id] * (width - len(q.ids)) for q in batch], device=self.device)
         last = torch.tensor([len(q.ids) - 1 for q in batch], device=self.device)
         letters = torch.tensor([q.letter_ids + [0] * (L - len(q.letter_ids)) for q in batch], device=self.device)
         exists = torch.tensor([[i < len(q.letter_ids) for i in range(L)] for q in batch], device=self.device)
-        logits, log_sum = model.choice_logits(torch.from_numpy(inputs).to(self.device), last, letters)
+        logits, log_sum = model.choice_logits(inputs, last, letters)
         choice = logits.masked_fill(~exists, float("-inf")).argmax(dim=1, keepdim=True)
         logprobs = (logits - log_sum[:, None]).masked_fill(~exists, 0.0)
         return torch.cat([torch.ones_like(choice), choice, logprobs], dim=1).cpu().double()

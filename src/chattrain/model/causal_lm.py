@@ -42,7 +42,7 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> Tensor:
-        """The sum of the losses of the batch's targets, in nats; see `sum_dtype`."""
+        """The sum of the losses of the batch's targets times their weights, in nats; see `sum_dtype`."""
         raise NotImplementedError
 
     def losses(self, batch: Batch) -> Tensor:

@@ -24,7 +24,16 @@ from chattrain.model.attention import Attend, attention, choose_attention, has_v
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import compile_each
 from chattrain.model.elementwise import norm, rotated_norm, squared_relu
-from chattrain.model.head import HeadSettings, compute_dtype, head_settings, in_places, summed_loss, supervised, token_losses
+from chattrain.model.head import (
+    HeadSettings,
+    compute_dtype,
+    head_settings,
+    in_places,
+    summed_loss,
+    supervised,
+    target_weights,
+    token_losses,
+)
 from chattrain.model.kv_cache import KVCache
 from chattrain.model.recompute import recompute
 from chattrain.storage.tensors import fill_model, unique_tensors
@@ -194,7 +203,8 @@ class GPT(CausalLM):
 
     def loss(self, batch: Batch) -> Tensor:
         features, targets = supervised(self.features(batch.inputs, batch.positions, batch.cu_seqlens), batch)
-        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self._head_settings)
+        weights = target_weights(batch)
+        return summed_loss(features, self.lm_head.weight, targets, LOGIT_CAP, self._head_settings, loss_weights=weights)
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:

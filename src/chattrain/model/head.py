@@ -5,7 +5,7 @@ A head of V tokens on N features has N x V logits, their exponentials and their 
 the next begins, as in Liger (https://arxiv.org/abs/2410.10989). The gradients are kept until backward, which multiplies them by
 the gradient of the sum.
 
-N tokens, C channels, V vocabulary, R rows of a chunk.
+N targets that carry loss, C channels, V vocabulary, R rows of a chunk.
 """
 
 from __future__ import annotations
@@ -42,29 +42,43 @@ def head_settings(device_type: str, compiled: bool) -> HeadSettings:
 
 
 def supervised(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of features (B, T, any) the rows (N, any) of the supervised tokens, and their targets (N,)."""
+    """Of features (B, T, any) the rows (N, any) of the targets that carry loss, and these (N,)."""
     features, targets = features.flatten(0, 1), batch.targets.flatten()
     if batch.target_indices is None:
         return features, targets
     return features[batch.target_indices], targets[batch.target_indices]
 
 
+def target_weights(batch: Batch) -> Tensor | None:
+    """Loss weights (N,) of the targets that carry loss, or None where all weigh 1."""
+    if batch.weights is None or batch.target_indices is None:
+        return None if batch.weights is None else batch.weights.flatten()
+    return batch.weights.flatten()[batch.target_indices]
+
+
 def in_places(losses: Tensor, batch: Batch) -> Tensor:
-    """Losses (N,) of the supervised tokens in their places in the batch (B, T), 0 elsewhere."""
+    """Losses (N,) of the targets that carry loss in their places in the batch (B, T), 0 elsewhere."""
     if batch.target_indices is None:
         return losses.view(batch.targets.shape)
     return losses.new_zeros(batch.targets.numel()).index_put_((batch.target_indices,), losses).view(batch.targets.shape)
 
 
 def summed_loss(
-    features: Tensor, weight: Tensor, targets: Tensor, cap: float | None, settings: HeadSettings, bias: Tensor | None = None
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: float | None,
+    settings: HeadSettings,
+    bias: Tensor | None = None,
+    loss_weights: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of features (N, C) against targets (N,), in nats, of dtype `sum_dtype`.
 
-    Targets are token ids; none is ignored. Logits are cap x tanh(x / cap), or x where the cap is None; x is features times weight
-    (V, C) transposed, plus the bias (V,). Under autocast the matrix products are in its dtype.
+    Targets are token ids; none is ignored. `loss_weights` (N,), fp32, multiply their losses; None: 1. Logits are
+    cap x tanh(x / cap), or x where the cap is None; x is features times weight (V, C) transposed, plus the bias (V,). Under
+    autocast the matrix products are in its dtype.
     """
-    return _SummedLoss.apply(features, weight, bias, targets, cap, settings)
+    return _SummedLoss.apply(features, weight, bias, targets, loss_weights, cap, settings)
 
 
 def token_losses(
@@ -95,7 +109,14 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, settings: HeadSettings
+        ctx,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        loss_weights: Tensor | None,
+        cap: float | None,
+        settings: HeadSettings,
     ) -> Tensor:
         dtype = compute_dtype(weight)
         x, w, b = features.detach().to(dtype), weight.detach().to(dtype), _to(bias, dtype)
@@ -105,11 +126,12 @@ class _SummedLoss(torch.autograd.Function):
         grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for rows, losses, grad in _chunks(x, w, b, targets, cap, settings):
-                total += losses.sum(dtype=total.dtype)
-                grad_x[rows] = grad @ w
-                grad_w += grad.T @ x[rows]
+                factors = None if loss_weights is None else loss_weights[rows]
+                total += _scaled(losses, factors).sum(dtype=total.dtype)
+                grad_x[rows] = _scaled(grad @ w, factors)
+                grad_w += grad.T @ _scaled(x[rows], factors)  # the factor of a row may stand on either side: C < V
                 if grad_b is not None:
-                    grad_b += grad.sum(dim=0, dtype=torch.float32)
+                    grad_b += _scaled(grad, factors).sum(dim=0, dtype=torch.float32)
         ctx.save_for_backward(grad_x, grad_w, grad_b)
         ctx.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
@@ -120,7 +142,7 @@ class _SummedLoss(torch.autograd.Function):
             None if grad is None else (grad * upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _chunks(
@@ -150,6 +172,11 @@ def _losses_and_gradient(logits: Tensor, targets: Tensor, cap: float | None) -> 
     one_hot = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
     grad = (capped - log_sum).exp() - one_hot.float()
     return losses, (grad if slope is None else grad * slope).to(logits.dtype)
+
+
+def _scaled(rows: Tensor, factors: Tensor | None) -> Tensor:
+    """Each of the rows (R, ...) times its factor (R,), in the dtype of the rows."""
+    return rows if factors is None else rows * factors.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

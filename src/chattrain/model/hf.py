@@ -21,7 +21,7 @@ from chattrain.model import hf_attention, hf_generate
 from chattrain.model.attention import choose_attention, has_varlen
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import CompiledBlocks
-from chattrain.model.head import HeadSettings, compute_dtype, head_settings, in_places, supervised
+from chattrain.model.head import HeadSettings, compute_dtype, head_settings, in_places, supervised, target_weights
 from chattrain.model.hf_generate import HFCache
 from chattrain.model.hf_head import ChunkedHead, OwnHead, choose_head, is_right
 from chattrain.model.kv_cache import KVCache
@@ -132,7 +132,7 @@ class HFModel(CausalLM):
 
     def loss(self, batch: Batch) -> Tensor:
         features, targets = supervised(self.features(batch.inputs, batch.positions, batch.cu_seqlens), batch)
-        return self.head.summed_loss(features, targets, self._head_settings)
+        return self.head.summed_loss(features, targets, self._head_settings, target_weights(batch))
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:

@@ -39,10 +39,10 @@ class ChunkedHead:
         features = self.inner.base_model(use_cache=False, **arguments).last_hidden_state
         return features if self.factor == 1.0 else features * self.factor
 
-    def summed_loss(self, features: Tensor, targets: Tensor, settings: HeadSettings) -> Tensor:
-        """Of features (N, C) and targets (N,), in nats."""
+    def summed_loss(self, features: Tensor, targets: Tensor, settings: HeadSettings, loss_weights: Tensor | None) -> Tensor:
+        """Of features (N, C) and targets (N,), in nats; the loss weights (N,) multiply the losses, None: 1."""
         weight, bias = self._weights()
-        return summed_loss(features, weight, targets, self.cap, settings, bias)
+        return summed_loss(features, weight, targets, self.cap, settings, bias, loss_weights)
 
     def token_losses(self, features: Tensor, targets: Tensor, settings: HeadSettings) -> Tensor:
         """(N,), fp32, of features (N, C) and targets (N,), in nats."""
@@ -71,8 +71,9 @@ class OwnHead:
         """(B, T, V)"""
         return self.inner(use_cache=False, **arguments).logits
 
-    def summed_loss(self, features: Tensor, targets: Tensor, settings: HeadSettings) -> Tensor:
-        return self.token_losses(features, targets, settings).sum(dtype=sum_dtype(features.device))
+    def summed_loss(self, features: Tensor, targets: Tensor, settings: HeadSettings, loss_weights: Tensor | None) -> Tensor:
+        losses = self.token_losses(features, targets, settings)
+        return (losses if loss_weights is None else losses * loss_weights).sum(dtype=sum_dtype(features.device))
 
     def token_losses(self, features: Tensor, targets: Tensor, settings: HeadSettings) -> Tensor:
         return F.cross_entropy(features.float(), targets, reduction="none")

@@ -57,7 +57,8 @@ def build_components(
     optimizer = instantiate_config(cfg.optimizer, model, strategy)
     state = loop.State()
     if saved and setup.resume:
-        state = loop.State(saved.step, saved.tokens_seen, saved.supervised_tokens)
+        weight = float(saved.supervised_tokens) if saved.loss_weight is None else saved.loss_weight
+        state = loop.State(saved.step, saved.tokens_seen, saved.supervised_tokens, weight)
         load_optimizer(optimizer, strategy, setup.resume)
     autocast = devices.autocast(bf16, device)
     if cfg.collator.isolates:
@@ -215,6 +216,7 @@ def save_checkpoint(
             step=state.step,
             tokens_seen=state.tokens_seen,
             supervised_tokens=state.supervised_tokens,
+            loss_weight=state.loss_weight,
             stage=cfg.stage,
             model=model.shape,
             data_fingerprint=data.fingerprint,

@@ -19,6 +19,7 @@ from chattrain.config.train import TrainConfig
 from chattrain.config.words import OnMalformed, Part, Schema
 from chattrain.data.cache import default_cache_dir, load_or_tokenize
 from chattrain.data.collators import Collator
+from chattrain.data.loss_weights import MEASURED, LossWeights
 from chattrain.data.mixture import Mixture
 from chattrain.data.passes import PassLimits
 from chattrain.data.sources import open_records
@@ -63,11 +64,12 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     tokenizer = Tokenizer.load(tokenizer_dir)
     rows_per_step = cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
     key = f"data.stages.{cfg.stage}.train"
-    mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).train, cfg.data, tokenizer, cfg.run.seed)
+    loss = LossWeights(cfg.loss.supervise, cfg.loss.prompt_weight)
+    mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).train, cfg.data, tokenizer, cfg.run.seed, loss)
     train = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=None)
     num_steps = cfg.train.max_steps or train.steps_in(cfg.train.num_epochs, rows_per_step)
     evals = _eval_data(cfg, tokenizer)
-    fingerprint = _fingerprint(mixture, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step)
+    fingerprint = _fingerprint(train, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step)
     shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers")}
     return RunData(**shared, train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint)
 
@@ -81,7 +83,7 @@ def _eval_data(cfg: Config, tokenizer: AnyTokenizer) -> EvalData:
     validation, rows = None, 0
     if cfg.eval.validation:
         key, sources = f"data.stages.{cfg.stage}.{cfg.eval.on.name}", cfg.data.mixture(cfg.stage).part(cfg.eval.on)
-        mixture = _open_mixture(key, sources, cfg.data, tokenizer, VALIDATION_SEED)
+        mixture = _open_mixture(key, sources, cfg.data, tokenizer, VALIDATION_SEED, MEASURED)
         validation = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=0)
         rows = validation.rows_in(1)
         if cfg.eval.max_tokens:
@@ -90,15 +92,18 @@ def _eval_data(cfg: Config, tokenizer: AnyTokenizer) -> EvalData:
     return EvalData(tokenizer, validation, rows, question_sets)
 
 
-def _open_mixture(key: str, sources: dict[str, SourceConfig], data: DataConfig, tokenizer: AnyTokenizer, seed: int) -> Mixture:
-    """The sources of a configuration key as one mixture of documents; `seed` decides their order."""
+def _open_mixture(
+    key: str, sources: dict[str, SourceConfig], data: DataConfig, tokenizer: AnyTokenizer, seed: int, loss: LossWeights
+) -> Mixture:
+    """The sources of a configuration key as one mixture of documents; `seed` decides their order, `loss` what their tokens
+    weigh."""
     if not sources:
         if key.endswith(".test"):
             raise UserError(f"this data has no test part: give {key} in its YAML file, or data.test_path with data=local")
         raise UserError(f"{key} has no source; name one, or use eval=none for no validation")
     cache, skip = cache_dir(data), data.on_malformed == OnMalformed.skip
     tokenized = [load_or_tokenize(name, source, tokenizer, cache, skip, data.workers) for name, source in sources.items()]
-    return Mixture(tokenized, list(sources.values()), seed, folder=cache / "rows")
+    return Mixture(tokenized, list(sources.values()), seed, folder=cache / "rows", loss=loss)
 
 
 def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer) -> dict[str, list[Question]]:
@@ -126,12 +131,15 @@ def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer
     return {name: questions(name, open_records(name, source, cache_dir(data)), tokenizer) for name, source in sources.items()}
 
 
-def _fingerprint(mixture: Mixture, collator: CollatorConfig, seed: int, seq_len: int, rows_per_step: int) -> str:
+def _fingerprint(train: Collator, collator: CollatorConfig, seed: int, seq_len: int, rows_per_step: int) -> str:
     """Hash of everything that decides which batch a step sees."""
+    mixture = train.mixture
     inputs: list[Any] = [[c.content_hash, s.epochs, s.weight] for c, s in zip(mixture.caches, mixture.sources, strict=True)]
     inputs += [seed, recorded_target(collator._target_), seq_len, rows_per_step]
     if collator.isolates:
         inputs.append("isolated")
+    if mixture.weights != LossWeights(train.supervises):
+        inputs.append([mixture.weights.supervise.name, mixture.weights.prompt_weight])
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
@@ -153,7 +161,7 @@ def report_counts(collator: Collator, num_steps: int) -> None:
             "%d conversations are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
         )
     if counts.left_out:
-        log.warning("%d conversations have no supervised token within train.seq_len and are left out", counts.left_out)
+        log.warning("%d documents have no token that carries loss within train.seq_len and are left out", counts.left_out)
 
 
 def cache_dir(data: DataConfig) -> Path:

@@ -135,7 +135,7 @@ def _of_collator(collator: Collator, context: str) -> list[DataSet]:
             "documents": len(cache),
             "documents_an_epoch": mixture.counts.get(i, 0),
             "tokens": int(cache.offsets[-1]),
-            "supervised_tokens": int(cache.num_supervised.sum()),
+            "assistant_tokens": int(cache.num_assistant.sum()),
             "truncated": int((used > collator.seq_len + 1).sum()) if collator.counts.truncated else 0,
             "left_out": len(cache) - len(used),
             "malformed": cache.skipped,

@@ -38,6 +38,7 @@ def summarize(
         "num_steps": data.num_steps,
         "tokens_seen": state.tokens_seen,
         "supervised_tokens": state.supervised_tokens,
+        "loss_weight": state.loss_weight,
         "tokens_per_second": state.tokens_per_second,
         "metrics": dict(tracker.last),
         "checkpoint": str(newest[-1]) if newest else None,
@@ -87,6 +88,7 @@ def _recover_progress(run_dir: Path) -> tuple[NullTracker, loop.State]:
         tracker.last |= {name: value for name, value in row.items() if name not in ("step", "time")}
     state.tokens_seen = int(tracker.last.get("train/tokens_seen") or 0)
     state.supervised_tokens = int(tracker.last.get("train/supervised_tokens") or 0)
+    state.loss_weight = float(tracker.last.get("train/loss_weight") or 0)
     saved = checkpoint.newest_valid(run_dir)
     tracker.mlflow_run_id = checkpoint.load_state(saved).mlflow_run_id if saved else None
     return tracker, state

@@ -48,6 +48,7 @@ class CheckpointState:
     mlflow_run_id: str | None = None
     format_version: int = FORMAT_VERSION
     metrics: dict[str, float | None] = field(default_factory=dict)
+    loss_weight: float | None = None  # None: an earlier version's, in which every target weighs 1
 
 
 def save(

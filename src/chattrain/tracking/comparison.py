@@ -12,7 +12,7 @@ from chattrain.storage.files import replace_text
 from chattrain.tracking import page
 from chattrain.tracking.charts import COLORS, Chart, Series, running_mean
 from chattrain.tracking.report import half_widths, spans_much
-from chattrain.tracking.run_folder import TARGETS, RunFolder, format_accuracy, label
+from chattrain.tracking.run_folder import RunFolder, format_accuracy, label, over
 
 OF_NO_EFFECT = ("run.name", "run.dir", "run.root", "runs", "sweep.")  # beginnings of keys that a run's numbers do not follow from
 ORDER = (
@@ -52,8 +52,8 @@ def _page(names: list[str], runs: list[RunFolder]) -> str:
     if unread:
         parts.append(page.warnings([f"config.yaml of {', '.join(unread)} could not be read."]))
     parts.append("<h2>What the runs reached</h2>")
-    if _different_targets(runs):
-        kinds = ", ".join(f"{name}: {_targets(run)}" for name, run in zip(names, runs, strict=True))
+    if _different_targets("val/loss", runs):
+        kinds = ", ".join(f"{name}: {_over('val/loss', run) or 'not recorded'}" for name, run in zip(names, runs, strict=True))
         parts.append(page.warnings([f"Validation losses are over different targets, so they do not rank the runs ({kinds})."]))
     parts.append(page.grid(*_results(names, runs)))
     curves = page.charts(_charts(names, runs))
@@ -105,24 +105,24 @@ def _charts(names: list[str], runs: list[RunFolder]) -> Iterator[Chart]:
                 series.append(Series(f"{run_name}, one step", points, color, style="dots", faint=True))
                 points = running_mean(points)[0]
             half = half_widths(run, name) if name.endswith("_acc") else []
-            over = f" ({_targets(run)})" if validation and _different_targets(runs) else ""
-            series.append(Series(run_name + over, points, color, half=half))
-        targets = runs[0].validation.get("targets") if not _different_targets(runs) else None
-        note = "Over different targets: the lines do not rank the runs." if validation and _different_targets(runs) else ""
+            words = f" ({_over(name, run) or 'not recorded'})" if validation and _different_targets(name, runs) else ""
+            series.append(Series(run_name + words, points, color, half=half))
+        differ = _different_targets(name, runs)
+        targets = None if differ else runs[0].validation.get("targets")
+        note = "Over different targets: the lines do not rank the runs." if validation and differ else ""
         note = "Dots: the loss of one step's rows. Lines: running means." if loss else note
         percent = name.endswith("_acc") or name in PERCENT
         log = not percent and spans_much([s.points for s in series])
         yield Chart(label(name, targets), series, note, percent=percent, y_log=log)
 
 
-def _different_targets(runs: list[RunFolder]) -> bool:
-    """Do the validation losses of the runs measure different things?"""
-    return len({run.validation.get("targets") for run in runs if any(name.startswith("val/") for name in run.last)}) > 1
+def _different_targets(metric: str, runs: list[RunFolder]) -> bool:
+    """Does the validation metric of the runs measure different things?"""
+    return len({_over(metric, run) for run in runs if metric in run.last}) > 1
 
 
-def _targets(run: RunFolder) -> str:
-    targets = run.validation.get("targets")
-    return TARGETS.get(targets, str(targets)) if targets else "not recorded"
+def _over(metric: str, run: RunFolder) -> str | None:
+    return over(metric, run.validation.get("targets"))
 
 
 def _shown(value: Any) -> str:

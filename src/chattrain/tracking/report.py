@@ -61,9 +61,12 @@ def run_charts(run: RunFolder) -> Iterator[Chart]:
     curves, targets = run.curves, run.validation.get("targets")
     if "train/loss" in curves:
         yield _training_loss(curves["train/loss"])
-    for name in ("val/loss", "val/bpb"):
+    for name in ("val/loss", "val/loss_all", "val/bpb"):
         if name in curves:
-            yield Chart(label(name, targets), [Series(name, curves[name])], y_log=spans_much([curves[name]]))
+            by_source = _named(curves, f"{name}/")
+            series = [Series(n, points, COLORS[i % len(COLORS)]) for i, (n, points) in enumerate(by_source.items(), start=1)]
+            lines = [Series(name, curves[name]), *series]
+            yield Chart(label(name, targets), lines, y_log=spans_much([line.points for line in lines]))
     accuracies = _named(curves, "eval/", "_acc")
     if accuracies:
         series = [

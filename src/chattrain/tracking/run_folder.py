@@ -17,7 +17,8 @@ from chattrain.tracking.metrics import read_metrics
 
 Points = list[tuple[float, float]]  # (step, value)
 
-TARGETS = {"all": "all tokens", "replies": "replies"}  # what a validation loss is over, in words
+# What the validation metrics of a run are over, in words. Earlier versions had one kind of targets for all of them.
+TARGETS = {"all": "all tokens", "replies": "replies"}
 Z95 = 1.96  # standard errors on each side of a 95 % interval
 
 
@@ -114,8 +115,20 @@ def label(metric: str, targets: str | None) -> str:
 
     >>> label("val/loss", "all"), label("val/loss", None), label("train/loss", "all")
     ('val/loss (all tokens)', 'val/loss', 'train/loss')
+    >>> label("val/loss", "assistant"), label("val/bpb/gsm8k", "assistant")
+    ('val/loss (replies)', 'val/bpb/gsm8k (all tokens)')
     """
-    return f"{metric} ({TARGETS.get(targets, targets)})" if targets and metric.startswith("val/") else metric
+    words = over(metric, targets)
+    return metric if words is None else f"{metric} ({words})"
+
+
+def over(metric: str, targets: str | None) -> str | None:
+    """What a validation metric is over, in words, of a run with these targets; None: not known, or no such metric."""
+    if targets is None or not metric.startswith("val/") or metric.startswith("val/loss_all"):
+        return None
+    if targets == "assistant":
+        return TARGETS["replies" if metric.startswith("val/loss") else "all"]
+    return TARGETS.get(targets, targets)
 
 
 def format_accuracy(value: float, half_width: float | None) -> str:

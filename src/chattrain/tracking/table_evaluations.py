@@ -32,7 +32,7 @@ def label(result: dict) -> str:
 
 
 def _over(name: str, measured: dict | None) -> str:
-    return f" over {measured['over']}" if measured and name.endswith("/loss") else ""
+    return " over replies" if measured and name.endswith("/loss") else ""
 
 
 def _counted(name: str, measured: dict | None) -> str:
@@ -51,21 +51,20 @@ def _value(name: str, metrics: dict[str, float]) -> str:
 
 
 def show_evaluations(results: list[dict]) -> None:
-    """Print one row a result, as `command=evaluate` returns it; losses over different targets are told apart."""
+    """Print one row a result, as `command=evaluate` returns it; `tokens`: of replies, which the loss is over."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     names = list(dict.fromkeys(name for result in results for name in result["metrics"] if not name.endswith(DETAILS)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("checkpoint", "part", "loss over", "tokens", *(name.removeprefix("eval/") for name in names)):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("checkpoint", "part", "loss over") else "right")
+    for column in ("checkpoint", "part", "tokens", *(name.removeprefix("eval/") for name in names)):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("checkpoint", "part") else "right")
     for result in results:
         measured, metrics = result.get("validation"), result["metrics"]
         table.add_row(
             label(result),
             result["part"],
-            measured["over"] if measured else "",
             f"{measured['tokens']:,}" if measured else "",
             *(_value(name, metrics).partition("  ")[0] if name in metrics else "" for name in names),
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chattrain.config.words import Supervise
 from chattrain.data.batch import Batch
 from chattrain.data.mixture import Mixture
 from chattrain.data.passes import PassLimits
@@ -27,12 +28,13 @@ class Counts:
     documents: int = 0
     truncated: int = 0  # documents cut at seq_len
     truncated_tokens: int = 0
-    left_out: int = 0  # documents without a supervised token within seq_len, which have no row
+    left_out: int = 0  # documents without a token that carries loss within seq_len, which have no row
 
 
 class Collator(ABC):
     """The interface that the loader uses."""
 
+    supervises = Supervise.assistant  # what loss.supervise=auto means with it
     mixture: Mixture
     seq_len: int  # tokens a row, at most
     counts: Counts

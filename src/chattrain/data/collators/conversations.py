@@ -8,8 +8,9 @@ import numpy as np
 
 from chattrain.data.batch import Batch, as_batch
 from chattrain.data.collators.base import EMPTY, Collator, Counts, round_up
+from chattrain.data.loss_weights import LossWeights
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import Rows, best_fit, shift
+from chattrain.data.packing import NO_TOKENS, Rows, Tokens, best_fit, shift
 from chattrain.data.passes import PassLimits, micro_batch_sizes, padded_width
 from chattrain.errors import UserError
 
@@ -17,19 +18,22 @@ PLAN_VERSION = 1  # raised when BestFit assigns documents to rows in another way
 
 
 class Conversations(Collator):
-    """Base class of the collators that keep conversations whole. Only supervised tokens are targets.
+    """Base class of the collators that keep conversations whole. Only the assistant's tokens are targets, unless loss.* says
+    more.
 
-    A conversation is truncated to seq_len + 1 tokens (seq_len inputs and their targets). One without a supervised token among
-    these is left out. Both are counted in `counts`. Raises UserError if no conversation is left.
+    A conversation is truncated to seq_len + 1 tokens (seq_len inputs and their targets). One without a token that carries loss
+    among these is left out. Both are counted in `counts`. Raises UserError if no conversation is left.
     """
 
     def __init__(self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None):
         self.seq_len, self.pad_id, self.last_epoch = seq_len, pad_id, last_epoch
+        mixture = mixture.weighed(self.supervises)
         usable = _has_targets(mixture, seq_len + 1)
         if not usable.any():
             raise UserError(
-                f"no conversation has a supervised token within train.seq_len={seq_len} tokens; "
-                f"the shortest has {int(mixture.lengths.min())} tokens in all. Raise train.seq_len"
+                f"no conversation has a token that carries loss (loss.supervise={mixture.weights.supervise.name}) within "
+                f"train.seq_len={seq_len} tokens; the shortest has {int(mixture.lengths.min())} tokens in all. Raise "
+                "train.seq_len"
             )
         self.mixture = mixture.restricted(usable)
         excess = mixture.lengths[usable] - (seq_len + 1)
@@ -40,10 +44,12 @@ class Conversations(Collator):
             left_out=int((~usable).sum()),
         )
 
-    def _pair(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets) of one conversation."""
-        ids, loss_mask = self.mixture.document(document)
-        return shift(ids[: self.seq_len + 1], loss_mask[: self.seq_len + 1])
+    def _tokens(self, document: int | None) -> Tokens:
+        """Of one conversation; none for padding."""
+        if document is None:
+            return NO_TOKENS
+        ids, weights = (array[: self.seq_len + 1] for array in self.mixture.document(document))
+        return shift(ids, weights, np.full(len(ids), self.mixture.source_of(document), dtype=np.int16))
 
 
 class Padded(Conversations):
@@ -53,15 +59,9 @@ class Padded(Conversations):
         return max(1, round_up(epochs * self.mixture.epoch_size))
 
     def batch(self, rows: np.ndarray) -> Batch:
-        pairs = []
-        for row in rows:
-            document = self._document(int(row))
-            if document is None:
-                pairs.append((np.empty(0, np.int64), np.empty(0, np.int64)))
-                continue
-            pairs.append(self._pair(document))
-        width = padded_width(max(len(x) for x, _ in pairs), self.seq_len)
-        return as_batch(pairs, width, self.pad_id)
+        tokens = [self._tokens(self._document(int(row))) for row in rows]
+        width = padded_width(max(len(row.inputs) for row in tokens), self.seq_len)
+        return as_batch(tokens, width, self.pad_id)
 
     def describe(self, row: int) -> str:
         document = self._document(row)
@@ -111,15 +111,10 @@ class BestFit(Conversations):
         return max(1, rows + (round_up(part * len(self.epoch_rows(int(whole)))) if part else 0))
 
     def batch(self, rows: np.ndarray) -> Batch:
-        pairs, sizes = [], []
-        for row in rows:
-            documents = [self._pair(i) for i in self._documents(int(row))]
-            empty = np.empty(0, np.int64)
-            inputs = np.concatenate([empty, *(x for x, _ in documents)])
-            targets = np.concatenate([empty, *(y for _, y in documents)])
-            pairs.append((inputs, targets))
-            sizes.append([len(x) for x, _ in documents])
-        return as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
+        by_row = [[self._tokens(i) for i in self._documents(int(row))] for row in rows]
+        sizes = [[len(document.inputs) for document in documents] for documents in by_row]
+        tokens = [Tokens.join(documents) for documents in by_row]
+        return as_batch(tokens, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
 
     def describe(self, row: int) -> str:
         return " + ".join(self.mixture.describe(i) for i in self._documents(row))
@@ -139,7 +134,9 @@ class BestFit(Conversations):
         return self._starts[epoch]
 
     def _epoch_rows(self, epoch: int) -> Rows:
-        key = [PLAN_VERSION, self.seq_len, epoch]
+        key: list = [PLAN_VERSION, self.seq_len, epoch]
+        if (weights := self.mixture.weights) != LossWeights(self.supervises):  # which decides what is left out
+            key += [weights.supervise.name, weights.prompts_count]
         return Rows(**self.mixture.load_or_compute(key, lambda: self._pack(epoch)))
 
     def _pack(self, epoch: int) -> dict[str, np.ndarray]:
@@ -154,14 +151,13 @@ class BestFit(Conversations):
 
 
 def _has_targets(mixture: Mixture, length: int) -> np.ndarray:
-    """(documents,) bool: is one of the first `length` tokens supervised?
+    """(documents,) bool: does one of the first `length` tokens carry loss?
 
-    Only the masks of some documents are read: those whose supervised tokens could all be after the first `length` tokens.
+    Only some documents are read: those whose tokens with loss could all be after the first `length` tokens.
     """
-    num_supervised = np.concatenate([cache.num_supervised for cache in mixture.caches])
     beyond = mixture.lengths - length
-    has_targets = num_supervised > 0
-    for i in np.flatnonzero(has_targets & (beyond > 0) & (num_supervised <= beyond)):
+    has_targets = mixture.num_weighed > 0
+    for i in np.flatnonzero(has_targets & (beyond > 0) & (mixture.num_weighed <= beyond)):
         has_targets[i] = mixture.document(int(i))[1][:length].any()
     mixture.release()
     return has_targets

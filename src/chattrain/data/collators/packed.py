@@ -6,24 +6,29 @@ import math
 
 import numpy as np
 
+from chattrain.config.words import Supervise
 from chattrain.data.batch import Batch, as_batch
 from chattrain.data.collators.base import EMPTY, Collator, Counts, round_up
 from chattrain.data.mixture import Mixture
-from chattrain.data.packing import IGNORE_INDEX, shift, slice_stream
+from chattrain.data.packing import NO_TOKENS, Tokens, shift, slice_stream
 
 
 class Packed(Collator):
-    """The documents of all epochs, concatenated to one token stream and cut into full rows. Every token is a target.
+    """The documents of all epochs, concatenated to one token stream and cut into full rows. Every token is a target, unless
+    loss.supervise says which.
 
     Row r has inputs stream[rT : rT + T] and targets stream[rT + 1 : rT + T + 1], so each token is an input once and a target
     once. `last_epoch`: the stream ends after this epoch (for evaluation), and rows are padded beyond it.
     `isolate_documents`: attention stays within a document, and the first token of a document is not a target.
     """
 
+    supervises = Supervise.all
+
     def __init__(
         self, mixture: Mixture, seq_len: int, pad_id: int, last_epoch: int | None = None, isolate_documents: bool = False
     ):
-        self.mixture, self.seq_len, self.pad_id, self.last_epoch = mixture, seq_len, pad_id, last_epoch
+        self.mixture = mixture.weighed(self.supervises)
+        self.seq_len, self.pad_id, self.last_epoch = seq_len, pad_id, last_epoch
         self.isolate_documents = isolate_documents
         self.counts = Counts(documents=mixture.epoch_size)
         self._starts = [0]  # offset of each epoch in the stream, for the epochs computed so far
@@ -38,18 +43,26 @@ class Packed(Collator):
         return max(1, math.ceil((tokens - 1) / self.seq_len))
 
     def batch(self, rows: np.ndarray) -> Batch:
-        pairs, sizes = [], []
+        tokens, sizes = [], []
         for row in rows:
             start = int(row) * self.seq_len
             slices = self._slices(start, start + self.seq_len + 1) if row != EMPTY else []
-            ids = np.concatenate([self.mixture.document(i)[0][a:b] for i, a, b in slices]) if slices else np.empty(0, np.int64)
-            inputs, targets = shift(ids) if len(ids) > 1 else (ids[:0], ids[:0])
-            lengths = [b - a for _, a, b in slices]
-            sizes.append(_cut_to_total(lengths, len(inputs)))
-            if self.isolate_documents:
-                targets[np.cumsum(lengths, dtype=np.int64)[:-1] - 1] = IGNORE_INDEX  # first token of the next document
-            pairs.append((inputs, targets))
-        return as_batch(pairs, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
+            tokens.append(self._tokens(slices))
+            sizes.append(_cut_to_total([b - a for _, a, b in slices], len(tokens[-1].inputs)))
+        return as_batch(tokens, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
+
+    def _tokens(self, slices: list[tuple[int, int, int]]) -> Tokens:
+        """Of consecutive slices; none for fewer than two tokens, of which none is the target of another."""
+        if sum(b - a for _, a, b in slices) < 2:
+            return NO_TOKENS
+        documents = [(*self.mixture.document(i), np.full(b, self.mixture.source_of(i), dtype=np.int16)) for i, _, b in slices]
+        ids, weights, sources = (
+            np.concatenate([document[part][a:b] for document, (_, a, b) in zip(documents, slices, strict=True)])
+            for part in range(3)
+        )
+        if self.isolate_documents:
+            weights[np.cumsum([b - a for _, a, b in slices])[:-1]] = 0  # first token of each following document
+        return shift(ids, weights, sources)
 
     def describe(self, row: int) -> str:
         slices = self._slices(row * self.seq_len, (row + 1) * self.seq_len + 1)
