@@ -171,6 +171,32 @@ def test_epochs_are_counted_in_steps_before_the_first(talk):
 
 
 @pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_a_budget_of_supervised_tokens_ends_the_run_and_its_schedule(talk, stage):
+    rows = ["train.device_batch_size=4", "eval=none"]
+    summary = train("budget", stage, *rows, "train.max_supervised_tokens=3000")
+    counted = losses(summary, "train/supervised_tokens")
+    assert counted[-1] == summary["supervised_tokens"] >= 3000 > counted[-2]
+    same = train("steps", stage, *rows, f"train.max_steps={summary['steps']}")
+    assert losses(same, "lr_factor") == losses(summary, "lr_factor") and losses(same) == losses(summary)
+
+
+@pytest.mark.parametrize("collator", ["packed", "masked", "best_fit"])
+def test_what_is_supervised_does_not_change_what_validation_measures(talk, collator):
+    runs = [
+        train(f"{supervise}{weight}", "sft", f"collator={collator}", f"loss={supervise}", f"loss.prompt_weight={weight}", *LITTLE)
+        for supervise, weight in (("all", 0), ("assistant", 0), ("last_assistant", 0.5))
+    ]
+    for run in runs:
+        for metric in ("val/loss", "val/loss_all", "val/bpb"):
+            assert losses(run, metric)[0] == losses(runs[0], metric)[0]
+    assert len({run["supervised_tokens"] for run in runs}) == 3 and len({losses(run)[-1] for run in runs}) == 3
+    assert runs[2]["supervised_tokens"] < runs[2]["loss_weight"] < runs[0]["loss_weight"] == runs[0]["supervised_tokens"]
+
+
+LITTLE = ["train.device_batch_size=8", "train.max_steps=2"]
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
 def test_golden_losses_are_as_recorded(talk, stage):
     """Re-record with `python -m tests.record_golden` when a change of numbers is meant, and say why in CHANGELOG.md."""
     summary = train("golden", stage, "train.device_batch_size=4", "train.max_steps=8")

@@ -259,7 +259,7 @@ def test_a_job_that_fails_does_not_stop_the_others_of_a_sweep_and_the_status_tel
 
 def test_evaluate_measures_what_the_run_measured_last(base, place, capsys):
     found = tiny("evaluate", "stage=base", "init.from=runs/base/first")
-    assert found["metrics"] == pytest.approx({name: base["metrics"][name] for name in ("val/loss", "val/bpb")})
+    assert found["metrics"] == pytest.approx({name: base["metrics"][name] for name in ("val/loss", "val/loss_all", "val/bpb")})
     last_line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last_line["metrics"] == found["metrics"]
 

@@ -213,10 +213,10 @@ def test_the_arrays_are_mapped_and_not_read_into_memory(tmp_path, tokenizer):
 def test_what_was_read_is_the_same_after_its_memory_was_released(tmp_path, tokenizer):
     documents = load_or_tokenize("mine", put(tmp_path / "a.jsonl", [talk(i) for i in range(50)]), tokenizer, tmp_path / "cache")
     kept = [documents[i] for i in range(50)]
-    before = [(ids.tolist(), mask.tolist()) for ids, mask in kept]
+    before = [[array.tolist() for array in document] for document in kept]
     documents.release()
-    assert [(ids.tolist(), mask.tolist()) for ids, mask in kept] == before
-    assert [(ids.tolist(), mask.tolist()) for ids, mask in (documents[i] for i in range(50))] == before
+    assert [[array.tolist() for array in document] for document in kept] == before
+    assert [[array.tolist() for array in documents[i]] for i in range(50)] == before
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -131,8 +131,11 @@ def test_what_is_measured_on_several_sources_names_them_all(place):
     assert sorted(d.name for d in inputs) == ["more.jsonl"] * 2 + ["talk.jsonl"] * 2 + ["talk.jsonl + more.jsonl"]
     (both,) = [d for d in inputs if "+" in d.name]
     assert json.loads(both.profile)["documents"] == 6
-    measured = [(m.dataset_name, m.dataset_digest) for model in models_of(place, summary["mlflow_run_id"]) for m in model.metrics]
-    assert set(measured) == {(both.name, both.digest)}
+    metrics = [m for model in models_of(place, summary["mlflow_run_id"]) for m in model.metrics]
+    whole = {(m.dataset_name, m.dataset_digest) for m in metrics if m.key.count("/") == 1}
+    assert whole == {(both.name, both.digest)}
+    by_source = {m.key.rpartition("/")[2]: m.dataset_name for m in metrics if m.key.count("/") > 1}
+    assert by_source == {"talk.jsonl": "talk.jsonl", "more.jsonl": "more.jsonl"}
 
 
 def test_kept_checkpoints_are_models_which_a_metric_ranks_across_runs(place):

@@ -28,6 +28,8 @@ FREE = (
     "train.stop_after",
     "train.max_steps",  # the number of steps is compared
     "train.num_epochs",
+    "train.max_tokens",
+    "train.max_supervised_tokens",
     "train.device",
     "train.compile",
     "train.activation_checkpointing",

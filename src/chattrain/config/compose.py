@@ -51,14 +51,12 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
     >>> settle_alternatives(["train.total_batch_size=8192", "stage=sft"])
     ['train.total_batch_size=8192', 'train.rows_per_step=null', 'stage=sft']
     """
-    partner = ALTERNATIVES | {b: a for a, b in ALTERNATIVES.items()}
     given = {key_of(o) for o in overrides}
     settled = []
     for override in overrides:
         settled.append(override.replace("=~/", f"={Path.home()}/"))  # a shell does not expand ~ after `key=`
-        other = partner.get(key_of(override))
-        if other and other not in given and not override.endswith("=null"):
-            settled.append(f"{other}=null")
+        if not override.endswith("=null"):
+            settled += [f"{other}=null" for other in _alternatives(key_of(override)) if other not in given]
     if "command=evaluate" in overrides and not given & {"data", "experiment"} and given & LOCAL_KEYS:
         settled.append(LOCAL_TO_COMPOSE)
     return settled
@@ -67,9 +65,19 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
 def drop_other_alternatives(composed: DictConfig, overrides: list[str]) -> None:
     """The same for a composed configuration whose overrides a sweeper made, from values in a YAML file."""
     given = {key_of(o) for o in overrides}
-    for key, other in (ALTERNATIVES | {b: a for a, b in ALTERNATIVES.items()}).items():
-        if key in given and other not in given and OmegaConf.select(composed, key) is not None:
-            OmegaConf.update(composed, other, None)
+    for key in given:
+        for other in _alternatives(key):
+            if other not in given and OmegaConf.select(composed, key) is not None:
+                OmegaConf.update(composed, other, None)
+
+
+def _alternatives(key: str) -> list[str]:
+    """The other keys that set the same thing.
+
+    >>> _alternatives("train.rows_per_step"), _alternatives("train.seq_len")
+    (['train.total_batch_size'], [])
+    """
+    return [other for keys in ALTERNATIVES if key in keys for other in keys if other != key]
 
 
 def key_of(override: str) -> str:

@@ -11,8 +11,11 @@ from chattrain.errors import UserError
 
 @dataclass
 class TrainConfig:
-    max_steps: int | None = None  # optimizer steps; give max_steps or num_epochs
+    # How long the run is: give one of these four.
+    max_steps: int | None = None  # optimizer steps
     num_epochs: float | None = None  # epochs of the training mixture
+    max_tokens: int | None = None  # the run ends with the first step in which tokens_seen reaches this
+    max_supervised_tokens: int | None = None  # the same of supervised_tokens
     stop_after: float | None = None  # fraction of the steps after which the run stops, measured and saved; it resumes without it
     seq_len: int = 256  # tokens a row
     device_batch_size: int = 16  # rows a process a forward pass, where rows are full
@@ -32,6 +35,8 @@ class TrainConfig:
         for name in (
             "max_steps",
             "num_epochs",
+            "max_tokens",
+            "max_supervised_tokens",
             "seq_len",
             "device_batch_size",
             "device_batch_tokens",
@@ -51,16 +56,13 @@ class TrainConfig:
             raise UserError(f"train.compile={self.compile!r} is none of {', '.join(word.name for word in Compile)}")
         if self.stop_after is not None and not 0 < self.stop_after < 1:
             raise UserError(f"train.stop_after={self.stop_after} must be a fraction of the steps, between 0 and 1")
-        for one, other in ALTERNATIVES.items():
-            names = [key.removeprefix("train.") for key in (one, other)]
-            given = [n for n in names if getattr(self, n) is not None]
-            if len(given) == 2:
-                raise UserError(
-                    f"{one}={getattr(self, names[0])} and {other}={getattr(self, names[1])} set the same "
-                    f"thing; keep one and write {one}=null or {other}=null"
-                )
+        for keys in ALTERNATIVES:
+            values = {key: getattr(self, key.removeprefix("train.")) for key in keys}
+            given = [f"{key}={value}" for key, value in values.items() if value is not None]
+            if len(given) > 1:
+                raise UserError(f"{' and '.join(given)} set the same thing; keep one, and write =null for the other")
             if not given:
-                raise UserError(f"neither {one} nor {other} is set; give one of them")
+                raise UserError(f"none of {', '.join(keys)} is set; give one of them")
         if self.fp8 and self.dtype == DType.fp32:
             raise UserError("train.fp8=true with train.dtype=fp32: all but the linear layers would be fp32; use bf16 or auto")
         if self.fp8 and self.seq_len % FP8_MULTIPLE:
@@ -116,8 +118,11 @@ class TrainConfig:
 
 
 FP8_MULTIPLE = 16  # fp8 matrix products need multiples of 16: tokens, inputs and outputs of a layer
-# Pairs of keys that set the same thing: if the command line sets one, the other becomes null.
-ALTERNATIVES = {"train.max_steps": "train.num_epochs", "train.total_batch_size": "train.rows_per_step"}
+# Keys that set the same thing: if the command line sets one, the others become null.
+ALTERNATIVES = (
+    ("train.max_steps", "train.num_epochs", "train.max_tokens", "train.max_supervised_tokens"),
+    ("train.total_batch_size", "train.rows_per_step"),
+)
 
 
 def _nearest_multiple(value: int, unit: int) -> int:

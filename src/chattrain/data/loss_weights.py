@@ -18,6 +18,7 @@ class LossWeights:
 
     supervise: Supervise = Supervise.auto
     prompt_weight: float = 0.0  # 0 to 1
+    rows_need_replies: bool = False  # is a conversation without a reply in its row left out, even where prompts weigh?
 
     def resolved(self, implied: Supervise) -> LossWeights:
         """With `implied`, which a collator implies, for auto. Raises UserError for a prompt_weight that no token has."""
@@ -31,8 +32,8 @@ class LossWeights:
 
     @property
     def prompts_count(self) -> bool:
-        """Do tokens of prompts carry loss?"""
-        return self.supervise == Supervise.all or self.prompt_weight > 0
+        """Is a conversation that holds only a prompt worth a row?"""
+        return (self.supervise == Supervise.all or self.prompt_weight > 0) and not self.rows_need_replies
 
     def of(self, kinds: np.ndarray, turns: np.ndarray) -> np.ndarray:
         """(tokens,) fp32: the weights of a document's tokens, each of a kind and of a turn, both (tokens,).
@@ -59,7 +60,7 @@ class LossWeights:
 
 
 # Weighs apart what val/loss and val/loss_all are over, whatever a training weighs: assistant tokens 1, other real tokens less.
-MEASURED = LossWeights(Supervise.assistant, prompt_weight=0.5)
+MEASURED = LossWeights(Supervise.assistant, prompt_weight=0.5, rows_need_replies=True)
 
 
 def last_turn(kinds: np.ndarray, turns: np.ndarray) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chattrain.chat import Kind
 from chattrain.config.data import SourceConfig
 from chattrain.config.words import Supervise
 from chattrain.data.cache import TokenizedSource
@@ -78,10 +79,29 @@ class Mixture:
         return Mixture(self.caches, self.sources, self.seed, self.keep, self.folder, self.loss.resolved(implied))
 
     @cached_property
-    def num_weighed(self) -> np.ndarray:
-        """(documents,) int64: how many tokens of each document carry loss."""
-        if self.weights.prompts_count:
-            return self.lengths - np.concatenate([c.num_off for c in self.caches])
+    def worth_a_row(self) -> np.ndarray:
+        """(documents,) int64: how many tokens of each document make it worth a row of its own: those that carry loss."""
+        if not self.weights.prompts_count:
+            return self._num_replies
+        return self.lengths - np.concatenate([c.num_off for c in self.caches])
+
+    @cached_property
+    def num_supervised(self) -> np.ndarray:
+        """(documents,) int64: how many tokens of each document weigh 1."""
+        every = self.weights.supervise == Supervise.all or self.weights.prompt_weight == 1
+        return self.lengths - np.concatenate([c.num_off for c in self.caches]) if every else self._num_replies
+
+    @cached_property
+    def starts_supervised(self) -> np.ndarray:
+        """(documents,) bool: whether the first token of each document weighs 1. That of a conversation is prompt, so only a plain
+        text, which is one turn, can begin with a reply."""
+        first = np.concatenate([c.kinds[c.offsets[:-1]] for c in self.caches])
+        every = self.weights.supervise == Supervise.all or self.weights.prompt_weight == 1
+        return (first & Kind.OFF == 0) if every else first == Kind.ASSISTANT
+
+    @property
+    def _num_replies(self) -> np.ndarray:
+        """(documents,) int64: assistant tokens, of the last reply only under last_assistant."""
         last = self.weights.supervise == Supervise.last_assistant
         return np.concatenate([c.num_last_assistant if last else c.num_assistant for c in self.caches])
 

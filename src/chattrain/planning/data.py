@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chattrain.config.words import Supervise
 from chattrain.data.collators import Collator, Packed
 from chattrain.data.passes import PassLimits, largest_pass
 from chattrain.planning.memory import MicroBatchSpec
@@ -29,7 +30,7 @@ class Counts:
 def count(data: RunData, limits: PassLimits, world_size: int) -> Counts:
     """The counts of a run: exact if it has at most MAX_ROWS rows or every token is a target, else from evenly spread steps."""
     collator, rows = data.train, data.num_steps * data.rows_per_step
-    if isinstance(collator, Packed) and not collator.isolate_documents:
+    if _every_token_is_a_target(collator):
         size = rows * collator.seq_len
         return Counts(size, size, size, exact=True, rows_a_pass=limits.rows)
     sampled = min(data.num_steps, max(1, MAX_ROWS // data.rows_per_step))
@@ -54,9 +55,19 @@ def shape_of(collator: Collator, isolated: bool, padded: bool, limits: PassLimit
     Padded rows (collator=masked): the one with the most tokens. All that a pass takes grows with its tokens, whatever its shape:
     no kernel of attention keeps anything of T x T.
     """
-    all_supervised = isinstance(collator, Packed) and not isolated
+    all_supervised = _every_token_is_a_target(collator)
     rows, width = limits.rows, collator.seq_len
     if padded:
         longest = max(int(collator.mixture.lengths[kept].max()) for kept in collator.mixture.kept if len(kept))
         rows, width = largest_pass(min(longest - 1, width), rank_rows, width, limits)
     return MicroBatchSpec(rows, width, partial=not all_supervised, isolated=isolated, repeats=rows < rank_rows)
+
+
+def _every_token_is_a_target(collator: Collator) -> bool:
+    """Are rows full, and does each of their tokens weigh 1?"""
+    whole = isinstance(collator, Packed) and not collator.isolate_documents
+    return (
+        whole
+        and collator.mixture.weights.supervise == Supervise.all
+        and not any(c.num_off.any() for c in collator.mixture.caches)
+    )

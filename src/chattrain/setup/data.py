@@ -67,11 +67,20 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     loss = LossWeights(cfg.loss.supervise, cfg.loss.prompt_weight)
     mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).train, cfg.data, tokenizer, cfg.run.seed, loss)
     train = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=None)
-    num_steps = cfg.train.max_steps or train.steps_in(cfg.train.num_epochs, rows_per_step)
+    num_steps = _num_steps(cfg.train, train, rows_per_step)
     evals = _eval_data(cfg, tokenizer)
     fingerprint = _fingerprint(train, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step)
     shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers")}
     return RunData(**shared, train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint)
+
+
+def _num_steps(config: TrainConfig, train: Collator, rows_per_step: int) -> int:
+    """Optimizer steps of the whole run, from whichever of the four keys is set."""
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.num_epochs is not None:
+        return train.steps_in(config.num_epochs, rows_per_step)
+    return train.steps_within(rows_per_step, config.max_tokens, config.max_supervised_tokens)
 
 
 def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:

@@ -17,6 +17,7 @@ from chattrain.config.compose import key_of
 from chattrain.config.data import SourceConfig
 from chattrain.data.collators import Collator
 from chattrain.data.sources import GENERATE
+from chattrain.evals.validation import metric_names
 from chattrain.setup.data import EvalData, RunData
 from chattrain.setup.job import Job
 from chattrain.tracking.mlflow_models import DataSet
@@ -119,7 +120,9 @@ def data_sets(cfg: Config, data: RunData) -> tuple[list[DataSet], dict[str, Data
     measured_on = {}
     if validation:
         whole = validation[0] if len(validation) == 1 else _combined(validation)
-        measured_on = {"val/": whole, **{f"val/{d.name}/": d for d in validation}}
+        by_source = zip(metric_names([d.name for d in validation]), validation, strict=True)
+        measured_on = {"val/": whole}
+        measured_on |= {f"val/{metric}/{name}": d for name, d in by_source for metric in ("loss", "loss_all", "bpb")}
         validation = list({d.digest: d for d in [*validation, whole]}.values())
     questions = _of_questions(cfg, data)
     measured_on |= {f"eval/{d.name}": d for d in questions}
@@ -135,7 +138,7 @@ def _of_collator(collator: Collator, context: str) -> list[DataSet]:
             "documents": len(cache),
             "documents_an_epoch": mixture.counts.get(i, 0),
             "tokens": int(cache.offsets[-1]),
-            "assistant_tokens": int(cache.num_assistant.sum()),
+            "supervised_tokens": int(cache.num_assistant.sum()),
             "truncated": int((used > collator.seq_len + 1).sum()) if collator.counts.truncated else 0,
             "left_out": len(cache) - len(used),
             "malformed": cache.skipped,

@@ -77,7 +77,7 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData, ident
     if state.step > data.num_steps:
         raise UserError(
             f"{run_dir} is at step {state.step}, beyond the {data.num_steps} steps asked for; ask for more "
-            "(train.max_steps, train.num_epochs), or use another run.name"
+            "(train.max_steps, train.num_epochs, train.max_tokens), or use another run.name"
         )
     log.info("resuming from %s (step %d of %d)", resume, state.step, data.num_steps)
     return None

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from chattrain.tracking.doubts import find_doubts
-from chattrain.tracking.metrics import DETAILS
+from chattrain.tracking.metrics import is_detail
 from chattrain.tracking.ranking import Group, Ranking, Row, rank
 from chattrain.tracking.run_folder import RunFolder, label
 from chattrain.tracking.sweep_record import SweepRecord
@@ -43,7 +43,7 @@ def _sentences(ranking: Ranking, test: dict | None) -> list[str]:
         said.append(f"Best: {row.describe()}, {name} {row.mean:.4f}{seeds}.")
     said += [_fit_sentence(group, ranking) for group in ranking.groups if group.fit]
     if test:
-        shown = {name: value for name, value in test.items() if isinstance(value, int | float) and not name.endswith(DETAILS)}
+        shown = {name: value for name, value in test.items() if isinstance(value, int | float) and not is_detail(name)}
         values = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         said.append(f"The best on data that did not choose it: {values}.")
     elif len(ranking.ranked) > 1:

@@ -7,7 +7,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-DETAILS = ("_stderr", "_n", "_bpb")  # ends of the names of metrics that say how sure an accuracy is: recorded, not shown alone
+
+def is_detail(name: str) -> bool:
+    """Is the metric recorded, but not shown in tables and on log lines: how sure an accuracy is, and validation by source?
+
+    >>> [is_detail(name) for name in ("eval/arc_acc", "eval/arc_stderr", "val/loss", "val/loss/gsm8k")]
+    [False, True, False, True]
+    """
+    return name.endswith(("_stderr", "_n", "_bpb")) or (name.startswith(("val/", "test/")) and name.count("/") > 1)
 
 
 def read_metrics(path: Path) -> list[dict]:

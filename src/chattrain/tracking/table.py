@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from chattrain.storage.files import replace_text
 from chattrain.tracking.answer import Answer, find_answer
-from chattrain.tracking.metrics import DETAILS, read_metrics
+from chattrain.tracking.metrics import is_detail, read_metrics
 from chattrain.tracking.ranking import read_runs
 from chattrain.tracking.sweep_record import SweepRecord
 from chattrain.tracking.sweep_table import cells, markdown
@@ -143,7 +143,7 @@ def _ranges(run_dir: Path) -> dict[str, str]:
     values: dict[str, list[float]] = {}
     for row in read_metrics(run_dir / "metrics.jsonl"):
         for name, value in row.items():
-            if value is not None and name.startswith(("val/", "eval/", "train/loss")) and not name.endswith(DETAILS):
+            if value is not None and name.startswith(("val/", "eval/", "train/loss")) and not is_detail(name):
                 values.setdefault(name, []).append(value)
     return {
         name: _format(name, series[0]) + (f" -> {_format(name, series[-1])}" if len(series) > 1 else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from chattrain.tracking.metrics import DETAILS
+from chattrain.tracking.metrics import is_detail
 
 
 def describe(result: dict) -> list[str]:
@@ -13,7 +13,7 @@ def describe(result: dict) -> list[str]:
     metrics, measured = result["metrics"], result.get("validation")
     lines = [f"{label(result)}, {PARTS[result['part']]}" + (f": {measured['label']}" if measured else "")]
     for name in metrics:
-        if not name.endswith(DETAILS):
+        if not is_detail(name):
             lines.append(f"  {name + _over(name, measured):44s} {_value(name, metrics)}{_counted(name, measured)}".rstrip())
     return lines
 
@@ -56,7 +56,7 @@ def show_evaluations(results: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    names = list(dict.fromkeys(name for result in results for name in result["metrics"] if not name.endswith(DETAILS)))
+    names = list(dict.fromkeys(name for result in results for name in result["metrics"] if not is_detail(name)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("checkpoint", "part", "tokens", *(name.removeprefix("eval/") for name in names)):
         table.add_column(column, no_wrap=True, justify="left" if column in ("checkpoint", "part") else "right")

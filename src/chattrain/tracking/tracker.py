@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from chattrain.tracking.console import is_quiet
-from chattrain.tracking.metrics import DETAILS, read_metrics, write_metrics
+from chattrain.tracking.metrics import is_detail, read_metrics, write_metrics
 from chattrain.tracking.mlflow_sink import MLflowSink
 from chattrain.tracking.mlflow_store import Param
 
@@ -122,9 +122,7 @@ class Tracker:
             self.update(step, **{key: known.get(key) for key, _, _ in PROGRESS})
         in_progress = ("train/", "lr") if training else ()  # prefixes of metrics that the progress columns show
         rest = [
-            f"{name} {value:.5g}"
-            for name, value in metrics.items()
-            if not name.startswith(in_progress) and not name.endswith(DETAILS)
+            f"{name} {value:.5g}" for name, value in metrics.items() if not name.startswith(in_progress) and not is_detail(name)
         ]
         cells = [*self._progress(step), *rest] if training else rest
         file_only = not self._console or (training and self._bar is not None)

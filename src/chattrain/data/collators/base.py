@@ -17,6 +17,7 @@ from chattrain.config.words import Supervise
 from chattrain.data.batch import Batch
 from chattrain.data.mixture import Mixture
 from chattrain.data.passes import PassLimits
+from chattrain.errors import UserError
 
 EMPTY = -1
 
@@ -47,6 +48,11 @@ class Collator(ABC):
     def batch(self, rows: np.ndarray) -> Batch:
         """The micro-batch of these row indices (B,)."""
 
+    def count(self, rows: np.ndarray) -> tuple[int, int]:
+        """(tokens without padding, targets of weight 1) of these row indices (B,)."""
+        batch = self.batch(rows)
+        return batch.num_tokens, batch.num_supervised
+
     @abstractmethod
     def describe(self, row: int) -> str:
         """The documents that a row is made of, for messages."""
@@ -62,6 +68,20 @@ class Collator(ABC):
 
     def steps_in(self, epochs: float, rows_per_step: int) -> int:
         return math.ceil(self.rows_in(epochs) / rows_per_step)
+
+    def steps_within(self, rows_per_step: int, tokens: int | None = None, supervised: int | None = None) -> int:
+        """The number of the first step, counted from 1, with which all steps so far have this many tokens, or supervised tokens.
+        Raises UserError where an epoch has none."""
+        index, wanted = (0, tokens) if supervised is None else (1, supervised)
+        assert wanted is not None
+        reached, step, steps_per_epoch = 0, 0, self.steps_in(1, rows_per_step)
+        while reached < wanted:
+            reached += self.count(np.arange(step * rows_per_step, (step + 1) * rows_per_step))[index]
+            step += 1
+            if step == steps_per_epoch and not reached:
+                raise UserError(f"an epoch has no {'supervised ' * index}token: no number of steps reaches {wanted}")
+        self.mixture.release()
+        return step
 
 
 def round_up(count: float) -> int:

@@ -51,6 +51,14 @@ class Conversations(Collator):
         ids, weights = (array[: self.seq_len + 1] for array in self.mixture.document(document))
         return shift(ids, weights, np.full(len(ids), self.mixture.source_of(document), dtype=np.int16))
 
+    def _count(self, documents: np.ndarray) -> tuple[int, int]:
+        """(tokens, targets of weight 1) of the rows that these documents are in."""
+        mixture = self.mixture
+        supervised = mixture.num_supervised[documents] - mixture.starts_supervised[documents]
+        for at in np.flatnonzero(mixture.lengths[documents] > self.seq_len + 1):
+            supervised[at] = int((self._tokens(int(documents[at])).weights == 1).sum())
+        return int(np.minimum(mixture.lengths[documents] - 1, self.seq_len).sum()), int(supervised.sum())
+
 
 class Padded(Conversations):
     """One conversation a row. The rows of a micro-batch are padded to the passes.padded_width of its longest."""
@@ -62,6 +70,10 @@ class Padded(Conversations):
         tokens = [self._tokens(self._document(int(row))) for row in rows]
         width = padded_width(max(len(row.inputs) for row in tokens), self.seq_len)
         return as_batch(tokens, width, self.pad_id)
+
+    def count(self, rows: np.ndarray) -> tuple[int, int]:
+        documents = [self._document(int(row)) for row in rows]
+        return self._count(np.array([i for i in documents if i is not None], dtype=np.int64))
 
     def describe(self, row: int) -> str:
         document = self._document(row)
@@ -116,6 +128,9 @@ class BestFit(Conversations):
         tokens = [Tokens.join(documents) for documents in by_row]
         return as_batch(tokens, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
 
+    def count(self, rows: np.ndarray) -> tuple[int, int]:
+        return self._count(np.array([i for row in rows for i in self._documents(int(row))], dtype=np.int64))
+
     def describe(self, row: int) -> str:
         return " + ".join(self.mixture.describe(i) for i in self._documents(row))
 
@@ -155,9 +170,9 @@ def _has_targets(mixture: Mixture, length: int) -> np.ndarray:
 
     Only some documents are read: those whose tokens with loss could all be after the first `length` tokens.
     """
-    beyond = mixture.lengths - length
-    has_targets = mixture.num_weighed > 0
-    for i in np.flatnonzero(has_targets & (beyond > 0) & (mixture.num_weighed <= beyond)):
-        has_targets[i] = mixture.document(int(i))[1][:length].any()
+    beyond, least = mixture.lengths - length, 1 if mixture.weights.rows_need_replies else np.finfo(np.float32).tiny
+    has_targets = mixture.worth_a_row > 0
+    for i in np.flatnonzero(has_targets & (beyond > 0) & (mixture.worth_a_row <= beyond)):
+        has_targets[i] = (mixture.document(int(i))[1][:length] >= least).any()
     mixture.release()
     return has_targets

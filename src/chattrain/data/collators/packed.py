@@ -51,6 +51,26 @@ class Packed(Collator):
             sizes.append(_cut_to_total([b - a for _, a, b in slices], len(tokens[-1].inputs)))
         return as_batch(tokens, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
 
+    def count(self, rows: np.ndarray) -> tuple[int, int]:
+        """Of consecutive rows, or of any rows one by one."""
+        if len(rows) and (np.diff(rows) == 1).all() and rows[0] != EMPTY:
+            start = int(rows[0]) * self.seq_len
+            slices = self._slices(start, start + len(rows) * self.seq_len + 1)
+            size = sum(b - a for _, a, b in slices)
+            return max(0, size - 1), self._num_targets(slices) if size > 1 else 0
+        return super().count(rows)
+
+    def _num_targets(self, slices: list[tuple[int, int, int]]) -> int:
+        """Targets of weight 1 in consecutive slices, whose first token is no target."""
+        mixture, found = self.mixture, 0
+        for number, (i, a, b) in enumerate(slices):
+            whole = (a, b) == (0, int(mixture.lengths[i]))
+            found += int(mixture.num_supervised[i]) if whole else int((mixture.document(i)[1][a:b] == 1).sum())
+            if number and self.isolate_documents:
+                found -= int(mixture.starts_supervised[i])
+        i, a, _ = slices[0]
+        return found - int(mixture.document(i)[1][a] == 1)
+
     def _tokens(self, slices: list[tuple[int, int, int]]) -> Tokens:
         """Of consecutive slices; none for fewer than two tokens, of which none is the target of another."""
         if sum(b - a for _, a, b in slices) < 2:
