@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from chattrain.config.data import SourceConfig
 from chattrain.data.cache import TokenizedSource
-from chattrain.data.mixture import Mixture, epoch_counts
+from chattrain.data.mixture import Mixture
+from chattrain.data.shares import epoch_counts
 from tests.documents import tokenized
 
 many = settings(max_examples=100, deadline=None, derandomize=True, database=None)

@@ -10,7 +10,7 @@ from chattrain.config import Config
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.parallel import launch
-from chattrain.setup.data import open_data, report_counts
+from chattrain.setup.data import describe_sources, open_data
 from chattrain.setup.start import find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tokenizer import AnyTokenizer
@@ -24,7 +24,6 @@ def main(cfg: Config) -> dict:
     world_size = launch.processes_here(cfg.distributed.nproc, cfg.train.device)
     cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are shown
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
-    report_counts(data.train, data.num_steps)
     shown = min(cfg.inspect.rows, data.rows_per_step)
     batch = data.train.batch(np.arange(shown))
     print(_legend(data.train.mixture.weights.prompt_weight) + "\n")
@@ -42,7 +41,10 @@ def main(cfg: Config) -> dict:
         "loss_weight_shown": batch.loss_weight,
     }
     for name, value in facts.items():
-        print(f"{name:20s} {value:,.10g}")
+        print(f"{name:20s} {value:,.8g}")
+    print("\nan epoch holds")
+    for line in describe_sources(data.train):
+        print(f"  {line}")
     close_log()
     return facts
 

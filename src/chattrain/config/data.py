@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from chattrain.config.words import OnMalformed, Part, Schema
+from chattrain.config.words import OnMalformed, Part, Schema, WeightBy
 from chattrain.errors import UserError
 
 
@@ -42,6 +42,8 @@ class DataConfig:
     cache_dir: str | None = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
     on_malformed: OnMalformed = OnMalformed.refuse
     workers: int | None = None  # processes that tokenise; null: one for each core
+    weight_by: WeightBy = WeightBy.documents  # what the weights of sources are shares of: an epoch's documents or its tokens
+    replay: float = 0.0  # share of an epoch's tokens, below 1, that comes from base text: the training sources of the base stage
     stages: dict[str, MixtureConfig] = field(default_factory=dict)
     tokenizer_stages: list[str] = field(default_factory=list)  # stages whose texts train a new tokenizer; []: this stage
     multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data, for evaluation
@@ -56,8 +58,16 @@ class DataConfig:
             )
         return self.stages[stage]
 
+    def base_text(self, part: str) -> dict[str, SourceConfig]:
+        """The base text of data.replay and eval.also=[base]; `part`: train, val or test. Raises UserError if there is none."""
+        if "base" not in self.stages:
+            raise UserError("this data has no base text for data.replay or eval.also; add data.stages.base in its YAML file")
+        return getattr(self.stages["base"], part)
+
     def check(self) -> None:
         """Raises UserError for a value out of range, and for a mixture in which only some sources have a weight."""
+        if not 0 <= self.replay < 1:
+            raise UserError(f"data.replay={self.replay} must be a share of the tokens, from 0 to below 1")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"data.workers={self.workers} must be 1 or more")
         for stage, mixture in self.stages.items():
@@ -81,18 +91,40 @@ class LocalDataConfig(DataConfig):
     val_path: Any = None  # null: every 20th record of train_path is held out for validation
     test_path: Any = None  # for eval.on=test; null: none
     schema: Any = "messages"  # one for all paths, or a list with one for each
+    weights: Any = None  # a list with one for each training path: shares of an epoch, of documents or (data.weight_by) of tokens
+    replay_path: Any = None  # base text for data.replay and eval.also=[base]; every 20th record is for validation
 
     def mixture(self, stage: str) -> MixtureConfig:
         if stage in self.stages:
             return self.stages[stage]
         train = self._sources(self.train_path, "train", part=None if self.val_path else "train") if self.train_path else {}
+        for source, weight in zip(train.values(), self._weights(len(train)), strict=True):
+            source.weight = weight
         path, split, part = (self.val_path, "test", None) if self.val_path else (self.train_path, "train", "val")
         val = self._sources(path, split, part) if path else {}
         test = self._sources(self.test_path, "test", part=None) if self.test_path else {}
         return MixtureConfig(train=train, val=val, test=test)
 
+    def _weights(self, count: int) -> list[float | None]:
+        """The weight of each training source."""
+        if self.weights is None or not count:
+            return [None] * count
+        weights = self.weights if isinstance(self.weights, list) else [self.weights]
+        if len(weights) != count or not all(isinstance(w, int | float) and w > 0 for w in weights):
+            raise UserError(f"data.weights={self.weights} must be a list of {count} numbers above 0, one for each path")
+        return [float(weight) for weight in weights]
+
+    def base_text(self, part: str) -> dict[str, SourceConfig]:
+        if self.replay_path is None:
+            raise UserError("data.replay_path must be given: data.replay and eval.also=[base] take their text from it")
+        paths = self.replay_path if isinstance(self.replay_path, list) else [self.replay_path]
+        held_out = "train" if part == "train" else "val"
+        return {Path(p).name: SourceConfig(path=p, schema=Schema.text, part=held_out) for p in paths}
+
     def check(self) -> None:
         super().check()
+        if self.replay:
+            self.base_text("train")
         for name in ("train_path", "val_path", "test_path", "schema"):
             value = getattr(self, name)
             texts = value if isinstance(value, list) else [value]

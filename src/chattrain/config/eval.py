@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from chattrain.config.words import Part
 from chattrain.errors import UserError
@@ -21,6 +21,7 @@ class EvalConfig:
     mmlu_path: str | None = None  # hub name, or a folder with the hub's file layout
     arc_path: str | None = None  # the same; contains ARC-Easy and ARC-Challenge
     split: str = "test"  # of MMLU and ARC
+    also: list[str] = field(default_factory=list)  # other stages whose validation data is measured too, as val/loss/<stage>
 
     def check(self) -> None:
         for name in ("every", "multiple_choice_every", "max_tokens", "max_problems", "batch_size"):

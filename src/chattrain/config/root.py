@@ -75,6 +75,10 @@ class Config:
             self.plan,
         ):
             part.check()
+        if self.stage == "base" and self.data.replay:
+            raise UserError(f"data.replay={self.data.replay} has no effect with stage=base, which trains on base text alone")
+        if self.stage in self.eval.also:
+            raise UserError(f"eval.also={self.eval.also}: the data of stage={self.stage} is measured anyway; leave it out")
         if "/" in (self.run.name or "") and self.command not in READING:
             raise UserError(f"run.name={self.run.name} is no name of a folder; use run.dir for a path")
         if self.command != Command.evaluate:

@@ -78,6 +78,11 @@ class Supervise(Enum):
     last_assistant = "last_assistant"
 
 
+class WeightBy(Enum):
+    documents = "documents"
+    tokens = "tokens"
+
+
 class Schema(Enum):
     messages = "messages"
     multiple_choice = "multiple_choice"

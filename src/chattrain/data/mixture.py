@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -15,34 +16,17 @@ from chattrain.config.data import SourceConfig
 from chattrain.config.words import Supervise
 from chattrain.data.cache import TokenizedSource
 from chattrain.data.loss_weights import LossWeights
+from chattrain.data.shares import Shares, epoch_counts
 from chattrain.storage.files import make_folder
-
-
-def epoch_counts(sizes: list[int], sources: list[SourceConfig]) -> list[int]:
-    """The number of documents that each source contributes to one epoch of the mixture. `sizes`: documents of each source.
-
-    Without weights, each source is repeated `epochs` times. With weights, the counts are proportional to the weights, and the
-    epoch is as large as it can be without repeating any source more than `epochs` times; the other sources are subsampled.
-
-    >>> epoch_counts([100, 10], [SourceConfig("a"), SourceConfig("b", epochs=2)])
-    [100, 20]
-    >>> epoch_counts([100, 10], [SourceConfig("a", weight=3), SourceConfig("b", weight=1)])
-    [30, 10]
-    """
-    most = [n * source.epochs for n, source in zip(sizes, sources, strict=True)]
-    weights = [source.weight for source in sources if source.weight is not None]  # all have one, or none: DataConfig.check
-    if not weights:
-        return [max(1, round(n)) for n in most]
-    unit = min(n / weight for n, weight in zip(most, weights, strict=True))
-    return [max(1, round(unit * weight)) for weight in weights]
 
 
 class Mixture:
     """The documents of all sources under common indices, and their order in each epoch.
 
     `lengths` (documents,) int64: tokens of each document. `keep` (documents,) bool: documents that epochs may use; None: all.
-    `folder`: cache for arrays computed from the mixture, see `load_or_compute`; None: no cache. `loss`: what of a document
-    carries loss; with auto, what the collator says, and without one its assistant tokens.
+    `row_tokens`: tokens of a document that a row takes at most; None: all of them. `folder`: cache for arrays computed from the
+    mixture, see `load_or_compute`; None: no cache. `loss`: what of a document carries loss; auto: what the collator says, and
+    without one its assistant tokens. `shares`: how much of an epoch each source makes up.
     """
 
     def __init__(
@@ -53,30 +37,47 @@ class Mixture:
         keep: np.ndarray | None = None,
         folder: Path | None = None,
         loss: LossWeights = LossWeights(),
+        shares: Shares = Shares(),
+        row_tokens: int | None = None,
     ):
-        self.caches, self.sources, self.seed, self.folder, self.loss = caches, sources, seed, folder, loss
+        self.caches, self.sources, self.seed, self.folder = caches, sources, seed, folder
+        self.loss, self.shares, self.row_tokens = loss, shares, row_tokens
         self.weights = loss.resolved(Supervise.assistant)
         self.starts = np.cumsum([0] + [len(c) for c in caches])
         self.lengths = np.concatenate([np.diff(c.offsets) for c in caches])
         keep = self.keep = np.ones(len(self.lengths), dtype=bool) if keep is None else keep
         self.kept = [np.flatnonzero(keep[a:b]) + a for a, b in zip(self.starts, self.starts[1:], strict=False)]
-        present = [i for i, ids in enumerate(self.kept) if len(ids)]
-        counts = epoch_counts([len(self.kept[i]) for i in present], [sources[i] for i in present]) if present else []
-        self.counts = dict(zip(present, counts, strict=True))
-        self.epoch_size = sum(counts)
+        self.counts = self._counts()
+        self.epoch_size = sum(self.counts.values())
         self.order = lru_cache(maxsize=4)(self._order)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def restricted(self, keep: np.ndarray) -> Mixture:
-        """The same mixture, using only the documents where `keep` (documents,) is true."""
-        return Mixture(self.caches, self.sources, self.seed, keep, self.folder, self.loss)
+    def _counts(self) -> dict[int, int]:
+        """Documents of an epoch by index of their source, of the sources that have any."""
+        present = [i for i, ids in enumerate(self.kept) if len(ids)]
+        if not present:
+            return {}
+        lengths = self.lengths if self.row_tokens is None else np.minimum(self.lengths, self.row_tokens)
+        num_replay = sum(i >= len(self.sources) - self.shares.num_replay for i in present)
+        counts = epoch_counts(
+            [len(self.kept[i]) for i in present],
+            [self.sources[i] for i in present],
+            [float(lengths[self.kept[i]].mean()) for i in present],
+            replace(self.shares, num_replay=num_replay),
+        )
+        return dict(zip(present, counts, strict=True))
+
+    def restricted(self, keep: np.ndarray, row_tokens: int | None = None) -> Mixture:
+        """The same mixture, using only the documents where `keep` (documents,) is true, of which rows take row_tokens at most."""
+        return Mixture(self.caches, self.sources, self.seed, keep, self.folder, self.loss, self.shares, row_tokens)
 
     def weighed(self, implied: Supervise) -> Mixture:
         """The same mixture, in which the tokens carry loss that the collator implies, unless loss.supervise says which. Raises
         UserError for a prompt_weight that no token has."""
-        return Mixture(self.caches, self.sources, self.seed, self.keep, self.folder, self.loss.resolved(implied))
+        loss = self.loss.resolved(implied)
+        return Mixture(self.caches, self.sources, self.seed, self.keep, self.folder, loss, self.shares, self.row_tokens)
 
     @cached_property
     def worth_a_row(self) -> np.ndarray:
@@ -112,8 +113,7 @@ class Mixture:
         """
         if self.folder is None:
             return compute()
-        sources = [[c.content_hash, s.epochs, s.weight] for c, s in zip(self.caches, self.sources, strict=True)]
-        folder = self.folder / hashlib.sha256(json.dumps([sources, self.seed, key]).encode()).hexdigest()[:24]
+        folder = self.folder / hashlib.sha256(json.dumps([self.identity(), self.seed, key]).encode()).hexdigest()[:24]
         if not folder.is_dir():
             arrays = compute()
 
@@ -123,6 +123,13 @@ class Mixture:
 
             make_folder(folder, save)
         return {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+
+    def identity(self) -> list:
+        """What the documents of an epoch depend on, besides the seed and the rows that they are cut to."""
+        found: list = [[c.content_hash, s.epochs, s.weight] for c, s in zip(self.caches, self.sources, strict=True)]
+        if self.shares != Shares():
+            found.append([self.shares.weight_by.name, self.shares.replay, self.shares.num_replay])
+        return found
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, loss weights fp32) of document i, each (tokens,)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +61,13 @@ class Validation:
         token_bytes: np.ndarray,
         device: torch.device,
         ranks: Ranks,
+        taken: Sequence[str] = (),
     ):
         self.collator, self.num_rows, self.limits = collator, num_rows, limits
         self.token_bytes = torch.from_numpy(token_bytes).to(device)
         self.device, self.ranks = device, ranks
-        self.sources = metric_names([cache.name for cache in collator.mixture.caches])
+        names = metric_names([*taken, *(cache.name for cache in collator.mixture.caches)])
+        self.sources = names[len(taken) :]  # `taken`: names that mean something else after val/loss/
         self.measured: Measured | None = None
 
     @torch.no_grad()

@@ -44,7 +44,10 @@ def build_evaluation(
     """
     validation, token_bytes = None, data.tokenizer.token_bytes()
     if data.validation:
-        validation = Validation(data.validation, data.validation_rows, limits, token_bytes, device, ranks)
+        validation = Validation(data.validation, data.validation_rows, limits, token_bytes, device, ranks, list(data.also))
+    also = {
+        stage: Validation(collator, rows, limits, token_bytes, device, ranks) for stage, (collator, rows) in data.also.items()
+    }
     choices = [
         MultipleChoice(name, questions, config.batch_size, data.tokenizer.pad_id, device, ranks, token_bytes)
         for name, questions in data.question_sets.items()
@@ -62,6 +65,10 @@ def build_evaluation(
             if data.measured is None and validation.measured:
                 log.info("validation: %s", validation.measured.label)
             data.measured = validation.measured
+        for stage, other in also.items():
+            with autocast:
+                found = other(model.losses)
+            metrics |= {f"{name}/{stage}": value for name, value in found.items() if name.count("/") == 1}
         if choices_every is None or step % choices_every == 0 or step == num_steps:
             for choice in choices:
                 metrics |= choice(model, autocast)

@@ -134,7 +134,8 @@ def _validation(data: RunData) -> list[Any] | None:
     if data.validation is None:
         return None
     caches = [cache.content_hash for cache in data.validation.mixture.caches]
-    return [caches, data.validation_rows]
+    also = [[stage, [c.content_hash for c in v.mixture.caches], rows] for stage, (v, rows) in data.also.items()]
+    return [caches, data.validation_rows, *([also] if also else [])]
 
 
 def _weights(folder: Path | None) -> str | None:

@@ -123,6 +123,10 @@ def data_sets(cfg: Config, data: RunData) -> tuple[list[DataSet], dict[str, Data
         by_source = zip(metric_names([d.name for d in validation]), validation, strict=True)
         measured_on = {"val/": whole}
         measured_on |= {f"val/{metric}/{name}": d for name, d in by_source for metric in ("loss", "loss_all", "bpb")}
+        for stage, (collator, _) in data.also.items():
+            other = _combined(_of_collator(collator, "validation"))
+            measured_on |= {f"val/{metric}/{stage}": other for metric in ("loss", "loss_all", "bpb")}
+            validation.append(other)
         validation = list({d.digest: d for d in [*validation, whole]}.values())
     questions = _of_questions(cfg, data)
     measured_on |= {f"eval/{d.name}": d for d in questions}

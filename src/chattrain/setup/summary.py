@@ -46,7 +46,7 @@ def summarize(
         "compile": setup.compilation.on,
         "mlflow_run_id": tracker.mlflow_run_id,
         "finished_at": time.time(),
-        "data": asdict(data.train.counts),
+        "data": {**asdict(data.train.counts), "sources": {n: asdict(c) for n, c in data.train.by_source().items()}},
         "learning_rates": data.learning_rates,  # real ones, at their peak, by parameter group
         "validation": data.measured.facts if data.measured else None,
         **({"changes": "; ".join(changes)} if changes else {}),  # of settings while it ran: its numbers are of a mixture

@@ -32,6 +32,15 @@ class Counts:
     left_out: int = 0  # documents without a token that carries loss within seq_len, which have no row
 
 
+@dataclass(frozen=True)
+class SourceCounts:
+    """What the first epoch holds of a source, after what is cut and left out."""
+
+    documents: int
+    tokens: int
+    supervised_tokens: int  # of weight 1
+
+
 class Collator(ABC):
     """The interface that the loader uses."""
 
@@ -52,6 +61,18 @@ class Collator(ABC):
         """(tokens without padding, targets of weight 1) of these row indices (B,)."""
         batch = self.batch(rows)
         return batch.num_tokens, batch.num_supervised
+
+    def by_source(self) -> dict[str, SourceCounts]:
+        """What the first epoch holds of each source, by its name; rows may cut it where they begin and end."""
+        return self._sum_by_source(self.mixture.order(0), self.mixture.lengths, self.mixture.num_supervised)
+
+    def _sum_by_source(self, drawn: np.ndarray, tokens: np.ndarray, supervised: np.ndarray) -> dict[str, SourceCounts]:
+        """From the documents of an epoch (drawn,), and tokens and supervised tokens of each document (documents,)."""
+        sources, found = np.searchsorted(self.mixture.starts, drawn, side="right") - 1, {}
+        for i, cache in enumerate(self.mixture.caches):
+            here = drawn[sources == i]
+            found[cache.name] = SourceCounts(len(here), int(tokens[here].sum()), int(supervised[here].sum()))
+        return found
 
     @abstractmethod
     def describe(self, row: int) -> str:

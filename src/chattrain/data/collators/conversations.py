@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from chattrain.data.batch import Batch, as_batch
-from chattrain.data.collators.base import EMPTY, Collator, Counts, round_up
+from chattrain.data.collators.base import EMPTY, Collator, Counts, SourceCounts, round_up
 from chattrain.data.loss_weights import LossWeights
 from chattrain.data.mixture import Mixture
 from chattrain.data.packing import NO_TOKENS, Rows, Tokens, best_fit, shift
@@ -35,7 +35,7 @@ class Conversations(Collator):
                 f"train.seq_len={seq_len} tokens; the shortest has {int(mixture.lengths.min())} tokens in all. Raise "
                 "train.seq_len"
             )
-        self.mixture = mixture.restricted(usable)
+        self.mixture = mixture.restricted(usable, seq_len + 1)
         excess = mixture.lengths[usable] - (seq_len + 1)
         self.counts = Counts(
             documents=self.mixture.epoch_size,
@@ -53,11 +53,25 @@ class Conversations(Collator):
 
     def _count(self, documents: np.ndarray) -> tuple[int, int]:
         """(tokens, targets of weight 1) of the rows that these documents are in."""
+        return int(self._tokens_in_row[documents].sum()), int(self._supervised_in_row[documents].sum())
+
+    @cached_property
+    def _tokens_in_row(self) -> np.ndarray:
+        """(documents,) int64: inputs of each document."""
+        return np.minimum(self.mixture.lengths - 1, self.seq_len)
+
+    @cached_property
+    def _supervised_in_row(self) -> np.ndarray:
+        """(documents,) int64: targets of weight 1 of each document. Those that are cut are read."""
         mixture = self.mixture
-        supervised = mixture.num_supervised[documents] - mixture.starts_supervised[documents]
-        for at in np.flatnonzero(mixture.lengths[documents] > self.seq_len + 1):
-            supervised[at] = int((self._tokens(int(documents[at])).weights == 1).sum())
-        return int(np.minimum(mixture.lengths[documents] - 1, self.seq_len).sum()), int(supervised.sum())
+        supervised = mixture.num_supervised - mixture.starts_supervised
+        for i in np.flatnonzero(mixture.keep & (mixture.lengths > self.seq_len + 1)):
+            supervised[i] = int((self._tokens(int(i)).weights == 1).sum())
+        mixture.release()
+        return supervised
+
+    def by_source(self) -> dict[str, SourceCounts]:
+        return self._sum_by_source(self.mixture.order(0), self._tokens_in_row, self._supervised_in_row)
 
 
 class Padded(Conversations):

@@ -8,7 +8,7 @@ import numpy as np
 
 from chattrain.config.words import Supervise
 from chattrain.data.batch import Batch, as_batch
-from chattrain.data.collators.base import EMPTY, Collator, Counts, round_up
+from chattrain.data.collators.base import EMPTY, Collator, Counts, SourceCounts, round_up
 from chattrain.data.mixture import Mixture
 from chattrain.data.packing import NO_TOKENS, Tokens, shift, slice_stream
 
@@ -59,6 +59,12 @@ class Packed(Collator):
             size = sum(b - a for _, a, b in slices)
             return max(0, size - 1), self._num_targets(slices) if size > 1 else 0
         return super().count(rows)
+
+    def by_source(self) -> dict[str, SourceCounts]:
+        supervised = self.mixture.num_supervised
+        if self.isolate_documents:  # the first token of a document is no target
+            supervised = supervised - self.mixture.starts_supervised
+        return self._sum_by_source(self.mixture.order(0), self.mixture.lengths, supervised)
 
     def _num_targets(self, slices: list[tuple[int, int, int]]) -> int:
         """Targets of weight 1 in consecutive slices, whose first token is no target."""
