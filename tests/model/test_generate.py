@@ -268,6 +268,25 @@ def test_a_recorded_pass_serves_many_tokens_and_changes_none(kind):
     assert recordings == 3  # windows of RUNG tokens and of all, then half as many rows
 
 
+def test_where_a_pass_cannot_be_recorded_replies_go_on_unrecorded_with_one_warning(caplog):
+    model, expected, tried = sharp_gpt(), generate_batch(sharp_gpt(), PROMPTS, 12, set()), []
+
+    def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        tried.append(run())  # what a recording has done before it fails
+        raise RuntimeError("operation not permitted when stream is capturing\nand what torch says of it")
+
+    for _ in range(2):
+        with torch.inference_mode():
+            decoder = Decoder(model, len(PROMPTS), 30, record)
+            following, replies = decoder.read(PROMPTS).argmax(1), []
+            for _ in range(12):
+                replies.append(following.tolist())
+                following = decoder.step(following).argmax(1)
+        assert [list(reply) for reply in zip(*replies, strict=True)] == expected
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == len(tried) == 1 and "operation not permitted" in warnings[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["ours", "ours, grouped", "llama", "qwen3, tied", "gpt2, learned positions"])
