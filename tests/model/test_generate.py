@@ -316,3 +316,11 @@ def test_products_of_few_rows_are_linear_layers(dtype, tolerance, shape, outputs
     expected = F.linear(x.double(), weight.double(), b.double() if bias else None)
     assert found.dtype == dtype and found.is_contiguous()
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_products_may_lie_in_any_order_in_memory(dtype):
+    x, weight = torch.randn(4, 2, 48).to(dtype).transpose(0, 1), torch.randn(64, 48).to(dtype)
+    with ThinProducts():
+        found = F.linear(x, weight)
+    torch.testing.assert_close(found.double(), x.double() @ weight.double().t(), rtol=0.02, atol=0.4)
