@@ -85,6 +85,15 @@ def test_greedy_replies_are_the_likeliest_tokens_of_whole_rows_alone_and_togethe
     assert generate_batch(model, PROMPTS, 12, set()) == expected
 
 
+@pytest.mark.parametrize("kind, why", [("mistral, window 8", "attends to all"), ("gemma2, capped scores", "ours fails")])
+def test_a_model_that_keeps_its_own_cache_is_slower_and_that_is_said_once(kind, why, caplog):
+    model = MODELS[kind]()
+    for _ in range(2):
+        generate_batch(model, PROMPTS, 12, set())
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "chattrain"]
+    assert why in said and "slower" in said
+
+
 def test_a_reply_ends_before_a_stop_token_or_after_max_tokens_whatever_the_others_do(model):
     free = generate_batch(model, PROMPTS, 12, set())
     for stop in (free[0][3], free[1][0], free[3][11]):
