@@ -82,7 +82,7 @@ class Decoder:
                 self._record, self.cache.static = None, False
                 _not_recorded.add(self.model)
                 reason = str(error).strip().partition("\n")[0]
-                log.warning("a pass of generation cannot be recorded (%s): kernels start one by one, several times slower", reason)
+                log.warning("a pass of generation cannot be recorded (%s): its kernels start one by one, slower", reason)
                 return None
         return self._recorded[1]
 
