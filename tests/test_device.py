@@ -45,6 +45,9 @@ def test_attention_that_plans_anew_for_each_shape_is_not_used_where_shapes_vary(
         for varying, where, enabled in ((True, CUDA, False), (False, CPU, False), (False, CUDA, True), (True, CPU, True)):
             device.choose_attention_kernels(where, varying)
             assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
+        with device.varying_shapes(CUDA):  # questions of a run whose batches have one shape
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 

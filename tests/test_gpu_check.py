@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import parts
+from benchmarks.gpu_check import answers, forecast, parts, tuning
+from benchmarks.gpu_check.context import Context, own_shape
 from benchmarks.gpu_check.goals import METRICS, Outcome
 from benchmarks.gpu_check.parts import Part
+from benchmarks.peers.folders import model_folder
+from chattrain.config.compose import compose
+from chattrain.planning.hardware import DEVICES
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +42,27 @@ def test_a_rehearsal_measures_each_part_and_says_so(monkeypatch, tmp_path, capsy
     assert found["own"]["goals"]["tokens_per_second"]["goal"] == "n/a"
     assert sum(share for name, share in measured.items() if name.startswith("kernels/")) == pytest.approx(1.0)
     assert "tokens per second" in out and "torch" in out and "products" in out
+
+
+def test_questions_are_answered_by_the_model_of_a_run(tmp_path):
+    context = Context("questions", "cpu", tmp_path, None)
+    answers.questions(context)
+    assert context.details["questions"] == 40 and context.measured["seconds"] > 0
+
+
+def test_one_pass_of_a_model_of_transformers_is_timed(tmp_path):
+    pytest.importorskip("transformers")
+    context = Context("hf", "cpu", tmp_path, None)
+    seconds, peak = tuning.one_pass(context, model_folder(tmp_path, "tiny", "cpu"))
+    assert seconds > 0 and peak > 0
+
+
+def test_what_the_plan_expects_of_a_known_gpu_is_what_command_plan_says(tmp_path):
+    keys = own_shape(Context("forecast", "cpu", tmp_path, None))
+    cfg = compose(["stage=base", "eval=none", "tracking=none", "model=tiny", *keys])
+    found = forecast.times(cfg, cfg.train.rows_a_step(1), "h100")
+    assert found["mfu"] == DEVICES["h100"].mfu and found["tokens"] == cfg.train.total_batch_size
+    assert found["step_s"] > found["optimizer_s"] > 0
 
 
 def failing(name: str, code: str):

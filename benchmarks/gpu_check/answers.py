@@ -108,7 +108,7 @@ def questions(context: Context) -> None:
     cfg = compose([f"model={own_model(context)}", "stage=sft", f"train.device={context.device}", *own_shape(context)])
     device = devices.pick_device(cfg.train.device)
     bf16 = devices.use_bf16(cfg.train.dtype, device)
-    model, _ = build_model(cfg, cfg.tokenizer.vocab_size, None, device, Ranks(), bf16)
+    model, _ = build_model(cfg, cfg.tokenizer.vocab_size, None, device, Ranks(), bf16, cfg.train.compile is True)
     fill_zeros(model)
     model.eval()
     asked = random_questions(40 if context.tiny else QUESTIONS, cfg.tokenizer.vocab_size)

@@ -42,9 +42,11 @@ def times(cfg: Config, rows: int, device: str) -> dict[str, Any]:
     cfg.plan.device, cfg.plan.world_size = type(cfg.plan.device)[device], 1
     tokens = rows * cfg.train.seq_len
     data: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=cfg.tokenizer.vocab_size), num_steps=1, rows_per_step=rows)
-    work, _ = workload(cfg, data, None, Counts(tokens, tokens, tokens, exact=True))
-    step = cost.step_on(work, hardware_of(cfg.plan), cfg.plan.mfu, 1)
-    return {"device": device, "mfu": cfg.plan.mfu, "tokens": tokens, "step_s": step.seconds, "optimizer_s": step.update_s}
+    counts = Counts(tokens, tokens, tokens, exact=True, rows_a_pass=cfg.train.device_batch_size)
+    (work, _), hardware = workload(cfg, data, None, counts), hardware_of(cfg.plan)
+    mfu = cfg.plan.mfu or hardware.mfu
+    step = cost.step_on(work, hardware, mfu, 1)
+    return {"device": device, "mfu": mfu, "tokens": tokens, "step_s": step.seconds, "optimizer_s": step.update_s}
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def one_pass(context: Context, folder: Path) -> tuple[float, float]:
     )
     device = devices.pick_device(cfg.train.device)
     bf16 = devices.use_bf16(cfg.train.dtype, device)
-    model, _ = build_model(cfg, 8, folder, device, Ranks(), bf16)
+    model, _ = build_model(cfg, 8, folder, device, Ranks(), bf16, cfg.train.compile is True)
     loss_of, vocab_size = in_context(devices.autocast(bf16, device), model.loss), model.vocab_size
     inputs, targets = (x.to(device) for x in gpu.random_rows(vocab_size, B, T))
     batch = Batch(inputs, targets, num_tokens=B * T, num_supervised=B * T)

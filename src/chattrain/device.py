@@ -8,8 +8,8 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -76,6 +76,18 @@ def choose_attention_kernels(device: torch.device, varying_shapes: bool) -> None
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(not varying_shapes)
+
+
+@contextmanager
+def varying_shapes(device: torch.device) -> Iterator[None]:
+    """Passes of many shapes, whatever the batches of the run have: see `choose_attention_kernels`."""
+    before = torch.backends.cuda.cudnn_sdp_enabled() if device.type == "cuda" else None
+    choose_attention_kernels(device, varying_shapes=True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -85,6 +85,15 @@ def test_greedy_replies_are_the_likeliest_tokens_of_whole_rows_alone_and_togethe
     assert generate_batch(model, PROMPTS, 12, set()) == expected
 
 
+@pytest.mark.parametrize("kind, why", [("mistral, window 8", "attends to all"), ("gemma2, capped scores", "ours fails")])
+def test_a_model_that_keeps_its_own_cache_is_slower_and_that_is_said_once(kind, why, caplog):
+    model = MODELS[kind]()
+    for _ in range(2):
+        generate_batch(model, PROMPTS, 12, set())
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "chattrain"]
+    assert why in said and "slower" in said
+
+
 def test_a_reply_ends_before_a_stop_token_or_after_max_tokens_whatever_the_others_do(model):
     free = generate_batch(model, PROMPTS, 12, set())
     for stop in (free[0][3], free[1][0], free[3][11]):
@@ -268,6 +277,25 @@ def test_a_recorded_pass_serves_many_tokens_and_changes_none(kind):
     assert recordings == 3  # windows of RUNG tokens and of all, then half as many rows
 
 
+def test_where_a_pass_cannot_be_recorded_replies_go_on_unrecorded_with_one_warning(caplog):
+    model, expected, tried = sharp_gpt(), generate_batch(sharp_gpt(), PROMPTS, 12, set()), []
+
+    def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        tried.append(run())  # what a recording has done before it fails
+        raise RuntimeError("operation not permitted when stream is capturing\nand what torch says of it")
+
+    for _ in range(2):
+        with torch.inference_mode():
+            decoder = Decoder(model, len(PROMPTS), 30, record)
+            following, replies = decoder.read(PROMPTS).argmax(1), []
+            for _ in range(12):
+                replies.append(following.tolist())
+                following = decoder.step(following).argmax(1)
+        assert [list(reply) for reply in zip(*replies, strict=True)] == expected
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == len(tried) == 1 and "operation not permitted" in warnings[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["ours", "ours, grouped", "llama", "qwen3, tied", "gpt2, learned positions"])
@@ -297,3 +325,11 @@ def test_products_of_few_rows_are_linear_layers(dtype, tolerance, shape, outputs
     expected = F.linear(x.double(), weight.double(), b.double() if bias else None)
     assert found.dtype == dtype and found.is_contiguous()
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_products_may_lie_in_any_order_in_memory(dtype):
+    x, weight = torch.randn(4, 2, 48).to(dtype).transpose(0, 1), torch.randn(64, 48).to(dtype)
+    with ThinProducts():
+        found = F.linear(x, weight)
+    torch.testing.assert_close(found.double(), x.double() @ weight.double().t(), rtol=0.02, atol=0.4)

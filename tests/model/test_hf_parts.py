@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from chattrain import torch_compat
 from chattrain.data.batch import Batch, as_batch
 from chattrain.data.packing import Tokens
+from chattrain.device import can_compile
 from chattrain.model import attention, hf, hf_attention
 from chattrain.model.head import head_settings
 from chattrain.model.hf_head import OwnHead
@@ -168,6 +169,19 @@ def test_documents_in_one_row_have_the_losses_of_rows_of_their_own(kind):
     torch.testing.assert_close(
         model(rows.inputs, rows.targets, rows.positions)[rows.targets >= 0], together, rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler for torch.compile")
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_in_bf16_on_a_cpu_the_attention_of_compiled_models_gives_the_losses_of_the_plain_one(kind, isolated):
+    model, rows = model_of(kind), batch(isolated)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model.losses(rows)
+        model.use_block_attention = True
+        blocked = model.losses(rows)
+        model.loss(rows).backward()
+    torch.testing.assert_close(blocked, plain, rtol=2e-2, atol=2e-2)
 
 
 def varlen(monkeypatch, seen: list) -> None:

@@ -8,11 +8,16 @@ from torch.fx import symbolic_trace
 from torch.fx.passes.shape_prop import ShapeProp
 
 from benchmarks import memory
+from benchmarks.gpu import random_rows
+from chattrain.data.batch import Batch
 from chattrain.device import can_compile
+from chattrain.model.hf import HFModel
 from chattrain.planning import compiler
 from chattrain.planning.liveness import liveness
 from chattrain.planning.memory import Memory, MicroBatchSpec, step_memory
+from tests.tiny_hf import tiny_model
 
+CPU = torch.device("cpu")
 DEEP = ["model.n_layer=8", "train.seq_len=128", "train.total_batch_size=512", "tokenizer.vocab_size=512"]
 
 
@@ -21,12 +26,37 @@ def memory_of(*overrides: str, ranks: int = 1, isolated: bool = False) -> Memory
     return step_memory(cfg, 512, None, MicroBatchSpec(2, 128, partial=False, isolated=isolated, repeats=True), ranks)
 
 
-@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
 @pytest.mark.parametrize("kind", ["none", *(pytest.param(k, marks=pytest.mark.slow) for k in ("selective", "block"))])
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_predicted_peak_of_a_compiled_run_is_within_a_tenth_of_the_measured_one(kind, dtype):
     overrides = [*DEEP, "train.compile=true", f"train.dtype={dtype}", f"train.activation_checkpointing={kind}"]
     assert memory.predict("tiny", 1, *overrides) == pytest.approx(memory.measure("tiny", 1, *overrides), rel=0.1)
+
+
+@pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
+def test_the_plan_knows_what_compiled_models_of_transformers_keep_for_backward(tmp_path):
+    pytest.importorskip("transformers")
+    inner = tiny_model("qwen3", hidden_size=128, head_dim=32)
+    inner.config.save_pretrained(tmp_path)
+    cfg = memory.settings("hf", 1, "stage=sft", f"init.from={tmp_path}", "train.dtype=bf16", "train.compile=true")
+    shape = MicroBatchSpec(4, 128, partial=False, isolated=False, repeats=True)
+    planned = step_memory(cfg, 340, tmp_path, shape).components
+
+    model = HFModel(inner, {}).train()
+    model.compile_blocks(dynamic=False)
+    inputs, targets = random_rows(340, 4, 128)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.loss(Batch(inputs, targets, num_tokens=512, num_supervised=512))
+    measured = sum(size for address, size in kept.items() if address not in weights)
+    assert loss.requires_grad and planned["blocks"] + planned["embedding and head"] == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("strategy, ranks, device", [("ddp", 1, "cpu"), ("ddp", 4, "cuda"), ("fsdp", 4, "cuda")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from chattrain.errors import UserError
@@ -152,6 +154,19 @@ def test_state_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(
     assert same_bits(whole, again(parts, *bf16)) and formats(whole) == {"bfloat16"}
     changed = again(parts, f"optimizer={optimizer}", "train.max_steps=6")
     assert f"optimizer.{key} bf16 -> fp32" in caplog.text and formats(changed) == {"float32"}
+
+
+def test_a_setting_that_the_run_did_not_know_yet_is_no_change(place, caplog):
+    begun = train("mid", "older", *SHORT, "optimizer=adamw")
+    for file in (Path(begun["run_dir"]) / "checkpoints").glob("*/config.yaml"):
+        config, manifest = yaml.safe_load(file.read_text()), file.with_name("manifest.json")
+        del config["optimizer"]["state_dtype"], config["train"]["device_batch_tokens"]
+        file.write_text(yaml.safe_dump(config))
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"config.yaml": digest}))
+    caplog.clear()
+    assert again(begun, "optimizer=adamw", "train.max_steps=6")["steps"] == 6
+    assert "train.max_steps 4 -> 6" in caplog.text and "state_dtype" not in caplog.text
 
 
 def test_an_interrupted_run_is_not_finished_by_asking_for_fewer_steps(short):

@@ -129,7 +129,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     target = device.pick_device(cfg.train.device, ranks.local_rank)
     model = instantiate_config(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(target)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, target), target)
-    device.choose_attention_kernels(target, cfg.collator.has_varying_shapes or cfg.eval.multiple_choice)
+    device.choose_attention_kernels(target, cfg.collator.has_varying_shapes)
     limits = pass_limits(cfg.train, target.type)
     evaluate_at = build_evaluation(cfg.eval, limits, data, 0, model, autocast, target, ranks, SingleProcess())
     metrics = evaluate_at(0)

@@ -13,11 +13,13 @@ import numpy as np
 
 from chattrain.chat import Kind
 from chattrain.config.data import SourceConfig
-from chattrain.config.words import Supervise
+from chattrain.config.words import Supervise, WeightBy
 from chattrain.data.cache import TokenizedSource
 from chattrain.data.loss_weights import LossWeights
 from chattrain.data.shares import Shares, epoch_counts
 from chattrain.storage.files import make_folder
+
+DRAWS = 16  # of documents of a source whose share is one of tokens
 
 
 class Mixture:
@@ -163,5 +165,20 @@ class Mixture:
         for source, count in self.counts.items():
             ids = self.kept[source]
             whole, part = divmod(count, len(ids))
-            drawn += [ids] * whole + [rng.permutation(ids)[:part]]
+            drawn += [ids] * whole + [self._draw(rng, source, part)]
         return rng.permutation(np.concatenate(drawn))
+
+    def _draw(self, rng: np.random.Generator, source: int, count: int) -> np.ndarray:
+        """This many documents of a source. Where its share is one of tokens, the draw of several whose tokens are nearest to what
+        documents have on average."""
+        ids = self.kept[source]
+        if not self._shares_tokens(source):
+            return rng.permutation(ids)[:count]
+        lengths = self.lengths if self.row_tokens is None else np.minimum(self.lengths, self.row_tokens)
+        wanted = count * lengths[ids].mean()
+        draws = [rng.permutation(ids)[:count] for _ in range(DRAWS)]
+        return min(draws, key=lambda draw: abs(lengths[draw].sum() - wanted))
+
+    def _shares_tokens(self, source: int) -> bool:
+        replayed = source >= len(self.sources) - self.shares.num_replay
+        return replayed or (self.shares.weight_by == WeightBy.tokens and self.sources[source].weight is not None)

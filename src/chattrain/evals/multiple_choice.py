@@ -18,6 +18,7 @@ import torch
 
 from chattrain.chat import Malformed, render_choices
 from chattrain.data.sources import Records
+from chattrain.device import varying_shapes
 from chattrain.errors import UserError
 from chattrain.model.causal_lm import CausalLM
 from chattrain.parallel.ranks import Ranks
@@ -108,7 +109,7 @@ class MultipleChoice:
         L = max(len(q.letter_ids) for q in self.questions)
         width = max(stop - start for start, stop in self.passes) * (2 + L)
         rows = []  # of each pass of this rank: 1, choice and L log-probabilities a question, then zeros
-        with autocast:  # around all passes, so that weights are cast once
+        with varying_shapes(self.device), autocast:  # around all passes, so that weights are cast once
             for number, (start, stop) in enumerate([*self.passes, *repeats]):
                 if number % ranks.world_size == ranks.rank:
                     row = self._answer(model, self.questions[start:stop], L).flatten().tolist()

@@ -79,7 +79,7 @@ def document_mask(positions: Tensor) -> Tensor:
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`attention` within the documents that begin at cu_seqlens in the flattened rows, by FlashAttention: see `has_varlen`."""
-    # Under autocast q and k are fp32 after their norm, and autocast does not know this operator: cast them to the dtype of v.
+    # Under autocast q and k are fp32 after their norm in models of transformers, and autocast does not know this operator.
     flat_q, flat_k, flat_v = (x.flatten(0, 1).to(v.dtype) for x in (q, k, v))
     return torch_compat.varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, longest=q.size(1)).view(q.shape)
 
@@ -90,7 +90,8 @@ def has_varlen(device: torch.device, head_dim: int) -> bool:
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-    """`attention` within the documents of positions (B, T), or causal without them, on a CPU. All three of one dtype."""
+    """`attention` within the documents of positions (B, T), or causal without them, on a CPU, in the dtype of v."""
+    q, k = (x.to(v.dtype) for x in (q, k))  # as in varlen_attention
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     B, T = q.shape[:2]
     doc_start = q.new_zeros(B, T, dtype=torch.int64) if positions is None else torch.arange(T) - positions

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from chattrain.data.batch import Batch
+from chattrain.model.head import HeadSettings
 
 
 class CausalLM(nn.Module):
@@ -19,6 +20,7 @@ class CausalLM(nn.Module):
     # FSDP gathers weights around these methods as around `forward`.
     forward_methods: ClassVar[tuple[str, ...]] = ("loss", "losses", "choice_logits", "features")
     block_forward_methods: ClassVar[tuple[str, ...]] = ()  # of each block
+    recomputes_inputs: ClassVar[bool] = False  # are compiled blocks made within `recomputing_inputs`?
 
     vocab_size: int
     n_layer: int
@@ -26,6 +28,8 @@ class CausalLM(nn.Module):
     lm_head: nn.Linear
     files: dict[str, str]  # text files that a checkpoint holds beside the weights: name -> content
     compiles: bool  # has `compile_blocks` been called?
+    use_block_attention: bool  # see `choose_attention`
+    head_settings: HeadSettings | None  # None: those of the device
 
     @property
     def shape(self) -> dict[str, Any]:

@@ -35,13 +35,10 @@ class CompiledBlocks:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A pass of the compiled blocks. Backward computes the inputs of matrix products (norms, activations, weights in bf16)
-        from what it needs anyway, instead of keeping them: a fifth less memory in bf16, for one more write of each."""
-        import torch._functorch.config as functorch
-
+        """A pass of the compiled blocks."""
         self._runs = True
         try:
-            with functorch.patch(ban_recompute_materialized_backward=False):
+            with recomputing_inputs():
                 yield
         finally:
             self._runs = False
@@ -61,6 +58,16 @@ class CompiledBlocks:
                 return plain(*args, **kwargs)
 
         return forward
+
+
+@contextmanager
+def recomputing_inputs() -> Iterator[None]:
+    """Of what is compiled within this context, backward computes the inputs of matrix products (norms, activations, weights in
+    bf16) from what it needs anyway, instead of keeping them: a fifth less memory in bf16, for one more write of each."""
+    import torch._functorch.config as functorch
+
+    with functorch.patch(ban_recompute_materialized_backward=False):
+        yield
 
 
 def _without_gradient(compiled: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

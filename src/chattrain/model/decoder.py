@@ -10,9 +10,11 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +25,31 @@ from chattrain.model.head import compute_dtype
 from chattrain.model.kv_cache import KVCache
 from chattrain.model.thin import ROWS, ThinProducts
 
+log = logging.getLogger("chattrain")
+
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 # cuDNN's attention, which is not among them, plans anew for each shape.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_not_recorded: WeakSet[CausalLM] = WeakSet()  # models whose recording has failed: it is not tried again in every reply
 
 
 class Decoder:
     """Logits of the next tokens of `rows` rows, of at most `max_tokens` tokens each, prompts included.
 
     It computes in the dtype of autocast where it is made, or of the weights. `record` makes of a pass a function that repeats it
-    with whatever its tensors hold then; None: CUDA graphs on CUDA, nothing elsewhere.
+    with whatever its tensors hold then; None: CUDA graphs on CUDA, nothing elsewhere. Where it fails, passes run unrecorded from
+    then on, with one warning a model.
     """
 
     def __init__(self, model: CausalLM, rows: int, max_tokens: int, record: Record | None = None):
         weight = model.lm_head.weight
-        self.device, self.dtype = weight.device, compute_dtype(weight)
+        self.model, self.device, self.dtype = model, weight.device, compute_dtype(weight)
         self._pass, self._weights = _Pass(model), {}
         if self.dtype != weight.dtype:
             self._weights = {name: p.to(self.dtype) for name, p in self._pass.named_parameters()}
         self.cache = model.new_cache(rows, max_tokens)
-        self._record = None
-        if isinstance(self.cache, KVCache) and self.cache.recordable:
+        self._record: Record | None = None
+        if isinstance(self.cache, KVCache) and self.cache.recordable and model not in _not_recorded:
             self._record = record or (cuda_graph if self.device.type == "cuda" else None)
             self.cache.static = self._record is not None
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)  # what recorded passes read
@@ -59,18 +65,26 @@ class Decoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of the token after tokens (B,). Valid until the next pass."""
-        rows = len(tokens)
-        if self._record is None:
-            logits = self._run(tokens[:, None])
-        else:
-            inputs, shape = self._tokens[:rows], (rows, self.cache.window(1))
-            inputs.copy_(tokens[:, None])
-            if self._recorded is None or self._recorded[0] != shape:
-                self._recorded = None  # its memory is free for the next
-                self._recorded = shape, self._record(lambda: self._run(inputs))
-            logits = self._recorded[1]()
-        self.cache.advance([1] * rows)
+        inputs = self._tokens[: len(tokens)].copy_(tokens[:, None])
+        again = self._recorded_pass(self._record, inputs) if self._record else None
+        logits = again() if again else self._run(inputs)
+        self.cache.advance([1] * len(tokens))
         return logits
+
+    def _recorded_pass(self, record: Record, inputs: Tensor) -> Callable[[], Tensor] | None:
+        """The pass of inputs (B, 1), recorded now if none of its shape was the last; None, with a warning, if that fails."""
+        shape = len(inputs), self.cache.window(1)
+        if self._recorded is None or self._recorded[0] != shape:
+            self._recorded = None  # its memory is free for the next
+            try:
+                self._recorded = shape, record(lambda: self._run(inputs))
+            except RuntimeError as error:  # the model waits for the device, or the device is out of memory
+                self._record, self.cache.static = None, False
+                _not_recorded.add(self.model)
+                reason = str(error).strip().partition("\n")[0]
+                log.warning("a pass of generation cannot be recorded (%s): its kernels start one by one, slower", reason)
+                return None
+        return self._recorded[1]
 
     def keep(self, rows: list[int], of: int) -> list[int]:
         """Drop all of the `of` rows but these where that pays. The rows that are left, in their new order."""
@@ -107,8 +121,11 @@ def cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         run()
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = run()
+    try:
+        with torch.cuda.graph(graph):
+            logits = run()
+    finally:
+        torch.cuda.set_stream(current)  # a recording that fails leaves its own
 
     def replay() -> Tensor:
         graph.replay()

@@ -134,7 +134,7 @@ class GPT(CausalLM):
         self.transformer = Transformer(vocab_size, n_layer, n_embd, n_head, self.n_kv_head)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.compiles, self.use_block_attention = False, False  # see compile_blocks
-        self.head_settings: HeadSettings | None = None  # None: those of the device
+        self.head_settings = None
         self._rotary_tables: tuple[Tensor, Tensor] | None = None  # see _rotary
         self.files = {}
 

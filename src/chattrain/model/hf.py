@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ FILES = ("config.json", "generation_config.json")
 class HFModel(CausalLM):
     """`model(inputs, targets)` gives the loss of every target, `model(inputs)` the logits. Weights are fp32."""
 
+    recomputes_inputs: ClassVar[bool] = True
     inner: Any  # a PreTrainedModel; transformers is imported where it is used
 
     def __init__(self, inner: Any, files: dict[str, str]):
@@ -47,7 +48,7 @@ class HFModel(CausalLM):
         self.vocab_size, self.n_embd, self.n_layer = config.vocab_size, config.hidden_size, config.num_hidden_layers
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.head = choose_head(inner)
-        self.head_settings: HeadSettings | None = None  # None: those of the device
+        self.head_settings = None
         self.compiled: CompiledBlocks | None = None  # see compile_blocks
         self.compiles, self.use_block_attention = False, False
         self.window = hf_attention.window(config)

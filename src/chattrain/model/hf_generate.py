@@ -5,19 +5,23 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from chattrain.model.kv_cache import KVCache
 
+log = logging.getLogger("chattrain")
+
 ATTENTION = "chattrain_cached"  # the name of `_cached_attention` in transformers' attention interface
-_works: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # answers of `_works_with_our_cache`
+_obstacles: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()  # answers of `_obstacle`
+_said: WeakSet[Any] = WeakSet()  # models of which it is said that they keep their own cache
 
 
 class HFCache:
@@ -50,22 +54,25 @@ class HFCache:
 
 
 def new_cache(inner: Any, rows: int, max_tokens: int) -> KVCache | HFCache:
-    if _sees_all(inner, max_tokens) and _works_with_our_cache(inner):
+    obstacle = _obstacle(inner) if _sees_all(inner, max_tokens) else "not every layer attends to all tokens through it"
+    if obstacle is None:
         return KVCache(rows, max_tokens, _device(inner), recordable=inner._can_compile_fullgraph)
+    if inner not in _said:
+        _said.add(inner)
+        log.warning("%s keeps its own key-value cache, copied for every token, slower: %s", inner.config.model_type, obstacle)
     return HFCache(max_tokens)
 
 
 def next_logits(inner: Any, inputs: Tensor, cache: KVCache | HFCache, counts: Tensor | None) -> Tensor:
     """See `CausalLM.next_logits`."""
-    with torch.compiler.set_stance("force_eager"):  # blocks compiled for training would compile anew for these shapes
-        if isinstance(cache, HFCache):
-            out = inner(**cache.begin(inputs, counts), use_cache=True, logits_to_keep=1)
-            cache.past = out.past_key_values
-            return out.logits[:, -1].float()
-        positions = cache.begin(inputs.size(1))
-        with _attending_to_cache(inner), _head_of_last(inner, counts):
-            out = inner(input_ids=inputs, position_ids=positions, use_cache=False, kv_cache=cache)
+    if isinstance(cache, HFCache):
+        out = inner(**cache.begin(inputs, counts), use_cache=True, logits_to_keep=1)
+        cache.past = out.past_key_values
         return out.logits[:, -1].float()
+    positions = cache.begin(inputs.size(1))
+    with _attending_to_cache(inner), _head_of_last(inner, counts):
+        out = inner(input_ids=inputs, position_ids=positions, use_cache=False, kv_cache=cache)
+    return out.logits[:, -1].float()
 
 
 def _sees_all(inner: Any, max_tokens: int) -> bool:
@@ -76,10 +83,10 @@ def _sees_all(inner: Any, max_tokens: int) -> bool:
     return inner._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"} and window >= max_tokens
 
 
-def _works_with_our_cache(inner: Any) -> bool:
-    """Are logits through our cache those of a whole row? Tried once for each model, on five tokens, as architectures may do
-    anything around their attention."""
-    if inner not in _works:
+def _obstacle(inner: Any) -> str | None:
+    """Why logits through our cache are not those of a whole row; None: they are. Tried once for each model, on five tokens, as
+    architectures may do anything around their attention."""
+    if inner not in _obstacles:
         ids = torch.arange(10, device=_device(inner)).view(2, 5) % inner.get_output_embeddings().out_features
         cache, counts = KVCache(2, 5, ids.device), torch.tensor([4, 2], device=ids.device)
         rows = torch.arange(2, device=ids.device)
@@ -89,12 +96,14 @@ def _works_with_our_cache(inner: Any) -> bool:
                 first = next_logits(inner, ids[:, :4], cache, counts)
                 cache.advance([4, 2])
                 second = next_logits(inner, ids[rows, counts][:, None], cache, None)
-            except Exception:  # an architecture that calls its attention in another way can fail with any of them
-                _works[inner] = False
-                return False
+            except Exception as error:  # an architecture that calls its attention in another way can fail with any of them
+                first_line = str(error).strip().partition("\n")[0]
+                _obstacles[inner] = f"ours fails ({first_line})"
+                return _obstacles[inner]
         difference = max((a - expected[rows, at]).abs().max() for a, at in ((first, counts - 1), (second, counts)))
-        _works[inner] = bool(difference <= 0.01 * expected.abs().max())
-    return _works[inner]
+        right = bool(difference <= 0.01 * expected.abs().max())
+        _obstacles[inner] = None if right else "with ours it gives other logits"
+    return _obstacles[inner]
 
 
 def _device(inner: Any) -> torch.device:

@@ -37,10 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if rows == 1:
         y = weight.mv(x.flatten())
     elif blocks:
-        columns = x.view(rows, inputs).t().contiguous()
+        columns = x.reshape(rows, inputs).t().contiguous()
         y = torch.bmm(weight.view(-1, BLOCK, inputs), columns.expand(outputs // BLOCK, inputs, rows)).view(outputs, rows)
         y = y.t().contiguous()
     else:
-        y = (weight @ x.view(rows, inputs).t()).t().contiguous()
+        y = (weight @ x.reshape(rows, inputs).t()).t().contiguous()
     y = y.view(*x.shape[:-1], outputs)
     return y if bias is None else y.add_(bias)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from chattrain.model.compiling import recomputing_inputs
 from chattrain.planning import compiler
 from chattrain.planning.liveness import Liveness, liveness, nbytes
 
@@ -41,8 +43,8 @@ class Traced:
 class CompiledBlocks:
     """Replaces the forward of blocks by one that takes the memory of the compiled forward."""
 
-    def __init__(self, on_gpu: bool) -> None:
-        self.on_gpu = on_gpu
+    def __init__(self, on_gpu: bool, recomputes_inputs: bool) -> None:
+        self.on_gpu, self.recomputes_inputs = on_gpu, recomputes_inputs  # the latter: see CausalLM
         self.traced: dict[Any, Traced | None] = {}  # by what a block and its arguments look like; None: it cannot be traced
 
     def replace_forward(self, blocks: Iterable[nn.Module]) -> None:
@@ -67,7 +69,8 @@ class CompiledBlocks:
 
     def _trace(self, forward: Callable, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]) -> Traced | None:
         try:
-            return self._traced(forward, args, kwargs, parameters)
+            with recomputing_inputs() if self.recomputes_inputs else nullcontext():
+                return self._traced(forward, args, kwargs, parameters)
         except Exception as error:  # of the compiler, whose errors are of many types
             log.warning(
                 "the compiler of this torch (%s) cannot be asked what it keeps of a block (%s): blocks are counted uncompiled, "
@@ -168,7 +171,7 @@ def _stand_in(tensor: Tensor) -> Tensor:
     )
 
 
-def _slot(tensor: Any, own: dict[int, str], places: dict[int, int]) -> Slot:
+def _slot(tensor: Any, own: dict[int, str], arguments: dict[int, int]) -> Slot:
     if id(tensor) in own:
         return "parameter", own[id(tensor)]
-    return ("argument", places[id(tensor)]) if id(tensor) in places else ("value", tensor)
+    return ("argument", arguments[id(tensor)]) if id(tensor) in arguments else ("value", tensor)

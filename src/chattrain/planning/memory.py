@@ -97,15 +97,15 @@ def _build_model(
     """The model as a run on a device of this kind would have it, on fake CPU tensors. If compiled, its blocks take the memory of
     compiled ones."""
     model = fake_model(cfg, vocab_size, start)
-    if isinstance(model, GPT):
-        # On a GPU block attention stands in for FlashAttention within documents, which takes as much memory.
-        if compiled if kind == "cpu" else bf16 and shape.isolated:
-            model.use_block_attention = True
-        model.head_settings = _head_settings(kind, compiled)
+    model.head_settings = _head_settings(kind, compiled)
+    if kind == "cpu":
+        model.use_block_attention = compiled
+    elif isinstance(model, GPT):  # it stands in for FlashAttention within documents, which takes as much memory
+        model.use_block_attention = bf16 and shape.isolated
     eager = replace(cfg, train=replace(cfg.train, compile=False))
     strategy = prepare_for_training(eager, model, CPU, ranks, bf16)
     if compiled:
-        CompiledBlocks(on_gpu=kind == "cuda").replace_forward(model.blocks)
+        CompiledBlocks(kind == "cuda", model.recomputes_inputs).replace_forward(model.blocks)
     # Products of whole matrices take as much memory as products of strips, in fewer operations. And no threads: a FakeTensorMode
     # holds for one thread only.
     strategy.muon_settings = MuonSettings(batch=newton_schulz.SETTINGS[kind].batch)

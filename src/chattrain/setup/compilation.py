@@ -111,7 +111,6 @@ def decide(
 
 def planned_work(cfg: Config, data: RunData, start: Start, world_size: int, device: str) -> PlannedWork:
     """The work of the whole run on world_size ranks. `device`: cpu or cuda."""
-    pass_tokens = cfg.train.device_batch_tokens or cfg.train.device_batch_size * cfg.train.seq_len
     tokens = data.num_steps * data.rows_per_step * mean_row(cfg, data)
     n_layer, n_embd = model_size(cfg, data, start)
     return PlannedWork(
@@ -119,7 +118,7 @@ def planned_work(cfg: Config, data: RunData, start: Start, world_size: int, devi
         processors=cores() if device == "cpu" else world_size,
         num_steps=data.num_steps,
         tokens=round(tokens),
-        passes=math.ceil(tokens / data.num_steps / world_size / pass_tokens),
+        passes=math.ceil(tokens / data.num_steps / world_size / cfg.train.tokens_a_pass),
         n_layer=n_layer,
         n_embd=n_embd,
     )

@@ -20,7 +20,7 @@ from chattrain.storage import checkpoint
 
 log = logging.getLogger("chattrain")
 
-NOT_COMPARED = ("train.stop_after", "train.compile")  # keys: one changes nothing yet, of the other the decision is compared
+NOT_COMPARED = (("train", "stop_after"), ("train", "compile"))  # one changes nothing yet, of the other the decision is compared
 
 
 def find_resume(resume: Resume, run_dir: Path) -> Path | None:
@@ -92,14 +92,15 @@ def _completed(run_dir: Path) -> dict | None:
 
 def _warn_of_changes(before: dict, now: dict, was_compiled: bool | None, compiled: bool | None) -> None:
     """Log the settings that differ between the configuration the run began with and today's. Of train.compile that is what was
-    decided."""
+    decided. Keys that an earlier version did not have are not compared."""
     changed = [
-        f"{group}.{key} {before[group].get(key)} -> {value}"
+        f"{group}.{key} {before[group][key]} -> {value}"
         for group in ("init", "optimizer", "schedule", "train")
         for key, value in now[group].items()
-        if before[group].get(key) != value
+        if key in before[group]
+        and before[group][key] != value
         and (group != "init" or key == "from")
-        and (group, key) not in (("train", "stop_after"), ("train", "compile"))
+        and (group, key) not in NOT_COMPARED
     ]
     if was_compiled is not None and was_compiled != compiled:
         changed.append(f"train.compile {was_compiled} -> {compiled}")
