@@ -37,6 +37,7 @@ INTEGRATION = [
     "model/test_recompute.py::test_compiled_",
     "model/test_recompute.py::test_a_run_",
     "parallel/test_ranks.py",
+    "data/test_shares.py",
     "test_device.py",
     "test_gpu.py",
     "test_gpu_check.py",

@@ -27,8 +27,8 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
     """`cfg`, but stage, model, data, collator, evaluation and rows as in `config_yaml`, except what `overrides` give.
 
     A group on the command line replaces the whole section, except `eval`: its choices set only some keys. A typed stage that is
-    not the saved one brings its collator and its choice of evaluation. Keys that an earlier version did not have get their
-    defaults. Raises UserError for a typed key that the saved part does not have.
+    not the saved one brings its collator and its choice of evaluation; eval.also goes with the stage and the data. Keys that an
+    earlier version did not have get their defaults. Raises UserError for a typed key that the saved part does not have.
     """
     saved, now = yaml.safe_load(config_yaml), yaml.safe_load(to_yaml(cfg))
     typed = {key_of(override): override.partition("=")[2] for override in overrides if override != LOCAL_TO_COMPOSE}
@@ -44,6 +44,8 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
         tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
         if name == "eval":
             tree |= {key: now[name][key] for key in _chosen(typed, other_stage, list(now[name]))}
+            if "data" in typed or other_stage:
+                tree.pop("also", None)  # stages of the data that the run had
         keys = [key for key in typed if key.startswith(f"{name}.")]
         for key in keys:
             _copy_value(now, {name: tree}, key)

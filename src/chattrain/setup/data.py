@@ -208,7 +208,7 @@ def report_counts(collator: Collator, num_steps: int) -> None:
         )
     if counts.truncated:
         log.warning(
-            "%d conversations are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
+            "%d documents are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
         )
     if counts.left_out:
         log.warning("%d documents have no token that carries loss within train.seq_len and are left out", counts.left_out)
