@@ -32,11 +32,12 @@ from chattrain.parallel.signals import stop_on_signal
 from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData, open_data, report_counts
 from chattrain.setup.learning_rates import peak_rates, report_rates
-from chattrain.setup.plan import RunSetup, setup_run
+from chattrain.setup.plan import RunSetup, choose_run_dir, setup_run
 from chattrain.setup.runs import resume_with
 from chattrain.setup.summary import correct_summary, summarize, write_summary
 from chattrain.setup.tracker import build_tracker
 from chattrain.storage import checkpoint
+from chattrain.storage.lock import RunLock
 from chattrain.tracking.console import setup_logging
 from chattrain.tracking.tracker import NullTracker, Tracker
 
@@ -45,13 +46,19 @@ log = logging.getLogger("chattrain")
 
 def train(cfg: Config) -> dict:
     """Run a training from start to summary, on one process or many; returns the summary."""
-    world_size = launch.world_size(cfg.distributed.nproc, cfg.train.device)
     if launch.started_by_launcher():
+        launch.world_size(cfg.distributed.nproc, cfg.train.device)  # refuses another number than the launcher has started
         return _train_as_rank(cfg, launcher_setup=None)
     nproc, nodes = launch.processes_here(cfg.distributed.nproc, cfg.train.device), slurm.nodes()
     if nodes:
         return _train_on_nodes(nodes, nproc, cfg)
-    setup, data = setup_run(cfg, world_size)
+    with RunLock(choose_run_dir(cfg.run, cfg.stage)) as lock:
+        return _train_here(cfg, nproc, lock)
+
+
+def _train_here(cfg: Config, nproc: int, lock: RunLock) -> dict:
+    """Set the run up and train, in this process or in nproc processes of this host."""
+    setup, data = setup_run(cfg, nproc, lock)
     if setup.finished:
         return setup.finished
     if nproc == 1:
@@ -74,11 +81,13 @@ def _train_on_nodes(nodes: slurm.Nodes, nproc: int, cfg: Config) -> dict:
 
 
 def _train_as_rank(cfg: Config, launcher_setup: RunSetup | None) -> dict:
-    """What each process of a launch runs. `launcher_setup` is None under torchrun and srun: rank 0 then sets the run up."""
+    """What each process of a launch runs. `launcher_setup` is None under torchrun and srun: rank 0 then sets the run up and holds
+    its lock."""
     ranks = join(cfg.distributed.timeout_s, device.pick_device(cfg.train.device).type == "cuda")
     close_log = setup_logging(None, console=ranks.is_main, resume=False)
+    lock = RunLock(choose_run_dir(cfg.run, cfg.stage))
     try:
-        setup: RunSetup = launcher_setup or ranks.run_on_rank0(lambda: setup_run(cfg, ranks.world_size)[0])
+        setup: RunSetup = launcher_setup or ranks.run_on_rank0(lambda: setup_run(cfg, ranks.world_size, lock)[0])
         if setup.finished:
             return setup.finished
         return train_on_rank(cfg, setup, ranks, open_data(cfg, setup.tokenizer_dir, ranks.world_size))
@@ -86,6 +95,7 @@ def _train_as_rank(cfg: Config, launcher_setup: RunSetup | None) -> dict:
         raise ranks.report_failure(raised) from None
     finally:
         close_log()
+        lock.release()
         ranks.close()
 
 

@@ -29,6 +29,7 @@ from chattrain.setup.resume import check_resumed, find_resume, move_aside
 from chattrain.setup.start import Start, check_start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.storage.files import replace_text
+from chattrain.storage.lock import RunLock
 
 log = logging.getLogger("chattrain")
 
@@ -45,14 +46,17 @@ class RunSetup:
     finished: dict | None = None  # summary of a run that has nothing left to do
 
 
-def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
-    """Set the run up, and open its data. Raises UserError before anything is written for this run, except caches."""
+def setup_run(cfg: Config, world_size: int, lock: RunLock | None = None) -> tuple[RunSetup, RunData]:
+    """Set the run up, and open its data. `lock`: of the run folder, taken before anything is written there. Raises UserError
+    before anything is written for this run, except caches."""
     cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
     device = pick_device(cfg.train.device)
     launch.check_devices(device, world_size)
     if cfg.train.fp8:
         fp8.check(device)
     run_dir = choose_run_dir(cfg.run, cfg.stage)
+    if lock:
+        lock.check()
     resume = find_resume(cfg.run.resume, run_dir)
     setup, data = _open(cfg, world_size, run_dir, resume, device)
     identity = identify(cfg, data, None if resume else setup.start, setup.compilation.on)
@@ -64,6 +68,8 @@ def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
         identity = identify(cfg, data, setup.start, setup.compilation.on)
     if resume and (finished := check_resumed(cfg, run_dir, resume, data, identity)):
         return replace(setup, finished=finished), data
+    if lock:
+        lock.take()
     if aside:
         move_aside(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
