@@ -13,6 +13,7 @@ from benchmarks.timing import show
 from chattrain import loop
 from chattrain.config.compose import compose
 from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.signals import Signals
 from chattrain.setup.build import build_components
 from chattrain.setup.plan import setup_run
 from chattrain.tracking.tracker import NullTracker
@@ -40,7 +41,7 @@ def _measure(collator: str) -> dict:
             ]
         )
         setup, data = setup_run(cfg, world_size=1)
-        components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), lambda: False, None)
+        components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), Signals(), None)
         for step in range(2):
             loop.train_step(components, components.loader.step(step), step)
         waited, begun = components.loader.waited_s, time.perf_counter()

@@ -20,6 +20,7 @@ from chattrain import loop
 from chattrain.config.compose import compose
 from chattrain.device import autocast, keep_freed_memory, pick_device, use_bf16
 from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.signals import Signals
 from chattrain.setup.build import build_components
 from chattrain.setup.plan import setup_run
 from chattrain.tasks import generated, record_to_segments
@@ -55,7 +56,7 @@ def _measure(dtype: str) -> dict:
         setup, data = setup_run(cfg, world_size=1)
         device = pick_device(cfg.train.device)
         keep_freed_memory(device)  # as the runner does
-        components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), lambda: False, None)
+        components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), Signals(), None)
         step = iter(range(10**9))
 
         def ours() -> None:

@@ -29,6 +29,7 @@ from chattrain.config.compose import compose
 from chattrain.device import autocast, meters, pick_device, use_bf16
 from chattrain.model.gpt import GPT
 from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.signals import Signals
 from chattrain.setup.build import build_components
 from chattrain.setup.plan import setup_run
 from chattrain.tracking.tracker import NullTracker
@@ -107,7 +108,7 @@ class Ours:
             ]
         )
         setup, self.data = setup_run(self.cfg, world_size=1)
-        self.components, _ = build_components(self.cfg, setup, Ranks(), self.data, NullTracker(), lambda: False, None)
+        self.components, _ = build_components(self.cfg, setup, Ranks(), self.data, NullTracker(), Signals(), None)
         self.number = 0
 
     def step(self) -> int:

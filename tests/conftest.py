@@ -38,6 +38,8 @@ INTEGRATION = [
     "model/test_recompute.py::test_a_run_",
     "parallel/test_ranks.py",
     "data/test_shares.py",
+    "setup/test_saving.py",
+    "storage/test_lock.py",
     "test_device.py",
     "test_gpu.py",
     "test_gpu_check.py",

@@ -19,6 +19,7 @@ from chattrain import loop
 from chattrain.config.compose import compose
 from chattrain.data.batch import Batch
 from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.signals import Signals
 from chattrain.setup.build import build_components, build_model, in_context
 from chattrain.setup.plan import setup_run
 from chattrain.tracking.tracker import NullTracker
@@ -45,7 +46,7 @@ def sft(context: Context) -> None:
     rows = rows_of(tokens, float(data.train.mixture.lengths.mean()), cfg.train.device_batch_size)
     cfg = compose(["stage=sft", *keys, f"run.root={context.folder('sft')}/runs", f"train.rows_per_step={rows}"])
     setup, data = setup_run(cfg, world_size=1)
-    components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), lambda: False, None)
+    components, _ = build_components(cfg, setup, Ranks(), data, NullTracker(), Signals(), None)
     context.details["sft"] = {"rows_a_step": rows, "settings": ours.settings(cfg)}
     found, passes = rate(components, steps)
     components.loader.close()

@@ -15,6 +15,7 @@ from chattrain.config.compose import compose
 from chattrain.device import keep_freed_memory, pick_device, use_bf16
 from chattrain.errors import UserError
 from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.signals import Signals
 from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData
 from chattrain.setup.plan import setup_run
@@ -50,7 +51,7 @@ def sft(turns: Turns, folder: Path, data: Path, device: str, rows: int, steps: i
     sizes = write_rows(scratch / "rows.jsonl", run_data, cfg, steps)
     chosen = pick_device(cfg.train.device)
     keep_freed_memory(chosen)  # as the runner does
-    components, _ = build_components(cfg, setup, Ranks(), run_data, NullTracker(), lambda: False, None)
+    components, _ = build_components(cfg, setup, Ranks(), run_data, NullTracker(), Signals(), None)
     adamw = {"lr": cfg.optimizer.lr, "betas": list(cfg.optimizer.betas), "eps": cfg.optimizer.eps}
     turns.built({"settings": settings(cfg), "adamw": adamw, "bf16": use_bf16(cfg.train.dtype, chosen), **sizes})
     train_in_turns(turns, stepper(components), chosen.type == "cuda")

@@ -60,7 +60,10 @@ class TrainerComponents:
     lr_factor: Callable[[int], float]  # steps completed -> factor on every learning rate
     loader: Loader
     evaluate: Callable[[int], dict[str, float]]  # steps completed -> metrics by name
-    save: Callable[[State], None]
+    save: Callable[[State], None]  # begins to save; the copy is made when it returns
+    finish_saving: Callable[..., None]  # waits until it is on disk; see setup/saving.py
+    save_asked: Callable[[], bool]  # has this process been asked to save now?
+    is_best: Callable[[int, dict[str, float]], bool]  # steps completed, metrics measured -> is it to be kept as the best?
     track: Callable[[int, dict[str, float]], None]
     show: Callable[[int], None]  # updates the progress bar
     stop_asked: Callable[[], bool]  # has this process been asked to stop?
@@ -85,12 +88,13 @@ class StepResult:
     num_supervised: int  # targets of weight 1, of all ranks
     loss_weight: float  # sum of the weights of the targets, of all ranks
     stop: bool  # was a rank asked to stop?
+    save: bool  # was a rank asked to save?
 
 
 def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
     """Train from state.step to cadence.last_step, or until a rank is asked to stop; saves in both cases. Returns the state."""
     if state.step == 0:
-        measure(trainer, 0)
+        trainer.is_best(0, measure(trainer, 0))
     speed = Speed(trainer, state)
     unchecked: list[StepResult] = []
     while state.step < cadence.last_step and not state.interrupted:
@@ -109,6 +113,7 @@ def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
         speed.tick()
         trainer.show(state.step)
         log, evaluate, save = (cadence.due(every, state.step) for every in (cadence.log, cadence.evaluate, cadence.save))
+        save = save or result.save
         if log or evaluate or save or state.interrupted:
             loss, grad_norm = sync_and_check_finite(trainer, unchecked)
             unchecked.clear()
@@ -118,10 +123,11 @@ def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
         state.tokens_per_second = speed.overall()
         if evaluate:
             with speed.paused():
-                measure(trainer, state.step)
+                save = trainer.is_best(state.step, measure(trainer, state.step)) or save
         if save or state.interrupted:
             with speed.paused():
                 trainer.save(state)
+    trainer.finish_saving()
     return state
 
 
@@ -134,11 +140,12 @@ def log_step(trainer: TrainerComponents, state: State, speed: Speed, metrics: di
     gc.collect(1)  # between steps, so that it interrupts none: see runner.collect_garbage_between_steps
 
 
-def measure(trainer: TrainerComponents, step: int) -> None:
-    """Evaluate, and track the metrics if there are any."""
+def measure(trainer: TrainerComponents, step: int) -> dict[str, float]:
+    """Evaluate, and track the metrics if there are any. Returns them."""
     metrics = trainer.evaluate(step)
     if metrics:
         trainer.track(step, metrics)
+    return metrics
 
 
 def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logged: bool = False) -> StepResult:
@@ -152,7 +159,8 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logg
     ranks = trainer.ranks
     ranks.at(f"step {step + 1}")
     counts = ([b.loss_weight, b.num_supervised, b.num_tokens] for b in batches)
-    weight, supervised, tokens, stop = ranks.sum([*map(sum, zip(*counts, strict=True)), float(trainer.stop_asked())])
+    asked = float(trainer.stop_asked()), float(trainer.save_asked())
+    weight, supervised, tokens, stop, save = ranks.sum([*map(sum, zip(*counts, strict=True)), *asked])
     if not weight:
         raise RunFailed(f"step {step + 1} has no token that carries loss in its rows: {trainer.loader.describe(step)}")
     losses = []
@@ -164,7 +172,7 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logg
     norm = trainer.strategy.reduce_gradients(trainer.optimizer)
     group_norms = trainer.strategy.group_norms(trainer.optimizer, norm) if logged else None
     loss = sum(losses[1:], losses[0])
-    result = StepResult(step, loss, norm, group_norms, int(tokens), int(supervised), weight, stop > 0)
+    result = StepResult(step, loss, norm, group_norms, int(tokens), int(supervised), weight, stop > 0, save > 0)
     if trainer.checks_each_step:
         sync_and_check_finite(trainer, [result])
     if trainer.max_grad_norm is not None:

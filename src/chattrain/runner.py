@@ -17,6 +17,7 @@ Rank 0 may be ended before it can write summary.json: after another rank has fai
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from chattrain.errors import RunFailed, UserError
 from chattrain.parallel import launch, slurm
 from chattrain.parallel.failures import log_name
 from chattrain.parallel.ranks import Ranks, join
-from chattrain.parallel.signals import stop_on_signal
+from chattrain.parallel.signals import listen_to_signals
 from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData, open_data, report_counts
 from chattrain.setup.learning_rates import peak_rates, report_rates
@@ -42,6 +43,8 @@ from chattrain.tracking.console import setup_logging
 from chattrain.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger("chattrain")
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of files: a state of the machine, and no bug
 
 
 def train(cfg: Config) -> dict:
@@ -102,11 +105,11 @@ def _train_as_rank(cfg: Config, launcher_setup: RunSetup | None) -> dict:
 def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> dict:
     """Train in this process; returns the summary. However the training ends, rank 0 writes summary.json."""
     close_log = setup_logging(setup.run_dir, ranks.is_main, bool(setup.resume), log_name(ranks.rank))
-    tracker, state, error = NullTracker(), loop.State(), None
+    tracker, state, error, trainer = NullTracker(), loop.State(), None, None
     ranks.on_forced_exit(
         setup.run_dir / log_name(ranks.rank), lambda reason: finalize_run(cfg.stage, setup, data, ranks, tracker, state, reason)
     )
-    with stop_on_signal(ranks.failed) as stop_asked:
+    with listen_to_signals(ranks.failed) as signals:
         try:
             device.keep_freed_memory(device.pick_device(cfg.train.device, ranks.local_rank))
             gc.collect()  # frees the model of the job before, in a sweep
@@ -118,7 +121,7 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
                 log.log(setup.compilation.level, setup.compilation.reason)
             saved = checkpoint.load_state(setup.resume) if setup.resume else None
             tracker = build_tracker(cfg, setup, data, saved, ranks)
-            trainer, state = build_components(cfg, setup, ranks, data, tracker, stop_asked, saved)
+            trainer, state = build_components(cfg, setup, ranks, data, tracker, signals, saved)
             data.learning_rates = peak_rates(trainer.optimizer, trainer.lr_factor, data.num_steps)
             report_rates(cfg, data.learning_rates)
             cadence = loop.Cadence(cfg.log.every, cfg.eval.every, cfg.checkpoint.every, cfg.train.last_step(data.num_steps))
@@ -128,8 +131,12 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             finally:
                 trainer.loader.close()
         except BaseException as raised:
+            if trainer and not isinstance(raised, KeyboardInterrupt):
+                trainer.finish_saving(together=False)
             unexpected = not isinstance(raised, UserError | RunFailed | KeyboardInterrupt)
             log.error("at step %d: %s", state.current_step, raised, exc_info=unexpected, extra={"file_only": True})
+            if isinstance(raised, OSError) and raised.errno in CANNOT_WRITE:
+                raised = RunFailed(f"cannot write {raised.filename or setup.run_dir}: {raised.strerror}. Make room, then resume")
             error = ranks.report_failure(raised, f"step {state.current_step}")
             if error is raised:
                 raise
@@ -137,7 +144,9 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
         finally:
             summary = finalize_run(cfg.stage, setup, data, ranks, tracker, state, error)
             close_log()
-    return summary | ({"stop_asked": True} if stop_asked() else {})  # of a run that was complete all the same: a sweep ends
+    return summary | (
+        {"stop_asked": True} if signals.stop_asked() else {}
+    )  # of a run that was complete all the same: a sweep ends
 
 
 def finalize_run(

@@ -216,6 +216,7 @@ def test_a_step_of_the_loop_runs_on_any_rank(group):
         parts = SimpleNamespace(
             ranks=alone,
             stop_asked=lambda: False,
+            save_asked=lambda: False,
             loss_of=model.loss,
             strategy=spread,
             optimizer=muon_adamw.build(model, spread, **MUON),

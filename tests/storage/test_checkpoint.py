@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import chattrain
-from chattrain.errors import UserError
+from chattrain.errors import RunFailed, UserError
 from chattrain.model.gpt import GPT
 from chattrain.storage import checkpoint
 from chattrain.storage.tensors import fill_model
@@ -56,7 +57,7 @@ def test_a_crash_while_saving_leaves_the_older_checkpoint_and_no_half_of_a_new_o
     whole = train("base", f"{name}_whole", "train.max_steps=4")
     with monkeypatch.context() as patch:
         break_saving(patch, moment, of_checkpoint=2)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(RunFailed, match="no space left"):
             train("base", name, "train.max_steps=4", "checkpoint.every=2")
 
     run_dir = place / "runs/base" / name
@@ -90,7 +91,7 @@ def break_saving(monkeypatch, moment: str, of_checkpoint: int) -> None:
             if (name, calls[name]) == due:
                 if name == "save_file":  # half of the file is there
                     Path(arguments[1]).write_bytes(b"half of it")
-                raise OSError("no space left on device")
+                raise OSError(errno.ENOSPC, "No space left on device")
             return inner(*arguments, **named)
 
         return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chattrain.config.words import Resume
+from chattrain.config.words import Direction, Pick, Resume
 from chattrain.errors import UserError
 
 
@@ -43,6 +43,7 @@ def _dataclass_with(name: str, default: str):
 class InitConfig:
     strict: bool = False  # true: with init.from=auto, fail if there is no finished run of the first stage in `after`
     after: list[str] = field(default_factory=list)  # stages that auto looks for finished runs of, in order of preference
+    pick: Pick = Pick.last  # of a run's checkpoints: the last, or the best, which checkpoint.keep_best has kept
 
     @property
     def source(self) -> str:
@@ -52,10 +53,24 @@ class InitConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int | None = None  # optimizer steps; null: only at the end
+    every: int | None = None  # optimizer steps; null: by time, and at the end
+    minutes: float | None = 10.0  # between saves where `every` is not set; null: only at the end
     keep: int = 2  # number of newest checkpoints to keep
+    keep_best: str | None = None  # a metric: the checkpoint of its best value is saved at once and kept besides
+    direction: Direction = Direction.auto  # of keep_best; auto: maximize for an accuracy (*_acc), minimize for everything else
+
+    @property
+    def maximizes(self) -> bool:
+        """Is the largest value of keep_best the best?"""
+        if self.direction == Direction.auto:
+            return bool(self.keep_best) and str(self.keep_best).endswith("_acc")
+        return self.direction == Direction.maximize
 
     def check(self) -> None:
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError(f"checkpoint.minutes={self.minutes} must be above 0")
+        if self.direction != Direction.auto and not self.keep_best:
+            raise UserError(f"checkpoint.direction={self.direction.name} has no effect without checkpoint.keep_best=<metric>")
         if self.keep < 1 or (self.every is not None and self.every < 1):
             raise UserError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be 1 or more")
 

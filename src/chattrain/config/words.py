@@ -41,6 +41,11 @@ class Resume(Enum):
     must = "must"
 
 
+class Pick(Enum):
+    last = "last"
+    best = "best"
+
+
 class DType(Enum):
     auto = "auto"
     bf16 = "bf16"

@@ -1,9 +1,11 @@
-"""Ctrl-C and SIGTERM, in a rank and in its launcher: the first stops the run after a checkpoint, the second at once."""
+"""Signals, in a rank and in its launcher. The first Ctrl-C or SIGTERM stops the run after a checkpoint, the second at once;
+SIGUSR1 saves one and goes on."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -15,39 +17,65 @@ log = logging.getLogger("chattrain")
 
 # submitit makes Slurm send SIGUSR2 before a job's time limit.
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SAVE = signal.SIGUSR1
 SAME_SIGNAL_S = 2.0  # seconds within which several signals count as one
 
 
+class Signals:
+    """What signals have asked of the loop."""
+
+    def __init__(self) -> None:
+        self._stop, self._save = threading.Event(), threading.Event()
+
+    def stop_asked(self) -> bool:
+        """To stop after the step, and save?"""
+        return self._stop.is_set()
+
+    def save_asked(self) -> bool:
+        """To save after the step? Once for each time."""
+        asked = self._save.is_set()
+        self._save.clear()
+        return asked
+
+    def ask_to_stop(self) -> None:
+        self._stop.set()
+
+    def ask_to_save(self) -> None:
+        self._save.set()
+
+
 @contextmanager
-def stop_on_signal(failed: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether a signal has asked the loop to stop after its step and save. A second signal raises
-    KeyboardInterrupt.
+def listen_to_signals(failed: Callable[[], bool]) -> Iterator[Signals]:
+    """Yields what signals ask of the loop from now on. The second signal to stop raises KeyboardInterrupt.
 
     With several ranks one Ctrl-C arrives twice, from the terminal and from the launcher: signals within SAME_SIGNAL_S count as
     one. After a rank has `failed`, signals are ignored: the launcher sends them because of the failure.
     """
-    asked = threading.Event()
-    first = 0.0
+    signals, first = Signals(), 0.0
 
     def on_signal(number, frame):
         nonlocal first
         if failed():
             return
-        if asked.is_set():
+        if number == SAVE:
+            signals.ask_to_save()
+            log.info("saving after this step")
+            return
+        if signals.stop_asked():
             if time.monotonic() - first > SAME_SIGNAL_S:
                 raise KeyboardInterrupt
             return
         first = time.monotonic()
-        asked.set()
+        signals.ask_to_stop()
         log.warning("stopping after this step and saving; a second signal stops at once")
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield signals
         return
-    before = {number: signal.signal(number, on_signal) for number in STOP}
+    before = {number: signal.signal(number, on_signal) for number in (*STOP, SAVE)}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)  # see signals_to_ranks
     try:
-        yield asked.is_set
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -86,6 +114,10 @@ def signals_to_ranks() -> Iterator[Callable[[], bool]]:
 
         nonlocal first
         ranks = multiprocessing.active_children()
+        if number == SAVE:
+            for rank in ranks:
+                os.kill(rank.pid or 0, SAVE)
+            return
         if not ranks or (first is not None and time.monotonic() - first > SAME_SIGNAL_S):
             raise SignalException("stopped", signal.SIGTERM)
         if first is None:
@@ -95,7 +127,7 @@ def signals_to_ranks() -> Iterator[Callable[[], bool]]:
 
     resource_tracker.ensure_running()  # before SIGINT is blocked: starting it would unblock SIGINT
     threading.Thread(target=done.wait, daemon=True, name="signals").start()
-    before = {number: signal.signal(number, forward) for number in STOP}
+    before = {number: signal.signal(number, forward) for number in (*STOP, SAVE)}
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield lambda: first is not None

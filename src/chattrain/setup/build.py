@@ -13,7 +13,6 @@ from chattrain import device as devices
 from chattrain import loop
 from chattrain.config import Config
 from chattrain.config.instantiate import instantiate_config
-from chattrain.config.schema import to_yaml
 from chattrain.config.words import ActivationCheckpointing, Strategy
 from chattrain.data.loader import Loader
 from chattrain.data.packing import cu_seqlens_of
@@ -22,6 +21,7 @@ from chattrain.model import fp8
 from chattrain.model.causal_lm import CausalLM
 from chattrain.optim.named import NamedOptimizer
 from chattrain.parallel.ranks import Ranks
+from chattrain.parallel.signals import Signals
 from chattrain.parallel.strategy import ParallelStrategy, SingleProcess
 from chattrain.parallel.zero import ZeroDDP
 from chattrain.setup.data import RunData, pass_limits
@@ -29,6 +29,7 @@ from chattrain.setup.evaluation import build_evaluation
 from chattrain.setup.learning_rates import peak_rates
 from chattrain.setup.mlflow_run import model_params
 from chattrain.setup.plan import RunSetup
+from chattrain.setup.saving import Saver
 from chattrain.storage import checkpoint
 from chattrain.tracking.tracker import NullTracker, Tracker
 
@@ -41,7 +42,7 @@ def build_components(
     ranks: Ranks,
     data: RunData,
     tracker: Tracker | NullTracker,
-    stop_asked: Callable[[], bool],
+    signals: Signals,
     saved: checkpoint.CheckpointState | None,
 ) -> tuple[loop.TrainerComponents, loop.State]:
     """What the loop of this process runs on, and the state that it starts in: that of the checkpoint `saved`, or step 0.
@@ -67,6 +68,7 @@ def build_components(
     limits, num_steps = pass_limits(cfg.train, device.type), data.num_steps
     evaluate = build_evaluation(cfg.eval, limits, data, num_steps, model, autocast, device, ranks, strategy, setup.run_dir)
     lr_factor = build_lr_factor(cfg, num_steps)
+    saver = Saver(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy)
     tracker.describe(model_params(model, peak_rates(optimizer, lr_factor, num_steps)))
     return loop.TrainerComponents(
         model=model,
@@ -75,10 +77,13 @@ def build_components(
         lr_factor=lr_factor,
         loader=Loader(data.train, data.rows_per_step, limits, device, ranks.rank, ranks.world_size),
         evaluate=evaluate,
-        save=lambda s: save_checkpoint(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy, s),
+        save=saver.save,
+        finish_saving=saver.finish,
+        save_asked=lambda: signals.save_asked() or saver.is_due(),
+        is_best=saver.is_best,
         track=tracker.log,
         show=tracker.update,
-        stop_asked=stop_asked,
+        stop_asked=signals.stop_asked,
         ranks=ranks,
         strategy=strategy,
         max_grad_norm=cfg.train.max_grad_norm,
@@ -196,39 +201,3 @@ def check_isolation(features: Callable, shape: tuple[int, int], vocab_size: int,
             f"documents are not isolated on {device}: changing one changes the features of its neighbour by up to "
             f"{largest:.2g}. Use train.compile=false, or collator.isolate_documents=false"
         )
-
-
-def save_checkpoint(
-    cfg: Config,
-    run_dir: Path,
-    data: RunData,
-    model: CausalLM,
-    optimizer: NamedOptimizer,
-    tracker: Tracker | NullTracker,
-    ranks: Ranks,
-    strategy: ParallelStrategy,
-    state: loop.State,
-) -> None:
-    """Write the checkpoint of this state, with the whole configuration in it. Every rank takes part; rank 0 writes."""
-
-    def write() -> None:
-        saved = checkpoint.CheckpointState(
-            step=state.step,
-            tokens_seen=state.tokens_seen,
-            supervised_tokens=state.supervised_tokens,
-            loss_weight=state.loss_weight,
-            stage=cfg.stage,
-            model=model.shape,
-            data_fingerprint=data.fingerprint,
-            num_steps=data.num_steps,
-            metrics=dict(tracker.last),
-            mlflow_run_id=tracker.mlflow_run_id,
-        )
-        folder = checkpoint.save(
-            run_dir, saved, weights, optimizer_state, data.tokenizer, to_yaml(cfg), cfg.checkpoint.keep, model.files
-        )
-        tracker.checkpoint(state.step, folder)
-
-    ranks.at(f"saving step {state.step}")
-    weights, optimizer_state = strategy.full_weights(model), strategy.consolidate_state(optimizer.state())
-    ranks.run_on_rank0(write)

@@ -28,6 +28,7 @@ from chattrain.setup.names import run_folder
 from chattrain.setup.resume import check_resumed, find_resume, move_aside
 from chattrain.setup.start import Start, check_start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
+from chattrain.storage import checkpoint
 from chattrain.storage.files import replace_text
 from chattrain.storage.lock import RunLock
 
@@ -73,6 +74,7 @@ def setup_run(cfg: Config, world_size: int, lock: RunLock | None = None) -> tupl
     if aside:
         move_aside(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_leftovers(run_dir / "checkpoints")
     replace_text(run_dir / "config.yaml", to_yaml(cfg))
     if overrides := current_job().overrides:
         replace_text(run_dir / "overrides.yaml", yaml.safe_dump(overrides, width=1000))  # the command, as Hydra's own file

@@ -14,6 +14,7 @@ from pathlib import Path
 from chattrain.config import Config
 from chattrain.config.compose import key_of
 from chattrain.config.model import ModelConfig
+from chattrain.config.words import Pick
 from chattrain.errors import UserError
 from chattrain.setup.job import current_job
 from chattrain.setup.names import launch_name
@@ -125,7 +126,7 @@ def run_to_read(cfg: Config) -> Path:
 def newest_to_read(cfg: Config) -> Path:
     """The newest checkpoint of the newest finished run of the stage. Raises UserError where there is none."""
     model = cfg.model if typed("model") else None
-    newest = newest_finished(Path(cfg.run.root), cfg.stage, model)
+    newest = newest_finished(Path(cfg.run.root), cfg.stage, model, cfg.init.pick)
     if newest is None:
         others = sorted({run.parent.name for run in _runs(Path(cfg.run.root))} - {cfg.stage})
         raise UserError(
@@ -140,8 +141,9 @@ def newest_to_read(cfg: Config) -> Path:
     return newest
 
 
-def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path | None:
-    """The newest valid checkpoint of the newest finished run of a stage whose model has this shape (None: any shape)."""
+def newest_finished(root: Path, stage: str, model: ModelConfig | None, pick: Pick = Pick.last) -> Path | None:
+    """The newest valid or the best checkpoint of the newest finished run of a stage whose model has this shape (None: any
+    shape)."""
     runs = []
     for file in (root.resolve() / stage).glob("*/summary.json"):
         try:
@@ -156,7 +158,7 @@ def newest_finished(root: Path, stage: str, model: ModelConfig | None) -> Path |
             continue
         misfit = shape_misfit(folder, model) if model is not None else None
         if misfit is None:
-            return folder
+            return checkpoint.best_valid(run_dir) if pick == Pick.best else folder
         log.info("skipping %s: %s", run_dir, misfit)
     return None
 

@@ -74,7 +74,7 @@ def resolve(init: InitConfig, root: Path, model: ModelConfig | None, tokenizer_p
         elif nearby := hint(located.path):
             raise UserError(f"it holds no model{nearby}")
         else:
-            folder = checkpoint.resolve(Path(source).expanduser())
+            folder = checkpoint.resolve(Path(source).expanduser(), init.pick)
     except UserError as error:
         unknown = "/" not in init.source and not Path(init.source).exists()
         also = f"; {no_run(init.source, root, None)}" if unknown else ""
@@ -123,7 +123,7 @@ def with_own_settings(cfg: Config, folder: Path, overrides: list[str] | None = N
 
 def start_at(init: InitConfig, reference: str) -> InitConfig:
     """The same, with `reference` as init.from."""
-    named = InitConfig(strict=init.strict, after=init.after)
+    named = InitConfig(strict=init.strict, after=init.after, pick=init.pick)
     setattr(named, "from", reference)
     return named
 
@@ -139,7 +139,7 @@ def _auto(init: InitConfig, root: Path, model: ModelConfig | None) -> Start:
     if not init.after:
         return Start(None, "random weights")
     first, *others = init.after
-    newest = newest_finished(root, first, model)
+    newest = newest_finished(root, first, model, init.pick)
     if newest:
         return Start(newest, str(newest))
     missing = f"no finished {first} run of this model in {root.resolve()}"
@@ -148,7 +148,7 @@ def _auto(init: InitConfig, root: Path, model: ModelConfig | None) -> Start:
             f"init.strict=true and {missing}; train stage={first} first, or name a folder with init.from=<run or checkpoint>"
         )
     for stage in others:
-        newest = newest_finished(root, stage, model)
+        newest = newest_finished(root, stage, model, init.pick)
         if newest:
             return Start(
                 newest,

@@ -55,8 +55,12 @@ def summarize(
 
 
 def write_summary(run_dir: Path, summary: dict) -> None:
-    """Write summary.json and, from it, report.html. A report that cannot be written is a warning: the run is worth more."""
-    replace_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    """Write summary.json and, from it, report.html. What cannot be written is a warning: the run is worth more."""
+    try:
+        replace_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        log.warning("%s/summary.json was not written: %s", run_dir, error.strerror)
+        return
     try:
         write_report(run_dir)
     except Exception as error:

@@ -8,6 +8,7 @@ A checkpoint is written to a hidden folder, synced to disk, then renamed. `manif
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,14 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chattrain.errors import UserError
+from chattrain.config.words import Pick
+from chattrain.errors import RunFailed, UserError
 
 log = logging.getLogger("chattrain")
 
 FORMAT_VERSION = 1
+SCRATCH = ".writing"  # end of the name of a folder that a checkpoint is written to
 
 
 class Savable(Protocol):
@@ -49,6 +53,7 @@ class CheckpointState:
     format_version: int = FORMAT_VERSION
     metrics: dict[str, float | None] = field(default_factory=dict)
     loss_weight: float | None = None  # None: an earlier version's, in which every target weighs 1
+    best: dict[str, Any] | None = None  # metric, value and maximize, if it is the best so far by checkpoint.keep_best
 
 
 def save(
@@ -61,7 +66,7 @@ def save(
     keep: int,
     files: dict[str, str],
 ) -> Path:
-    """Write the checkpoint of this step, then remove all but the newest `keep` checkpoints. Returns its folder.
+    """Write the checkpoint of this step, then remove all but the newest `keep` checkpoints and the best. Returns its folder.
 
     `config_yaml`: content of config.yaml. `files`: relative path -> text of further files.
     """
@@ -70,9 +75,23 @@ def save(
     checkpoints = all_checkpoints(run_dir)
     newest = checkpoints.index(folder) + 1
     damaged = checkpoints[newest:]  # of later steps: had they been valid, the run would have resumed from them
+    found = best(run_dir)
     for unused in [*checkpoints[:newest][:-keep], *damaged]:
-        shutil.rmtree(unused)
+        if found is None or unused != found[0]:
+            shutil.rmtree(unused)
     return folder
+
+
+def best(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that was the best when it was saved, and what makes it so; None: none was kept for that."""
+    for folder in reversed(all_checkpoints(run_dir)):
+        try:
+            found = json.loads((folder / "state.json").read_text()).get("best")
+        except (OSError, ValueError):
+            continue
+        if found:
+            return folder, found
+    return None
 
 
 def write(
@@ -85,9 +104,51 @@ def write(
     files: dict[str, str],
 ) -> None:
     """Write one checkpoint, completely or not at all. It replaces an existing folder. `files`: relative path -> further text."""
-    scratch = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    remove_leftovers(folder.parent)
+    scratch = folder.with_name(f".{folder.name}{SCRATCH}")
+    try:
+        scratch.mkdir(parents=True)
+        _fill(scratch, state, weights, optimizer_state, tokenizer, config_yaml, files)
+        before = folder.with_name(f".{folder.name}.before{SCRATCH}")
+        if folder.exists():
+            folder.rename(before)
+        scratch.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *optimizer_state.values()))
+        raise RunFailed(
+            f"cannot save {folder}: {_reason(error, folder.parent, size)}; earlier checkpoints are as they were"
+        ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote a checkpoint has left in the folder of checkpoints."""
+    for scratch in folder.glob(f".*{SCRATCH}"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _reason(error: OSError | SafetensorError, folder: Path, size: int) -> str:
+    """Why a checkpoint of `size` bytes could not be written, in words."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if not full:
+        return str(error) if isinstance(error, SafetensorError) else error.strerror or str(error)
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    return f"no space left on device (it needs about {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free)"
+
+
+def _fill(
+    scratch: Path,
+    state: CheckpointState,
+    weights: dict[str, Tensor],
+    optimizer_state: dict[str, Tensor],
+    tokenizer: Savable,
+    config_yaml: str,
+    files: dict[str, str],
+) -> None:
+    """Write all files of a checkpoint into an empty folder, and sync them to disk."""
     save_file(
         {k: v.detach().contiguous().cpu() for k, v in weights.items()}, scratch / "model.safetensors", metadata={"format": "pt"}
     )
@@ -101,12 +162,8 @@ def write(
     written = sorted(f for f in scratch.rglob("*") if f.is_file())
     manifest = {str(f.relative_to(scratch)): _sha256(f) for f in written}
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for f in [*written, scratch / "manifest.json"]:
+    for f in [*written, scratch / "manifest.json", *(d for d in scratch.rglob("*") if d.is_dir()), scratch]:
         _sync(f)
-    if folder.exists():
-        shutil.rmtree(folder)
-    scratch.rename(folder)
-    _sync(folder.parent)
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
@@ -156,8 +213,8 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "optimizer.safetensors")
 
 
-def resolve(path: Path) -> Path:
-    """The checkpoint at a path: the folder itself, or the newest valid checkpoint if it is a run folder.
+def resolve(path: Path, pick: Pick = Pick.last) -> Path:
+    """The checkpoint at a path: the folder itself, or of a run folder the newest valid checkpoint or the best one.
 
     Raises UserError if there is none or it is damaged.
     """
@@ -169,12 +226,25 @@ def resolve(path: Path) -> Path:
             raise UserError(f"checkpoint {path} is damaged: {damage}; take another one")
         return path
     newest = newest_valid(path)
+    if newest is not None and pick == Pick.best:
+        return best_valid(path)
     if newest is None:
         raise UserError(
             f"{path} is neither a checkpoint nor a run with a valid one: it holds no manifest.json "
             "and no valid checkpoints/step_*"
         )
     return newest
+
+
+def best_valid(run_dir: Path) -> Path:
+    """The best checkpoint of a run. Raises UserError if none was kept, or it is damaged."""
+    found = best(run_dir)
+    if found is None:
+        raise UserError(f"init.pick=best, but {run_dir} has kept no best checkpoint; train it with checkpoint.keep_best=<metric>")
+    damage = find_damage(found[0])
+    if damage:
+        raise UserError(f"init.pick=best, but the best checkpoint, {found[0]}, is damaged: {damage}; use init.pick=last")
+    return found[0]
 
 
 def _sha256(file: Path) -> str:
