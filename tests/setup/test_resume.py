@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from chattrain.errors import UserError
-from tests.helpers import TINY, command_line, contents, damage, metrics, train
+from tests.helpers import TINY, command_line, contents, damage, metrics, train, write_talk
 
 STEPS = 60
 LONG = [f"train.max_steps={STEPS}", "eval.every=20", "init.from=scratch"]
@@ -143,7 +143,7 @@ def test_more_steps_go_on_from_where_it_ended(short, caplog):
 @pytest.mark.parametrize(
     "optimizer, key, entry", [("muon_adamw", "momentum_dtype", "momentum_buffer"), ("adamw", "state_dtype", "exp_avg_sq")]
 )
-def test_state_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(place, caplog, optimizer, key, entry):
+def test_state_in_bf16_goes_on_to_the_same_bits_and_another_format_must_be_allowed(place, caplog, optimizer, key, entry):
     def formats(summary: dict) -> set[str]:
         state = load_file(Path(summary["checkpoint"]) / "optimizer.safetensors")
         return {str(t.dtype).removeprefix("torch.") for name, t in state.items() if name.endswith(entry)}
@@ -152,7 +152,10 @@ def test_state_in_bf16_goes_on_to_the_same_bits_and_another_format_is_warned_of(
     whole, parts = (train("mid", f"{optimizer}_{name}", *SHORT, *bf16) for name in ("whole", "parts"))
     (Path(parts["checkpoint"]) / "manifest.json").unlink()  # as if the plug had been pulled after step 3
     assert same_bits(whole, again(parts, *bf16)) and formats(whole) == {"bfloat16"}
-    changed = again(parts, f"optimizer={optimizer}", "train.max_steps=6")
+    other = [f"optimizer={optimizer}", "train.max_steps=6"]
+    with pytest.raises(UserError, match=rf"optimizer\.{key} bf16 -> fp32.*run\.allow_change=\[optimizer\.{key}\]"):
+        again(parts, *other)
+    changed = again(parts, *other, f"run.allow_change=[optimizer.{key}]")
     assert f"optimizer.{key} bf16 -> fp32" in caplog.text and formats(changed) == {"float32"}
 
 
@@ -201,6 +204,61 @@ def test_a_run_does_not_go_on_with_other_settings_and_stays_as_it_was(short, cha
         again(short, changed, "train.max_steps=6")
     assert Path(short["run_dir"]).name in str(refused.value)
     assert contents(Path(short["run_dir"])) == before
+
+
+@pytest.mark.parametrize(
+    "changed, allow",
+    [
+        ("optimizer.lr_scale=0.5", "optimizer.lr_scale"),
+        ("schedule.min_lr_factor=0.1", "schedule"),
+        ("train.max_grad_norm=1.0", "train"),
+        ("run.seed=5", "run.seed"),
+        ("data.train_path=other.jsonl", "data"),
+        ("data.val_path=other.jsonl", "data"),
+        ("train.rows_per_step=8", "train.rows_per_step"),
+        ("loss=assistant", "loss"),
+        ("eval.every=2", "eval"),
+    ],
+)
+def test_a_key_that_decides_numbers_must_be_allowed_and_is_then_told(short, place, caplog, changed, allow):
+    write_talk(place, "other.jsonl", count=60, factor=5)
+    key, _, value = changed.partition("=")
+    before = contents(Path(short["run_dir"]))
+    with pytest.raises(UserError, match=r"began with other settings.*run\.allow_change=\[") as refused:
+        again(short, changed, "train.max_steps=6")
+    if key != "loss":  # a group
+        assert key in str(refused.value) and value in str(refused.value)
+    assert contents(Path(short["run_dir"])) == before
+    on = again(short, changed, "train.max_steps=6", f"run.allow_change=[{allow}]")
+    assert on["steps"] == 6 and key.partition(".")[0] in on["changes"]
+    assert any(key in r.message for r in caplog.records if r.levelname == "WARNING")
+    assert again(short, changed, "train.max_steps=7")["steps"] == 7  # it now goes with them: no second permission
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "log.every=3",
+        "train.device_batch_size=2",
+        "checkpoint.keep=3",
+        "eval.batch_size=4",
+        "distributed.nproc=1",
+        "data.workers=1",
+    ],
+)
+def test_a_key_that_decides_no_number_may_change_without_a_word(short, caplog, changed):
+    assert again(short, changed, "train.max_steps=6")["steps"] == 6
+    told = [r.message for r in caplog.records if r.levelname == "WARNING" and "other settings" in r.message]
+    assert all(changed.partition("=")[0] not in message for message in told)
+
+
+def test_a_file_moved_elsewhere_is_the_same_data_and_an_edited_one_is_not(short, place):
+    shutil.copy("talk.jsonl", "moved.jsonl")
+    assert again(short, "data.train_path=moved.jsonl", "train.max_steps=5")["steps"] == 5
+    with Path("moved.jsonl").open("a") as file:
+        file.write(Path("talk.jsonl").read_text().splitlines()[0].replace("What", "Which") + "\n")
+    with pytest.raises(UserError, match="data"):
+        again(short, "data.train_path=moved.jsonl", "train.max_steps=6")
 
 
 def test_resume_never_moves_the_old_run_aside_and_starts_anew(short, place, caplog):

@@ -16,6 +16,9 @@ class RunConfig:
     dir: str | None = None  # null: <root>/<stage>/<name>
     seed: int = 1337  # of the order of documents and the initial weights
     resume: Resume = Resume.auto
+    allow_change: list[str] = field(
+        default_factory=list
+    )  # keys or groups that a resumed run may change, such as optimizer.lr_scale
 
     def check(self) -> None:
         if self.seed < 0:

@@ -115,8 +115,8 @@ def signals_to_ranks() -> Iterator[Callable[[], bool]]:
         nonlocal first
         ranks = multiprocessing.active_children()
         if number == SAVE:
-            for rank in ranks:
-                os.kill(rank.pid or 0, SAVE)
+            if ranks and ranks[0].pid:  # one is enough: the ranks tell each other
+                os.kill(ranks[0].pid, SAVE)
             return
         if not ranks or (first is not None and time.monotonic() - first > SAME_SIGNAL_S):
             raise SignalException("stopped", signal.SIGTERM)

@@ -26,7 +26,7 @@ from chattrain.parallel.strategy import ParallelStrategy, SingleProcess
 from chattrain.parallel.zero import ZeroDDP
 from chattrain.setup.data import RunData, pass_limits
 from chattrain.setup.evaluation import build_evaluation
-from chattrain.setup.learning_rates import peak_rates
+from chattrain.setup.learning_rates import build_lr_factor, peak_rates
 from chattrain.setup.mlflow_run import model_params
 from chattrain.setup.plan import RunSetup
 from chattrain.setup.saving import Saver
@@ -92,12 +92,6 @@ def build_components(
         peak_flops=devices.peak_flops(device),
         meters=build_meters(device, strategy),
     ), state
-
-
-def build_lr_factor(cfg: Config, num_steps: int) -> Callable[[int], float]:
-    """What the learning rates are multiplied by at a step."""
-    schedule = instantiate_config(cfg.schedule)
-    return lambda step: schedule(step, num_steps) * cfg.schedule.outer_factor
 
 
 def load_optimizer(optimizer: NamedOptimizer, strategy: ParallelStrategy, folder: Path) -> None:

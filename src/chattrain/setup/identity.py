@@ -89,10 +89,11 @@ def read_changes(run_dir: Path) -> list[str]:
 
 
 def resumed(before: Identity, now: Identity) -> Identity:
-    """The identity of a run that goes on under other settings: what it began with, and what changed. The number of steps is that
-    which the run now goes to, as a run may be extended; it is compiled as it now is."""
+    """The identity of a run that goes on under other settings: what it began with, and what changed. Number of steps, data and
+    compilation are those that it now has."""
     changed = differences(replace(before, changes=[]), replace(now, num_steps=before.num_steps))
-    return replace(before, num_steps=now.num_steps, compiled=now.compiled, changes=before.changes + changed)
+    contents = {part: getattr(now, part) for part in ("training", "validation", "questions")}
+    return replace(before, **contents, num_steps=now.num_steps, compiled=now.compiled, changes=before.changes + changed)
 
 
 def differences(before: Identity, now: Identity) -> list[str]:

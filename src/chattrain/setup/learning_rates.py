@@ -7,12 +7,19 @@ from collections.abc import Callable
 
 from chattrain.config import Config
 from chattrain.config.compose import key_of
+from chattrain.config.instantiate import instantiate_config
 from chattrain.optim.named import NamedOptimizer
 from chattrain.setup.job import current_job
 
 log = logging.getLogger("chattrain")
 
 SAMPLES = 1_000  # steps at which the schedule is read, at most
+
+
+def build_lr_factor(cfg: Config, num_steps: int) -> Callable[[int], float]:
+    """What the learning rates are multiplied by at a step."""
+    schedule = instantiate_config(cfg.schedule)
+    return lambda step: schedule(step, num_steps) * cfg.schedule.outer_factor
 
 
 def peak_rates(optimizer: NamedOptimizer, lr_factor: Callable[[int], float], num_steps: int) -> dict[str, float]:

@@ -31,6 +31,7 @@ from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.storage import checkpoint
 from chattrain.storage.files import replace_text
 from chattrain.storage.lock import RunLock
+from chattrain.tracking.metrics import read_metrics
 
 log = logging.getLogger("chattrain")
 
@@ -62,6 +63,9 @@ def setup_run(cfg: Config, world_size: int, lock: RunLock | None = None) -> tupl
     setup, data = _open(cfg, world_size, run_dir, resume, device)
     identity = identify(cfg, data, None if resume else setup.start, setup.compilation.on)
     aside = cfg.run.resume == Resume.never
+    if resume is None and not aside and read_metrics(run_dir / "metrics.jsonl"):
+        log.warning("%s has no checkpoint to resume from, so the run begins at step 0", run_dir)
+        aside = True
     if resume and _belongs_to_named_sweep(cfg) and (changed := differences(read_identity(run_dir, resume), identity)):
         log.warning("%s was made with other settings (%s); it is moved aside and run anew", run_dir, ", ".join(changed))
         resume, aside = None, True

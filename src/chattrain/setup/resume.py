@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from chattrain.config import Config
+from chattrain.config.changes import flatten
+from chattrain.config.on_resume import BY_CONTENT, Change, is_within, on_resume
 from chattrain.config.schema import to_yaml
 from chattrain.config.targets import recorded_target
 from chattrain.config.words import Resume
 from chattrain.errors import UserError
 from chattrain.setup.data import RunData
 from chattrain.setup.identity import Identity, differences, read_identity
+from chattrain.setup.learning_rates import build_lr_factor
 from chattrain.setup.start import shape_misfit
 from chattrain.storage import checkpoint
 
 log = logging.getLogger("chattrain")
 
-NOT_COMPARED = (("train", "stop_after"), ("train", "compile"))  # one changes nothing yet, of the other the decision is compared
+DECIDE_CONTENTS = (*BY_CONTENT, "run.seed", "train", "collator", "loss", "eval", "tokenizer")
 
 
 def find_resume(resume: Resume, run_dir: Path) -> Path | None:
@@ -47,8 +51,9 @@ def find_resume(resume: Resume, run_dir: Path) -> Path | None:
 def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData, identity: Identity) -> dict | None:
     """Check that the run resumes as it began. Returns the summary of a run that has nothing left to do, else None.
 
-    Raises UserError for another model, data or optimizer than it began with, for fewer steps than it has completed, and for a
-    complete run in whatever differs from what is asked for: its numbers are not the answer.
+    Raises UserError for another model or optimizer than it began with, for other settings that decide its numbers and that
+    run.allow_change does not name, for fewer steps than it has completed, and for a complete run in whatever differs from what is
+    asked for: its numbers are not the answer.
     """
     state, anew = checkpoint.load_state(resume), "use another run.name, or run.resume=never to start anew"
     begun = read_identity(run_dir, resume)
@@ -57,22 +62,26 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData, ident
     if summary is not None and changed:
         raise UserError(f"{run_dir} is complete, with other settings than asked for now: {changed}; {anew}")
     misfit = shape_misfit(resume, cfg.model)
-    if misfit or state.data_fingerprint != data.fingerprint:
-        began = misfit or f"other data, seed, seq_len or batch size ({changed})"
-        raise UserError(f"{run_dir} began with {began}, so it cannot resume as the same run; {anew}")
+    if misfit:
+        raise UserError(f"{run_dir} began with {misfit}, so it cannot resume as the same run; {anew}")
     if summary is not None:
         log.info(
             "%s is complete (step %d of %d): nothing to do. run.resume=never starts anew", run_dir, state.step, data.num_steps
         )
         return summary
-    before, now = (yaml.safe_load(text) for text in ((resume / "config.yaml").read_text(), to_yaml(cfg)))
-    _refuse_other_optimizer(run_dir, before["optimizer"]["_target_"], now["optimizer"]["_target_"])
-    _warn_of_changes(before, now, begun.compiled, identity.compiled)
+    _check_changes(cfg, run_dir, resume, contents_changed(state.data_fingerprint, begun, identity), anew)
+    if begun.compiled is not None and begun.compiled != identity.compiled:
+        log.warning("the run resumes with train.compile %s -> %s", begun.compiled, identity.compiled)
     if state.num_steps != data.num_steps:
+        before, now = (build_lr_factor(cfg, n)(state.step) if state.step < n else 0.0 for n in (state.num_steps, data.num_steps))
         log.warning(
-            "the run was planned for %d steps, now for %d: the schedule changes from here on",
+            "the run was planned for %d steps, now for %d: the schedule changes from here on (its factor at step %d is %.3g, "
+            "not %.3g)",
             state.num_steps,
             data.num_steps,
+            state.step + 1,
+            now,
+            before,
         )
     if state.step > data.num_steps:
         raise UserError(
@@ -90,30 +99,47 @@ def _completed(run_dir: Path) -> dict | None:
     return summary if summary.get("status") == "completed" else None
 
 
-def _warn_of_changes(before: dict, now: dict, was_compiled: bool | None, compiled: bool | None) -> None:
-    """Log the settings that differ between the configuration the run began with and today's. Of train.compile that is what was
-    decided. Keys that an earlier version did not have are not compared."""
-    changed = [
-        f"{group}.{key} {before[group][key]} -> {value}"
-        for group in ("init", "optimizer", "schedule", "train")
-        for key, value in now[group].items()
-        if key in before[group]
-        and before[group][key] != value
-        and (group != "init" or key == "from")
-        and (group, key) not in NOT_COMPARED
-    ]
-    if was_compiled is not None and was_compiled != compiled:
-        changed.append(f"train.compile {was_compiled} -> {compiled}")
-    if changed:
-        log.warning("the run resumes with other settings than it began with: %s", ", ".join(changed))
+def _check_changes(cfg: Config, run_dir: Path, resume: Path, contents: list[str], anew: str) -> None:
+    """Compare the configuration that the run went with last with today's, by the table of config/on_resume.py.
 
-
-def _refuse_other_optimizer(run_dir: Path, before: str, now: str) -> None:
-    if recorded_target(before) != recorded_target(now):
+    `contents`: parts of the data that differ in what they hold. Raises UserError for what run.allow_change does not name.
+    """
+    last, now = (flatten(yaml.safe_load(text)) for text in ((resume / "config.yaml").read_text(), to_yaml(cfg)))
+    changed = {
+        key: f"{key} {last[key]} -> {now[key]}" for key in now if key in last and _recorded(last, key) != _recorded(now, key)
+    }
+    if not contents:
+        changed = {key: text for key, text in changed.items() if not any(is_within(key, entry) for entry in BY_CONTENT)}
+    refused = {key: text for key, text in changed.items() if on_resume(key) == Change.refused}
+    if contents and not any(is_within(key, entry) for key in refused for entry in DECIDE_CONTENTS):
+        refused["data"] = f"the contents of the data: {', '.join(contents)}"
+    allowed = {key for key in refused if any(is_within(key, entry) for entry in cfg.run.allow_change)}
+    if fixed := [text for key, text in refused.items() if key.endswith("_target_") and key.startswith("optimizer")]:
+        raise UserError(f"{run_dir} cannot resume with another optimizer ({fixed[0]}): its state is of the one before; {anew}")
+    if left := [key for key in refused if key not in allowed]:
         raise UserError(
-            f"{run_dir} began with the optimizer {before}, so it cannot resume "
-            f"with {now}; use another run.name, or run.resume=never to start anew"
+            f"{run_dir} began with other settings: {', '.join(refused[key] for key in left)}. To go on with them all the same: "
+            f"run.allow_change=[{','.join(left)}]; else {anew}"
         )
+    told = [text for key, text in changed.items() if on_resume(key) == Change.warned]
+    told += [refused[key] for key in sorted(allowed)]
+    if told:
+        log.warning("the run resumes with other settings than it began with: %s", ", ".join(told))
+
+
+def _recorded(settings: dict, key: str) -> Any:
+    """The value of a key; of a `_target_`, the name that checkpoints have."""
+    value = settings[key]
+    return recorded_target(value) if key.endswith("_target_") and isinstance(value, str) else value
+
+
+def contents_changed(last_training: str, begun: Identity, now: Identity) -> list[str]:
+    """The parts of the data whose contents differ: training, from that of the last checkpoint; validation and questions."""
+    parts = ["training"] if last_training != now.training else []
+    for part in ("validation", "questions"):
+        before = getattr(begun, part)
+        parts += [part] if before is not None and before != getattr(now, part) else []
+    return parts
 
 
 def move_aside(run_dir: Path) -> None:
