@@ -38,6 +38,7 @@ INTEGRATION = [
     "model/test_recompute.py::test_a_run_",
     "parallel/test_ranks.py",
     "data/test_shares.py",
+    "commands/test_verify_resume.py",
     "setup/test_saving.py",
     "storage/test_lock.py",
     "test_device.py",

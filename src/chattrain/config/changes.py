@@ -24,6 +24,7 @@ FREE = (
     "chat",
     "inspect",
     "plan",
+    "verify",
     "export",
     "train.stop_after",
     "train.max_steps",  # the number of steps is compared

@@ -1,4 +1,4 @@
-"""The keys of commands: `chat.*`, `inspect.*`, `export.*`."""
+"""The keys of commands: `chat.*`, `inspect.*`, `verify.*`, `export.*`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ class InspectConfig:
     def check(self) -> None:
         if self.rows < 1:
             raise UserError(f"inspect.rows={self.rows} must be 1 or more")
+
+
+@dataclass
+class VerifyConfig:
+    steps: int = 20  # optimizer steps of command=verify_resume
+
+    def check(self) -> None:
+        if self.steps < 2:
+            raise UserError(f"verify.steps={self.steps} must be 2 or more")
 
 
 @dataclass

@@ -28,6 +28,7 @@ ON_RESUME = {
     "chat": Change.silent,
     "inspect": Change.silent,
     "plan": Change.silent,
+    "verify": Change.silent,
     "export": Change.silent,
     "train.stop_after": Change.silent,
     "train.device": Change.silent,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from chattrain.config.collator import CollatorConfig
-from chattrain.config.commands import ChatConfig, ExportConfig, InspectConfig
+from chattrain.config.commands import ChatConfig, ExportConfig, InspectConfig, VerifyConfig
 from chattrain.config.data import DataConfig
 from chattrain.config.eval import EvalConfig
 from chattrain.config.loss import LossConfig
@@ -53,6 +53,7 @@ class Config:
     chat: ChatConfig = field(default_factory=ChatConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def check(self) -> None:
@@ -73,6 +74,7 @@ class Config:
             self.chat,
             self.inspect,
             self.plan,
+            self.verify,
         ):
             part.check()
         if self.stage == "base" and self.data.replay:

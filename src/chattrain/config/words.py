@@ -16,6 +16,7 @@ Command = Enum(
         "chat": "chat",
         "inspect": "inspect",
         "plan": "plan",
+        "verify_resume": "verify_resume",
         "report": "report",
         "import": "import",
         "export": "export",

@@ -1,0 +1,151 @@
+"""command=verify_resume: does a killed and resumed run of this configuration end as one that nothing disturbed?"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from chattrain.config import Config
+from chattrain.config.compose import key_of
+from chattrain.errors import RunFailed
+from chattrain.setup.job import JOB_VARIABLE, current_job
+from chattrain.storage import checkpoint
+from chattrain.tracking.console import setup_logging
+from chattrain.tracking.metrics import read_metrics
+
+log = logging.getLogger("chattrain")
+
+OWN_KEYS = ("command", "verify", "run", "tracking", "checkpoint", "sweep")  # this command gives the runs its own
+# Metrics that depend on the clock or on the process.
+OF_THE_PROCESS = ("time", "train/tokens_per_second", "train/data_wait", "train/mfu", "train/peak_memory", "train/compilations")
+POLL_S = 0.02
+
+
+def main(cfg: Config) -> dict:
+    """Make verify.steps steps twice, in a temporary folder in run.root: undisturbed; and killed (SIGKILL) after a random step,
+    then resumed. Compare all tensors of the last checkpoints to the bit, and all numbers of metrics.jsonl.
+
+    Returns what was seen. Raises RunFailed where the two differ, or a run fails.
+    """
+    close_log = setup_logging(None, console=True, resume=False)
+    steps = cfg.verify.steps
+    killed_at = random.randint(1, steps - 1)
+    Path(cfg.run.root).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".verify_resume-", dir=cfg.run.root))
+    try:
+        whole, torn = folder / "whole", folder / "torn"
+        log.info("%d steps undisturbed", steps)
+        _finish(_start(cfg, whole), whole)
+        log.info("the same again, killed after step %d", killed_at)
+        _kill(_start(cfg, torn), torn, killed_at)
+        log.info("resumed")
+        _finish(_start(cfg, torn), torn)
+        found = {"steps": steps, "killed_after": killed_at, "resumed_from": _resumed_from(torn), **_compare(whole, torn)}
+        print(json.dumps(found))
+        if not found["equal"]:
+            raise RunFailed(
+                f"the resumed run differs: largest deviation of a tensor {found['largest_deviation']:.3g}, of {found['tensors']} "
+                f"tensors {found['different_tensors']} differ, of {found['metric_lines']} lines of metrics.jsonl "
+                f"{found['different_lines']}. train.device={cfg.train.device.name}: on a CPU this is a bug"
+            )
+        log.info("equal to the bit: %d tensors, %d lines of metrics.jsonl", found["tensors"], found["metric_lines"])
+        return found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        close_log()
+
+
+def _start(cfg: Config, run_dir: Path) -> subprocess.Popen:
+    """Start the user's own training, for verify.steps steps, as a process group of its own."""
+    own = [override for override in current_job().overrides if key_of(override).partition(".")[0] not in OWN_KEYS]
+    own = [override for override in own if key_of(override) not in ("train.max_steps", "log.every")]
+    given = [
+        f"run.seed={cfg.run.seed}",
+        f"run.root='{cfg.run.root}'",  # where init.from=auto looks for runs
+        f"run.dir='{run_dir.resolve()}'",
+        f"train.max_steps={cfg.verify.steps}",
+        f"checkpoint.every={max(1, cfg.verify.steps // 4)}",
+        "log.every=1",
+        "tracking=none",
+    ]
+    command = [sys.executable, "-m", "chattrain", *_config_dir(sys.argv[1:]), *own, *given]
+    environment = {name: value for name, value in os.environ.items() if name != JOB_VARIABLE}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def _config_dir(arguments: list[str]) -> list[str]:
+    """
+    >>> _config_dir(["--config-dir", "mine", "stage=sft"]), _config_dir(["-cd=mine"]), _config_dir(["stage=sft"])
+    (['--config-dir', 'mine'], ['-cd=mine'], [])
+    """
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, _ = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            return [argument] if equals else [argument, following]
+    return []
+
+
+def _finish(process: subprocess.Popen, run_dir: Path) -> None:
+    _, said = process.communicate()
+    if process.returncode:
+        raise RunFailed(f"a run of this configuration ended with status {process.returncode}: {said.strip().splitlines()[-1:]}")
+    assert (run_dir / "summary.json").is_file()
+
+
+def _kill(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    """SIGKILL the processes once metrics.jsonl shows the step."""
+    while process.poll() is None:
+        rows = read_metrics(run_dir / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return
+        time.sleep(POLL_S)
+    _finish(process, run_dir)
+    log.warning("it ended before it could be killed; give a larger verify.steps")
+
+
+def _resumed_from(run_dir: Path) -> str:
+    return json.loads((run_dir / "summary.json").read_text())["init"]
+
+
+def _compare(whole: Path, torn: Path) -> dict:
+    one, two = (checkpoint.resolve(run_dir) for run_dir in (whole, torn))
+    different, tensors, largest = 0, 0, 0.0
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        first, second = load_file(one / file), load_file(two / file)
+        tensors += len(first)
+        for name in first.keys() | second.keys():
+            a, b = first.get(name), second.get(name)
+            if a is None or b is None or a.shape != b.shape:
+                different, largest = different + 1, float("inf")
+            elif not torch.equal(a, b):
+                different, largest = different + 1, max(largest, float((a.double() - b.double()).abs().max()))
+    lines = [[_numbers(row) for row in read_metrics(run_dir / "metrics.jsonl")] for run_dir in (whole, torn)]
+    unequal = sum(a != b for a, b in zip(*lines, strict=False)) + abs(len(lines[0]) - len(lines[1]))
+    return {
+        "equal": not different and not unequal,
+        "tensors": tensors,
+        "different_tensors": different,
+        "largest_deviation": largest,
+        "metric_lines": len(lines[0]),
+        "different_lines": unequal,
+    }
+
+
+def _numbers(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not name.startswith(OF_THE_PROCESS)}
