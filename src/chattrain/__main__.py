@@ -29,6 +29,7 @@ def main() -> None:
     if "RANK" not in os.environ:  # a rank may wait for others inside torch, where Python runs no signal handler
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` turns it off
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks a run to save: before its first step there is nothing to save
     schema.register_schemas()
     names.set_launch()
     typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])

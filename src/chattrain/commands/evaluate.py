@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 
 from chattrain import device
 from chattrain.config import Config
@@ -106,9 +105,7 @@ def score_on_test(run_dir: Path) -> dict | None:
     folder = checkpoint.newest_valid(run_dir)
     if folder is None:
         return None
-    around = GlobalHydra.instance().hydra  # compose would end the Hydra of a sweep that calls this
     cfg = compose(["command=evaluate", "tracking=none"])
-    GlobalHydra.instance().hydra = around
     own = with_own_settings(cfg, folder, overrides=[])
     saved = yaml.safe_load((folder / "config.yaml").read_text())["train"]
     own.train.device = Device[str(saved.get("device", "auto"))]

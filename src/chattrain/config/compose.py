@@ -33,6 +33,7 @@ def compose(overrides: list[str]) -> Config:
     from hydra.core.global_hydra import GlobalHydra
 
     register_schemas()
+    around = GlobalHydra.instance().hydra  # of a sweep that calls this, or of the user's own program
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -41,6 +42,8 @@ def compose(overrides: list[str]) -> Config:
         raise
     except Exception as error:
         raise explain(error) from error
+    finally:
+        GlobalHydra.instance().hydra = around
 
 
 def settle_alternatives(overrides: list[str]) -> list[str]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,6 +41,20 @@ class Job:
 def set_job(job: Job) -> None:
     """This process, and those that it starts, work on `job` from here on."""
     os.environ[JOB_VARIABLE] = json.dumps(asdict(job))
+
+
+@contextmanager
+def as_job(job: Job) -> Iterator[None]:
+    """The same until the end of the context."""
+    before = os.environ.get(JOB_VARIABLE)
+    set_job(job)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[JOB_VARIABLE]
+        else:
+            os.environ[JOB_VARIABLE] = before
 
 
 def current_job() -> Job:
