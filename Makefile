@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints run test test-fast test-slow lint bench gpu-check ui clean
+.PHONY: help setup constraints run test test-fast test-slow faults lint bench gpu-check ui clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -44,6 +44,9 @@ test-fast: setup ## the tests of the parts, no processes and no runs, under 90 s
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+faults: setup ## 100 runs killed and resumed, and whatever else befalls runs: tried and survived, about half an hour
+	$(BIN)/python -m tests.kills
 
 lint: setup ## ruff, the contract of imports, types
 	$(BIN)/python -m ruff check src tests benchmarks

@@ -40,6 +40,7 @@ INTEGRATION = [
     "data/test_shares.py",
     "commands/test_verify_resume.py",
     "setup/test_saving.py",
+    "storage/test_kills.py",
     "storage/test_lock.py",
     "test_device.py",
     "test_gpu.py",
