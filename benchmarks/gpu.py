@@ -159,6 +159,8 @@ def build_components(cfg: Config, track, ranks: Ranks) -> loop.TrainerComponents
         ranks=ranks,
         max_grad_norm=cfg.train.max_grad_norm,
         checks_each_step=device.type == "cpu",
+        max_skipped=None,
+        watch=lambda step, loss: None,
         flops_per_token=model.flops_per_token(cfg.train.seq_len),
         peak_flops=devices.peak_flops(device),
         meters=devices.meters(device),

@@ -47,7 +47,8 @@ class Story:
 
 
 def kill_and_resume(folder: Path, count: int, steps: int, seed: int = 0, nproc: int = 1) -> Story:
-    """Train `steps` steps in folder/whole undisturbed, and in folder/torn killed `count` times (SIGKILL to all processes); compare."""
+    """Train `steps` steps in folder/whole undisturbed, and in folder/torn killed `count` times (SIGKILL to all processes).
+    Compare the two."""
     rng, story = random.Random(seed), Story()
     whole, torn = folder / "whole", folder / "torn"
     assert start(whole, steps, nproc).wait(PATIENCE_S * 5) == 0

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from chattrain import loop
+from chattrain.config.words import StateDType
 from chattrain.data.batch import Batch
 from chattrain.errors import RunFailed
 from chattrain.model.gpt import GPT
+from chattrain.optim import adamw
 from chattrain.optim.muon_adamw import build
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import SingleProcess
+from tests.optim.small_model import ADAMW
 
 RATES = dict(
     lr_scale=1.0,
@@ -31,10 +35,22 @@ RATES = dict(
 )
 
 
+def muon_adamw_build(model):
+    return build(model, **RATES)
+
+
+def adamw_build(model):
+    return adamw.build(model, **ADAMW)
+
+
+def adamw_bf16_build(model):
+    return adamw.build(model, **ADAMW, state_dtype=StateDType.bf16)
+
+
 class Recorder:
     """Parts of a run of a tiny model on a device, and what the loop asked of them."""
 
-    def __init__(self, device: str, factors=None):
+    def __init__(self, device: str, factors=None, build=muon_adamw_build):
         with torch.device(device):
             self.model = GPT(vocab_size=64, n_layer=2, n_embd=32, n_head=2)
             ids = torch.randint(0, 64, (2, 16))
@@ -46,7 +62,7 @@ class Recorder:
         self.parts = loop.TrainerComponents(
             model=self.model,
             loss_of=self.loss,
-            optimizer=build(self.model, **RATES),
+            optimizer=build(self.model),
             lr_factor=lambda step: 1.0,
             loader=loader,
             evaluate=lambda step: self.calls.append(("evaluate", step)) or {},
@@ -61,6 +77,8 @@ class Recorder:
             strategy=SingleProcess(),
             max_grad_norm=1.0,
             checks_each_step=device == "cpu",
+            max_skipped=None,
+            watch=lambda step, loss: None,
             flops_per_token=1,
             peak_flops=None,
             meters=dict,
@@ -89,13 +107,45 @@ def test_a_parameter_that_the_loss_does_not_reach_counts_as_one_of_gradient_zero
     assert "unused.weight/momentum_buffer" in here.parts.optimizer.state()
 
 
-def test_on_a_cpu_weights_stay_when_a_loss_is_not_finite():
-    here = Recorder("cpu", factors=[1.0, 1.0, float("nan")])
+@pytest.mark.parametrize("waits", [True, False], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("make", [muon_adamw_build, adamw_build, adamw_bf16_build], ids=["muon_adamw", "adamw", "adamw_bf16"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_state(make, waits):
+    here = Recorder("cpu", factors=[1.0, 1.0, float("nan"), 1.0, 1.0, 1.0], build=make)
+    here.parts.checks_each_step = waits
     loop.train_step(here.parts, here.parts.loader.step(0), 0)
-    before = [p.detach().clone() for p in here.model.parameters()]
+    weights = [p.detach().clone() for p in here.model.parameters()]
+    state = {name: value.clone() for name, value in here.parts.optimizer.state().items()}
+    loop.train_step(here.parts, here.parts.loader.step(1), 1)
+    assert all(torch.equal(a, b) for a, b in zip(weights, here.model.parameters(), strict=True))
+    after = here.parts.optimizer.state()
+    assert all(torch.equal(state[name], after[name]) for name in state if not name.endswith("/step"))
+    loop.train_step(here.parts, here.parts.loader.step(2), 2)
+    assert not all(torch.equal(a, b) for a, b in zip(weights, here.model.parameters(), strict=True))
+
+
+def test_on_a_cpu_the_run_ends_with_the_step_that_is_not_finite():
+    here = Recorder("cpu", factors=[1.0, 1.0, float("nan")])
     with pytest.raises(RunFailed, match=r"step 2: .*rows of step 1"):
-        loop.train_step(here.parts, here.parts.loader.step(1), 1)
-    assert all(torch.equal(a, b) for a, b in zip(before, here.model.parameters(), strict=True))
+        loop.fit(here.parts, loop.State(), loop.Cadence(log=9, evaluate=None, save=None, last_step=9))
+    assert here.calls == [("evaluate", 0)]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_steps_that_are_not_finite_are_skipped_and_counted_up_to_a_limit(waits, caplog):
+    bad = [1.0, float("nan")]
+    for limit, ends in ((2, True), (1, False)):
+        here = Recorder("cpu", factors=[*bad, 1.0, 1.0, *bad, 1.0, 1.0])
+        here.parts.checks_each_step, here.parts.max_skipped = waits, limit
+        tracked = []
+        here.parts.track = lambda step, metrics, tracked=tracked: tracked.append(metrics)
+        cadence, state = loop.Cadence(log=4, evaluate=None, save=None, last_step=4), loop.State()
+        if ends:
+            assert loop.fit(here.parts, state, cadence).skipped == 2
+            assert tracked[-1]["train/skipped"] == 2 and math.isfinite(tracked[-1]["train/loss"])
+            assert sum("skipped: it changed nothing" in record.message for record in caplog.records) == 2
+        else:
+            with pytest.raises(RunFailed, match=r"step 3: .*2th step of this kind"):
+                loop.fit(here.parts, state, cadence)
 
 
 def test_elsewhere_the_first_step_that_is_not_finite_is_named_before_anything_is_tracked_or_saved():
@@ -103,7 +153,7 @@ def test_elsewhere_the_first_step_that_is_not_finite_is_named_before_anything_is
     here.parts.checks_each_step = False  # as on a device whose step is not waited for
     unread = [loop.train_step(here.parts, here.parts.loader.step(step), step) for step in range(3)]
     with pytest.raises(RunFailed, match=r"step 2: non-finite loss \(inf\)"):
-        loop.sync_and_check_finite(here.parts, unread)
+        loop.sync_and_check_finite(here.parts, unread, loop.State())
     assert here.calls == []
 
 

@@ -7,6 +7,7 @@ called `step` that say which data or learning rate to take count from 0: the num
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from chattrain.optim.named import NamedOptimizer
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy
 
+log = logging.getLogger("chattrain")
+
 
 @dataclass
 class State:
@@ -32,6 +35,7 @@ class State:
     tokens_seen: int = 0
     supervised_tokens: int = 0  # targets of weight 1
     loss_weight: float = 0.0  # sum of the weights of all targets
+    skipped: int = 0  # steps whose loss or gradient was not finite, which changed nothing
     interrupted: bool = False
     tokens_per_second: float | None = None  # over all ranks, from this process's second step on
     current_step: int = 0  # the step that runs, or ran last, counted from 1: the one that an error names
@@ -70,7 +74,9 @@ class TrainerComponents:
     ranks: Ranks
     strategy: ParallelStrategy  # how the work of a step is distributed over ranks
     max_grad_norm: float | None  # None: gradients are not clipped
-    checks_each_step: bool  # check loss and gradient norm before the weights change; else when `fit` logs, evaluates or saves
+    checks_each_step: bool  # read loss and gradient norm after each step; else when `fit` logs, evaluates or saves
+    max_skipped: int | None  # steps that may be skipped because they are not finite; None: the first one fails the run
+    watch: Callable[[int, float], None]  # steps completed, loss of the last: looks for spikes
     flops_per_token: int  # forward and backward
     peak_flops: float | None  # FLOP/s of one device; None: unknown
     meters: Callable[[], dict[str, float]]  # resources that this process has used since the last call, such as memory
@@ -114,8 +120,8 @@ def fit(trainer: TrainerComponents, state: State, cadence: Cadence) -> State:
         trainer.show(state.step)
         log, evaluate, save = (cadence.due(every, state.step) for every in (cadence.log, cadence.evaluate, cadence.save))
         save = save or result.save
-        if log or evaluate or save or state.interrupted:
-            loss, grad_norm = sync_and_check_finite(trainer, unchecked)
+        if log or evaluate or save or state.interrupted or trainer.checks_each_step:
+            loss, grad_norm = sync_and_check_finite(trainer, unchecked, state)
             unchecked.clear()
             if log:
                 norms = {"train/grad_norm": grad_norm, **trainer.optimizer.by_group("train/grad_norm", result.group_norms)}
@@ -135,7 +141,7 @@ def log_step(trainer: TrainerComponents, state: State, speed: Speed, metrics: di
     """Track the metrics of the last step, with learning rates, speed, resources and tokens."""
     metrics |= {**trainer.optimizer.learning_rates(), **speed.since_last(), **trainer.meters()}
     metrics |= {"train/tokens_seen": state.tokens_seen, "train/supervised_tokens": state.supervised_tokens}
-    metrics |= {"train/loss_weight": state.loss_weight}
+    metrics |= {"train/loss_weight": state.loss_weight, **({"train/skipped": state.skipped} if state.skipped else {})}
     trainer.track(state.step, metrics)
     gc.collect(1)  # between steps, so that it interrupts none: see runner.collect_garbage_between_steps
 
@@ -153,8 +159,8 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logg
 
     `logged`: take the gradient norm of each group too, which reads the gradients once more.
     The loss of a step is the weighted sum over its targets divided by the sum of their weights, over all micro-batches and ranks:
-    a mean of means would give a token in a batch with few of them more weight. Raises RunFailed before the model changes if no
-    target of the step carries loss or, with checks_each_step, if loss or gradient norm are not finite.
+    a mean of means would give a token in a batch with few of them more weight. Where the gradient norm is not finite, neither the
+    weights nor the optimizer's state change; `sync_and_check_finite` reports it. Raises RunFailed if no target carries loss.
     """
     ranks = trainer.ranks
     ranks.at(f"step {step + 1}")
@@ -173,29 +179,35 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logg
     group_norms = trainer.strategy.group_norms(trainer.optimizer, norm) if logged else None
     loss = sum(losses[1:], losses[0])
     result = StepResult(step, loss, norm, group_norms, int(tokens), int(supervised), weight, stop > 0, save > 0)
-    if trainer.checks_each_step:
-        sync_and_check_finite(trainer, [result])
     if trainer.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(trainer.optimizer.parameters(), trainer.max_grad_norm, norm)
+    found_inf = (~torch.isfinite(norm)).float()  # read only where that does not wait for the device
+    trainer.optimizer.void_if(None if trainer.checks_each_step and not found_inf else found_inf)
     trainer.strategy.step(trainer.optimizer)
     return result
 
 
-def sync_and_check_finite(trainer: TrainerComponents, results: list[StepResult]) -> tuple[float, float]:
+def sync_and_check_finite(trainer: TrainerComponents, results: list[StepResult], state: State) -> tuple[float, float]:
     """Wait for the device; returns the loss, summed over ranks, and the gradient norm of the last of these steps.
 
-    Raises RunFailed for the first step whose loss or gradient norm is not finite, so that nothing is tracked, evaluated or
-    saved after it.
+    Raises RunFailed for the first step whose loss or gradient norm is not finite, or with max_skipped for the first that is one
+    too many, so that nothing is tracked, evaluated or saved after it. Such steps have changed nothing.
     """
     losses = trainer.ranks.sum(torch.stack([result.loss for result in results]).tolist())
     norms = torch.stack([result.grad_norm for result in results]).tolist()
     for result, loss, norm in zip(results, losses, norms, strict=True):
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):
+            trainer.watch(result.step + 1, loss)
+            continue
+        state.skipped += 1
+        what = f"step {result.step + 1}: non-finite loss ({loss:.4g}) or gradient norm ({norm:.4g})"
+        rows = f"Rows: {trainer.loader.describe(result.step)}"
+        if trainer.max_skipped is None or state.skipped > trainer.max_skipped:
+            limit = "" if trainer.max_skipped is None else f", the {state.skipped}th step of this kind (train.max_skipped)"
             raise RunFailed(
-                f"step {result.step + 1}: non-finite loss ({loss:.4g}) or gradient norm ({norm:.4g}). Stopped; no checkpoint "
-                "written. Lower optimizer.lr_scale or set train.max_grad_norm. "
-                f"Rows: {trainer.loader.describe(result.step)}"
+                f"{what}{limit}. Stopped; no checkpoint written. Lower optimizer.lr_scale or set train.max_grad_norm. {rows}"
             )
+        log.warning("%s, skipped: it changed nothing (%d so far). %s", what, state.skipped, rows)
     return losses[-1], norms[-1]
 
 

@@ -7,10 +7,12 @@ import sys
 import numpy as np
 
 from chattrain.config import Config
+from chattrain.config.commands import InspectConfig
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
+from chattrain.errors import UserError
 from chattrain.parallel import launch
-from chattrain.setup.data import describe_sources, open_data
+from chattrain.setup.data import RunData, describe_sources, open_data
 from chattrain.setup.start import find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tokenizer import AnyTokenizer
@@ -24,12 +26,13 @@ def main(cfg: Config) -> dict:
     world_size = launch.processes_here(cfg.distributed.nproc, cfg.train.device)
     cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are shown
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
-    shown = min(cfg.inspect.rows, data.rows_per_step)
-    batch = data.train.batch(np.arange(shown))
+    rows = _rows(cfg.inspect, data)
+    batch = data.train.batch(rows)
     print(_legend(data.train.mixture.weights.prompt_weight) + "\n")
-    for row in range(shown):
-        print(f"row {row}: {data.train.describe(row)}")
-        print(_mark_weights(data.tokenizer, batch, row) + "\n")
+    first = (cfg.inspect.step - 1) * data.rows_per_step
+    for i, row in enumerate(rows.tolist()):
+        print(f"row {row - first}: {data.train.describe(row)}")
+        print(_mark_weights(data.tokenizer, batch, i) + "\n")
     facts = {
         "documents_an_epoch": data.train.counts.documents,
         "rows_per_step": data.rows_per_step,
@@ -47,6 +50,32 @@ def main(cfg: Config) -> dict:
         print(f"  {line}")
     close_log()
     return facts
+
+
+def _rows(config: InspectConfig, data: RunData) -> np.ndarray:
+    """The row indices to show. Raises UserError for a step or a row beyond the end, and for a source that no row has."""
+    if config.step > data.num_steps:
+        raise UserError(f"inspect.step={config.step} is beyond the run's {data.num_steps} steps")
+    if config.row is not None and config.row >= data.rows_per_step:
+        raise UserError(f"inspect.row={config.row} is beyond the {data.rows_per_step} rows of a step, which count from 0")
+    rows = np.arange(data.rows_per_step) + (config.step - 1) * data.rows_per_step
+    if config.row is not None:
+        return rows[[config.row]]
+    if config.source is not None:
+        names = [cache.name for cache in data.train.mixture.caches]
+        if config.source not in names:
+            raise UserError(f"inspect.source={config.source} is no source of this training; it has {', '.join(names)}")
+        index = names.index(config.source)
+        rows = np.array([row for row in rows.tolist() if _holds(data, row, index)], dtype=np.int64)
+        if not len(rows):
+            raise UserError(f"step {config.step} has no row of source {config.source}; try another inspect.step")
+    return rows[: config.rows]
+
+
+def _holds(data: RunData, row: int, source: int) -> bool:
+    """Does a target of the row come from this source?"""
+    batch = data.train.batch(np.array([row]))
+    return batch.sources is not None and bool(((batch.sources == source) & (batch.targets != IGNORE_INDEX)).any())
 
 
 def _legend(prompt_weight: float) -> str:

@@ -25,11 +25,16 @@ class ChatConfig:
 
 @dataclass
 class InspectConfig:
-    rows: int = 3  # rows of the first step to show
+    rows: int = 3  # rows of the step to show
+    step: int = 1  # of which the rows are shown, counted as the log counts them
+    row: int | None = None  # the one row of the step to show, from 0; null: the first `rows`
+    source: str | None = None  # show only rows that hold a document of this source
 
     def check(self) -> None:
-        if self.rows < 1:
-            raise UserError(f"inspect.rows={self.rows} must be 1 or more")
+        if self.rows < 1 or self.step < 1 or (self.row is not None and self.row < 0):
+            raise UserError(
+                f"inspect.rows={self.rows} and inspect.step={self.step} must be 1 or more, inspect.row={self.row} 0 or more"
+            )
 
 
 @dataclass

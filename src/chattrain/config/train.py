@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from chattrain.config.words import ActivationCheckpointing, Compile, Device, DType, Strategy
+from chattrain.config.words import ActivationCheckpointing, Compile, Device, DType, OnNonfinite, Strategy
 from chattrain.errors import UserError
 
 
@@ -24,6 +24,8 @@ class TrainConfig:
     total_batch_size: int | None = None  # tokens an optimizer step, all ranks (rows x seq_len)
     rows_per_step: int | None = None  # rows an optimizer step, all ranks; give total_batch_size or rows_per_step
     max_grad_norm: float | None = None  # null: gradients are not clipped
+    on_nonfinite: OnNonfinite = OnNonfinite.stop  # a step whose loss or gradient is not finite never changes the weights
+    max_skipped: int = 20  # with on_nonfinite=skip: the run fails once it has skipped more steps than these
     dtype: DType = DType.auto  # of the matrix products; weights stay fp32
     fp8: bool = False  # linear layers of the blocks in fp8, through torchao
     # What backward recomputes. none: nothing; block: whole blocks; selective: all of them but attention and narrow products.
@@ -43,6 +45,7 @@ class TrainConfig:
             "total_batch_size",
             "rows_per_step",
             "max_grad_norm",
+            "max_skipped",
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

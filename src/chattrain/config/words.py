@@ -42,6 +42,11 @@ class Resume(Enum):
     must = "must"
 
 
+class OnNonfinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 class Pick(Enum):
     last = "last"
     best = "best"

@@ -33,6 +33,7 @@ class AdamWBF16(torch.optim.Optimizer):
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": torch.bfloat16}
         )
         self.chunk_elements: int | None = None  # None: as many as suit the device
+        self.found_inf: Tensor | None = None  # see NamedOptimizer.void_if
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -50,7 +51,11 @@ class AdamWBF16(torch.optim.Optimizer):
         size = self.chunk_elements or CHUNK_ELEMENTS.get(p.device.type, CHUNK_ELEMENTS["cuda"])
         flat = (tensor.view(-1).split(size) for tensor in (p, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]))
         for chunk in zip(*flat, strict=True):
+            before = None if self.found_inf is None else [tensor.clone() for tensor in (chunk[0], chunk[2], chunk[3])]
             _update(*chunk, step=int(state["step"]), **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+            if self.found_inf is not None and before is not None:
+                for tensor, old in zip((chunk[0], chunk[2], chunk[3]), before, strict=True):
+                    tensor.copy_(torch.where(self.found_inf > 0, old, tensor))
 
 
 def _update(

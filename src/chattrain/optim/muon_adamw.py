@@ -52,6 +52,7 @@ class Muon(torch.optim.Optimizer):
         orthogonalizer: Orthogonalizer | None = None,
     ):
         self.orthogonalizer = orthogonalizer or Orthogonalizer()
+        self.found_inf: Tensor | None = None  # see NamedOptimizer.void_if; the warm-up of momentum counts a void step
         super().__init__(
             params,
             {
@@ -77,6 +78,8 @@ class Muon(torch.optim.Optimizer):
         directions = self.orthogonalizer(batch, updates, group["ns_steps"])
         for p, direction in zip(batch, directions, strict=True):
             rows, columns = self.orthogonalizer.shape(p)
+            if self.found_inf is not None:
+                direction = direction * (1 - self.found_inf).to(direction.dtype)
             p.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
     def _nesterov_update(self, p: Tensor, grad: Tensor, group: dict) -> Tensor:
@@ -88,6 +91,8 @@ class Muon(torch.optim.Optimizer):
         momentum = momentum_at(int(state["step"]), group["momentum_start"], group["momentum"], group["momentum_warmup_steps"])
         state["step"] += 1
         buffer = state["momentum_buffer"].to(grad.dtype)  # the buffer itself if it has the gradient's dtype, else a copy
+        if self.found_inf is not None:
+            grad = torch.where(self.found_inf > 0, buffer, grad)  # which leaves the buffer as it is
         buffer.lerp_(grad, 1 - momentum)
         state["momentum_buffer"].copy_(buffer)
         return grad.lerp(buffer, momentum)

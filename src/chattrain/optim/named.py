@@ -41,6 +41,15 @@ class NamedOptimizer:
         names = [f"{metric}/{group['name']}" for group in self.param_groups]
         return {} if values is None else dict(zip(names, values.tolist(), strict=True))
 
+    def void_if(self, found_inf: Tensor | None) -> None:
+        """The next steps change neither weights nor state where `found_inf` (fp32, on the device) is 1. It is not read here, so
+        nothing waits for the device. None: they do. torch's fused AdamW knows the attribute by this name; its other forms, on
+        devices without a fused one, step all the same."""
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, "found_inf") or all(group.get("fused") for group in optimizer.param_groups):
+                optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
+                optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()

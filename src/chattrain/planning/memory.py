@@ -139,6 +139,8 @@ def _components(
         ranks=ranks,
         max_grad_norm=cfg.train.max_grad_norm,
         checks_each_step=False,
+        max_skipped=None,
+        watch=unused,
         flops_per_token=0,
         peak_flops=None,
         meters=unused,

@@ -13,7 +13,7 @@ from chattrain import device as devices
 from chattrain import loop
 from chattrain.config import Config
 from chattrain.config.instantiate import instantiate_config
-from chattrain.config.words import ActivationCheckpointing, Strategy
+from chattrain.config.words import ActivationCheckpointing, OnNonfinite, Strategy
 from chattrain.data.loader import Loader
 from chattrain.data.packing import cu_seqlens_of
 from chattrain.errors import RunFailed, UserError
@@ -30,6 +30,7 @@ from chattrain.setup.learning_rates import build_lr_factor, peak_rates
 from chattrain.setup.mlflow_run import model_params
 from chattrain.setup.plan import RunSetup
 from chattrain.setup.saving import Saver
+from chattrain.setup.spikes import Spikes
 from chattrain.storage import checkpoint
 from chattrain.tracking.tracker import NullTracker, Tracker
 
@@ -59,7 +60,7 @@ def build_components(
     state = loop.State()
     if saved and setup.resume:
         weight = float(saved.supervised_tokens) if saved.loss_weight is None else saved.loss_weight
-        state = loop.State(saved.step, saved.tokens_seen, saved.supervised_tokens, weight)
+        state = loop.State(saved.step, saved.tokens_seen, saved.supervised_tokens, weight, saved.skipped)
         load_optimizer(optimizer, strategy, setup.resume)
     autocast = devices.autocast(bf16, device)
     if cfg.collator.isolates:
@@ -68,6 +69,7 @@ def build_components(
     limits, num_steps = pass_limits(cfg.train, device.type), data.num_steps
     evaluate = build_evaluation(cfg.eval, limits, data, num_steps, model, autocast, device, ranks, strategy, setup.run_dir)
     lr_factor = build_lr_factor(cfg, num_steps)
+    loader = Loader(data.train, data.rows_per_step, limits, device, ranks.rank, ranks.world_size)
     saver = Saver(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy)
     tracker.describe(model_params(model, peak_rates(optimizer, lr_factor, num_steps)))
     return loop.TrainerComponents(
@@ -75,7 +77,7 @@ def build_components(
         loss_of=in_context(autocast, model.loss),
         optimizer=optimizer,
         lr_factor=lr_factor,
-        loader=Loader(data.train, data.rows_per_step, limits, device, ranks.rank, ranks.world_size),
+        loader=loader,
         evaluate=evaluate,
         save=saver.save,
         finish_saving=saver.finish,
@@ -88,6 +90,8 @@ def build_components(
         strategy=strategy,
         max_grad_norm=cfg.train.max_grad_norm,
         checks_each_step=device.type == "cpu",
+        max_skipped=cfg.train.max_skipped if cfg.train.on_nonfinite == OnNonfinite.skip else None,
+        watch=Spikes(setup.run_dir, loader.describe, ranks.is_main),
         flops_per_token=model.flops_per_token(cfg.train.seq_len),
         peak_flops=devices.peak_flops(device),
         meters=build_meters(device, strategy),

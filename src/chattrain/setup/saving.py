@@ -89,6 +89,7 @@ class Saver:
             tokens_seen=state.tokens_seen,
             supervised_tokens=state.supervised_tokens,
             loss_weight=state.loss_weight,
+            skipped=state.skipped,
             stage=self.stage,
             model=self.model.shape,
             data_fingerprint=self.data.fingerprint,

@@ -39,6 +39,7 @@ def summarize(
         "tokens_seen": state.tokens_seen,
         "supervised_tokens": state.supervised_tokens,
         "loss_weight": state.loss_weight,
+        **({"skipped": state.skipped} if state.skipped else {}),
         "tokens_per_second": state.tokens_per_second,
         "metrics": dict(tracker.last),
         "checkpoint": str(newest[-1]) if newest else None,
