@@ -31,7 +31,10 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` turns it off
     schema.register_schemas()
     names.set_launch()
-    typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
+    try:
+        typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
+    except UserError as error:
+        sys.exit(report_error(error))
     show_help = help.is_requested(arguments)
     sys.argv[1:] = help.hydra_arguments(arguments) if show_help else flags_first(arguments)
     launch = Launch(typed)

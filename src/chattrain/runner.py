@@ -30,7 +30,7 @@ from chattrain.parallel.failures import log_name
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.signals import stop_on_signal
 from chattrain.setup.build import build_components
-from chattrain.setup.data import RunData, open_data, report_counts
+from chattrain.setup.data import RunData, open_data, report_data
 from chattrain.setup.learning_rates import peak_rates, report_rates
 from chattrain.setup.plan import RunSetup, setup_run
 from chattrain.setup.runs import resume_with
@@ -103,7 +103,7 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             log.info("run folder %s, starting from %s", setup.run_dir, setup.start.description)
             if setup.start.warning:
                 log.warning(setup.start.warning)
-            report_counts(data.train, data.num_steps)
+            report_data(data)
             if setup.compilation.reason:
                 log.log(setup.compilation.level, setup.compilation.reason)
             saved = checkpoint.load_state(setup.resume) if setup.resume else None

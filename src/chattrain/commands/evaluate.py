@@ -25,7 +25,7 @@ from chattrain.evals.paired import Difference, compare_answers, compare_losses
 from chattrain.parallel import launch, slurm
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.strategy import SingleProcess
-from chattrain.setup.data import EvalData, open_eval_data, pass_limits
+from chattrain.setup.data import EvalData, open_eval_data, pass_limits, report_notes
 from chattrain.setup.evaluation import ANSWERS, build_evaluation, write_answers
 from chattrain.setup.names import is_main_process, launch_name
 from chattrain.setup.runs import run_folder, stage_of
@@ -124,6 +124,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     folder = ranks.run_on_rank0(lambda: find_checkpoint(cfg))
     data = _open_on_all_ranks(cfg, folder, ranks)
     sources = cfg.data.mixture(cfg.stage).part(cfg.eval.on) if cfg.eval.validation else {}
+    report_notes(data)
     log.info("evaluating %s on %s", folder, ", ".join([*sources, *data.question_sets]))
     target = device.pick_device(cfg.train.device, ranks.local_rank)
     model = instantiate_config(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(target)

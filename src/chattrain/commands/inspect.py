@@ -9,7 +9,7 @@ import numpy as np
 from chattrain.config import Config
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.parallel import launch
-from chattrain.setup.data import open_data, report_counts
+from chattrain.setup.data import open_data, report_data
 from chattrain.setup.start import find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tokenizer import AnyTokenizer
@@ -23,7 +23,7 @@ def main(cfg: Config) -> dict:
     world_size = launch.processes_here(cfg.distributed.nproc, cfg.train.device)
     cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are shown
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
-    report_counts(data.train, data.num_steps)
+    report_data(data)
     shown = min(cfg.inspect.rows, data.rows_per_step)
     batch = data.train.batch(np.arange(shown))
     print("Supervised tokens are " + ("green." if sys.stdout.isatty() else "in [brackets].") + " Padding is left out.\n")

@@ -97,9 +97,9 @@ class Mixture:
             cache.release()
 
     def describe(self, i: int) -> str:
-        """Source and record of document i for messages, as `<source> row <index>`."""
+        """Source and place of document i for messages, as `talk.jsonl line 7` or `gsm8k row 6`."""
         cache, at = self._find(i)
-        return f"{cache.name} row {cache.record_indices[at]}"
+        return f"{cache.name} {cache.places.short(int(cache.record_indices[at]))}"
 
     def _find(self, i: int) -> tuple[TokenizedSource, int]:
         """(source of document i, its index in that source)."""

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chattrain.config import Config
 from chattrain.config.collator import CollatorConfig
+from chattrain.config.compose import key_of
 from chattrain.config.data import DataConfig, SourceConfig
 from chattrain.config.eval import EvalConfig
 from chattrain.config.instantiate import instantiate_config
@@ -19,12 +22,15 @@ from chattrain.config.train import TrainConfig
 from chattrain.config.words import OnMalformed, Part, Schema
 from chattrain.data.cache import default_cache_dir, load_or_tokenize
 from chattrain.data.collators import Collator
+from chattrain.data.malformed import LeftOut
 from chattrain.data.mixture import Mixture
+from chattrain.data.overlap import Overlap, overlap
 from chattrain.data.passes import PassLimits
-from chattrain.data.sources import open_records
+from chattrain.data.sources import open_records, with_schema
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
 from chattrain.evals.validation import Measured
+from chattrain.setup.job import current_job
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
 log = logging.getLogger("chattrain")
@@ -40,6 +46,7 @@ class EvalData:
     validation: Collator | None  # None: eval.validation=false
     validation_rows: int
     question_sets: dict[str, list[Question]]
+    notes: list[tuple[int, str]]  # (level, message) of what was found when it was opened; `report_data` logs them
     measured: Measured | None = field(default=None, init=False)  # what the validation loss was measured on; None: not yet
     answers: list[dict] = field(default_factory=list, init=False)  # to the questions, when they were last asked
 
@@ -52,6 +59,7 @@ class RunData(EvalData):
     rows_per_step: int  # over all ranks
     num_steps: int  # optimizer steps of the whole run
     fingerprint: str
+    overlap: Overlap | None  # of the validation with the training data; None: no validation
     learning_rates: dict[str, float] = field(default_factory=dict, init=False)  # highest of each parameter group; set once known
 
 
@@ -60,48 +68,82 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
 
     Raises UserError for sources that are missing, empty or malformed, and where the batch does not divide over world_size ranks.
     """
-    tokenizer = Tokenizer.load(tokenizer_dir)
+    tokenizer, notes = Tokenizer.load(tokenizer_dir), []
     rows_per_step = cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
     key = f"data.stages.{cfg.stage}.train"
-    mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).train, cfg.data, tokenizer, cfg.run.seed)
+    mixture = _open_mixture(key, cfg.data.mixture(cfg.stage).train, cfg.data, tokenizer, cfg.run.seed, notes)
     train = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=None)
     num_steps = cfg.train.max_steps or train.steps_in(cfg.train.num_epochs, rows_per_step)
-    evals = _eval_data(cfg, tokenizer)
+    evals = _eval_data(cfg, tokenizer, notes)
     fingerprint = _fingerprint(mixture, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step)
     shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers")}
-    return RunData(**shared, train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint)
+    copies = _overlap(mixture, evals.validation.mixture, tokenizer) if evals.validation else None
+    return RunData(
+        **shared, train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint, overlap=copies
+    )
 
 
 def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:
     """Open the validation data and the question sets. Token caches that are missing are made; raises as `open_data`."""
-    return _eval_data(cfg, Tokenizer.load(tokenizer_dir))
+    return _eval_data(cfg, Tokenizer.load(tokenizer_dir), [])
 
 
-def _eval_data(cfg: Config, tokenizer: AnyTokenizer) -> EvalData:
+def _eval_data(cfg: Config, tokenizer: AnyTokenizer, notes: list[tuple[int, str]]) -> EvalData:
     validation, rows = None, 0
     if cfg.eval.validation:
         key, sources = f"data.stages.{cfg.stage}.{cfg.eval.on.name}", cfg.data.mixture(cfg.stage).part(cfg.eval.on)
-        mixture = _open_mixture(key, sources, cfg.data, tokenizer, VALIDATION_SEED)
+        mixture = _open_mixture(key, sources, cfg.data, tokenizer, VALIDATION_SEED, notes)
         validation = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=0)
         rows = validation.rows_in(1)
         if cfg.eval.max_tokens:
             rows = min(rows, max(1, cfg.eval.max_tokens // cfg.train.seq_len))
-    question_sets = _question_sets(cfg.data, cfg.eval, tokenizer) if cfg.eval.multiple_choice else {}
-    return EvalData(tokenizer, validation, rows, question_sets)
+    question_sets = _question_sets(cfg.data, cfg.eval, tokenizer, notes) if cfg.eval.multiple_choice else {}
+    return EvalData(tokenizer, validation, rows, question_sets, notes)
 
 
-def _open_mixture(key: str, sources: dict[str, SourceConfig], data: DataConfig, tokenizer: AnyTokenizer, seed: int) -> Mixture:
+def _open_mixture(
+    key: str,
+    sources: dict[str, SourceConfig],
+    data: DataConfig,
+    tokenizer: AnyTokenizer,
+    seed: int,
+    notes: list[tuple[int, str]],
+) -> Mixture:
     """The sources of a configuration key as one mixture of documents; `seed` decides their order."""
     if not sources:
         if key.endswith(".test"):
             raise UserError(f"this data has no test part: give {key} in its YAML file, or data.test_path with data=local")
         raise UserError(f"{key} has no source; name one, or use eval=none for no validation")
     cache, skip = cache_dir(data), data.on_malformed == OnMalformed.skip
-    tokenized = [load_or_tokenize(name, source, tokenizer, cache, skip, data.workers) for name, source in sources.items()]
-    return Mixture(tokenized, list(sources.values()), seed, folder=cache / "rows")
+    tokenized, settled = [], []
+    for name, given in sources.items():
+        source = with_schema(name, given, cache)
+        tokenized.append(load_or_tokenize(name, source, tokenizer, cache, skip, data.workers))
+        settled.append(source)
+        if source.schema != given.schema:
+            notes.append((logging.INFO, f"data source {name}: its columns are those of data.schema={source.schema.name}"))
+        if tokenized[-1].skipped:
+            notes.append((logging.WARNING, _left_out(name, len(tokenized[-1]), tokenized[-1].left_out)))
+    return Mixture(tokenized, settled, seed, folder=cache / "rows")
 
 
-def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer) -> dict[str, list[Question]]:
+def _left_out(name: str, used: int, left_out: LeftOut) -> str:
+    return f"data source {name}: {left_out.count:,} of {used + left_out.count:,} rows left out: {left_out}"
+
+
+def _overlap(train: Mixture, val: Mixture, tokenizer: AnyTokenizer) -> Overlap:
+    """How much of the validation data is in the training data, from the cache where it was counted before."""
+    key = ["overlap", *(source.content_hash for source in val.caches)]
+
+    def count() -> dict[str, np.ndarray]:
+        return {"overlap": np.array(overlap(train.caches, val.caches, tokenizer.decode))}
+
+    return Overlap(*train.load_or_compute(key, count)["overlap"].tolist())
+
+
+def _question_sets(
+    data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer, notes: list[tuple[int, str]]
+) -> dict[str, list[Question]]:
     """The data's own question sets, and MMLU and ARC where their paths are given, by name."""
 
     def from_hub(path: str, subset: str) -> SourceConfig:
@@ -116,14 +158,23 @@ def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer
         sources["arc_easy"] = from_hub(config.arc_path, "ARC-Easy")
         sources["arc_challenge"] = from_hub(config.arc_path, "ARC-Challenge")
     if not sources:
-        log.warning(
-            "eval.multiple_choice=true, but this data has no question set and neither eval.mmlu_path nor "
-            "eval.arc_path is given: no accuracy is measured. eval=bpb turns this off"
+        asked_for = {"eval", "eval.multiple_choice"} & {key_of(override) for override in current_job().overrides}
+        notes.append(
+            (
+                logging.WARNING if asked_for else logging.INFO,
+                "no accuracy is measured: this data has no question set, and neither eval.mmlu_path nor eval.arc_path is given",
+            )
         )
     for name, source in sources.items():
         if config.max_problems and (source.limit is None or source.limit > config.max_problems):
             sources[name] = replace(source, limit=config.max_problems)
-    return {name: questions(name, open_records(name, source, cache_dir(data)), tokenizer) for name, source in sources.items()}
+    asked = {}
+    for name, source in sources.items():
+        left_out = LeftOut() if data.on_malformed == OnMalformed.skip else None
+        asked[name] = questions(name, open_records(name, source, cache_dir(data)), tokenizer, left_out)
+        if left_out and left_out.count:
+            notes.append((logging.WARNING, _left_out(name, len(asked[name]), left_out)))
+    return asked
 
 
 def _fingerprint(mixture: Mixture, collator: CollatorConfig, seed: int, seq_len: int, rows_per_step: int) -> str:
@@ -140,14 +191,29 @@ def pass_limits(config: TrainConfig, device: str) -> PassLimits:
     return PassLimits(config.device_batch_size, config.tokens_a_pass, device)
 
 
-def report_counts(collator: Collator, num_steps: int) -> None:
-    """Log how much the training data holds, and how much of it is cut or left out."""
-    counts = collator.counts
-    log.info("training mixture: %s documents an epoch; %d steps", f"{counts.documents:,}", num_steps)
-    for cache in (cache for cache in collator.mixture.caches if cache.skipped):
-        log.warning(
-            "data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped, cache.skipped + len(cache)
-        )
+def report_notes(data: EvalData) -> None:
+    """Log what was found when the data was opened."""
+    for level, note in dict.fromkeys(data.notes):  # a source of both training and validation gives each note twice
+        log.log(level, note)
+
+
+def report_data(data: RunData) -> None:
+    """Log what the data is, how much of it is cut or left out, and how much of the validation data is trained on."""
+    counts = data.train.counts
+    report_notes(data)
+    log.info("training mixture: %s documents an epoch; %d steps", f"{counts.documents:,}", data.num_steps)
+    if data.overlap is not None:
+        documents, exact, near = data.overlap
+        log.info("validation: %s documents", f"{documents:,}")
+        if exact or near:
+            log.warning(
+                "%s of %s validation documents are in the training data too: %s copies but for case and punctuation, %s near "
+                "copies (half of their runs of 8 words); val/loss is lower for it",
+                f"{exact + near:,}",
+                f"{documents:,}",
+                f"{exact:,}",
+                f"{near:,}",
+            )
     if counts.truncated:
         log.warning(
             "%d conversations are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
