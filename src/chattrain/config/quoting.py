@@ -12,7 +12,7 @@ from pathlib import Path
 from chattrain.errors import UserError
 
 _KEY = re.compile(r"[+~]{0,2}[\w./@:$-]+", re.ASCII)
-_READ_AS_TYPED = re.compile(r"[\w./:+@%*$?|\\~-]*", re.ASCII)  # characters that Hydra reads as themselves
+_READ_AS_TYPED = re.compile(r"[\w./:+@%*$?|\\-]*", re.ASCII)  # characters that Hydra reads as themselves
 _MEANINGS = re.compile(r"[\[\]{}()'\",]")  # characters that it may read as something else
 
 
@@ -29,6 +29,8 @@ def quoted(override: str) -> str:
 'data.train_path="c[1].jsonl"'
     """
     key, equals, value = override.partition("=")
+    if equals and not key.strip("+~ "):
+        raise UserError(f"{override!r} has no key: <key>={value}")
     if not equals or override.startswith("-") or _READ_AS_TYPED.fullmatch(value) or not _KEY.fullmatch(key):
         return override
     if _exists(value):

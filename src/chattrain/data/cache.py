@@ -57,7 +57,7 @@ class TokenizedSource:
     skipped: int  # malformed records left out
     content_hash: str  # of tokens, loss_mask and offsets
     left_out: LeftOut = field(default_factory=LeftOut)  # what was skipped, by reason
-    places: Places = Places()  # of all records of the source, for messages
+    places: Places = field(default_factory=Places)  # of all records of the source, for messages
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -1,7 +1,7 @@
 """Records of JSON files: one a line, or the elements of one array, or values one after the other, read on access.
 
-Only byte offsets are kept in memory. Arrow is not used because each of its columns has one type, while a conversation's content may
-be a string in one record and a list of parts in the next. A bare list of messages is read as a conversation.
+Only byte offsets are kept in memory. Arrow is not used because each of its columns has one type, while a conversation's content
+may be a string in one record and a list of parts in the next. A bare list of messages is read as a conversation.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 SHOWN = 5  # reasons that a message lists
@@ -32,10 +31,9 @@ class LeftOut:
         group = self.reasons.setdefault(kind(reason), [0, place, reason])
         group[0] += count
 
-    def merge(self, others: Iterable[LeftOut]) -> None:
-        for other in others:
-            for count, place, reason in other.reasons.values():
-                self.add(place, reason, count)
+    def merge(self, other: LeftOut) -> None:
+        for count, place, reason in other.reasons.values():
+            self.add(place, reason, count)
 
     def by_reason(self) -> dict[str, int]:
         """The most frequent reasons and how many records each left out."""

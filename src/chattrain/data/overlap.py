@@ -1,7 +1,7 @@
 """Which validation documents are also trained on, exactly or nearly: a low validation loss then shows memory, not skill.
 
-Texts are compared in lower case, without punctuation, word by word. Two are near copies if half of their shingles (eight words in a
-row) are shared: Jaccard's measure. MinHash finds the candidates without comparing each document with each: under a random hash
+Texts are compared in lower case, without punctuation, word by word. Two are near copies if half of their shingles (eight words in
+a row) are shared: Jaccard's measure. MinHash finds the candidates without comparing each document with each: under a random hash
 function two sets have the same smallest hash with a probability equal to their measure (Broder 1997,
 https://doi.org/10.1109/SEQUEN.1997.666900).
 """

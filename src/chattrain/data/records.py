@@ -29,19 +29,19 @@ class Table(Protocol):
 class Records:
     """The selected records of one source. `indices` (records,) int64: their indices in the table; None: all of it.
 
-    The others are for messages: `name` and `path` of the source, its schema, and where each record of the table is.
+    The others are for messages: what the source is called, its path, its schema, and where each record of the table is.
     """
 
     def __init__(
         self,
         table: Table,
         indices: np.ndarray | None = None,
-        name: str = "",
+        called: str = "",
         path: str = "",
         schema: str = "",
         places: Places | None = None,
     ):
-        self.table, self.name, self.path, self.schema = table, name, path, schema
+        self.table, self.called, self.path, self.schema = table, called, path, schema
         self.indices = np.arange(len(table)) if indices is None else indices
         self.places = places or Places()
 
@@ -75,12 +75,12 @@ class Records:
         advice = "mend the row, or leave such rows out with data.on_malformed=skip"
         if next(self.convert(convert, 0, SAMPLE, LeftOut()), None) is None:
             advice = self._way_out()
-        return UserError(f"data source {self.name}, {self.places.full(i)}: {error}; {advice}")
+        return UserError(f"{self.called}, {self.places.full(i)}: {error}; {advice}")
 
     def nothing_usable(self, left_out: LeftOut) -> UserError:
         """The message where every record is malformed."""
         reasons = left_out.first()
-        return UserError(f"data source {self.name} ({self.path}) has no usable row: {reasons}; {self._way_out()}")
+        return UserError(f"{self.called} ({self.path}) has no usable row: {reasons}; {self._way_out()}")
 
     def _way_out(self) -> str:
         """What to do where no record can be used."""

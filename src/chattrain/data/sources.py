@@ -49,7 +49,7 @@ def open_records(name: str, source: SourceConfig, cache_dir: Path) -> Records:
             )
     if source.limit is not None and source.limit < len(indices) and not source.path.startswith(GENERATE):
         indices = np.random.default_rng(LIMIT_SEED).permutation(indices)[: source.limit]
-    return Records(table, indices, name, source.path, source.schema.name, places)
+    return Records(table, indices, f"data source {name}", source.path, source.schema.name, places)
 
 
 def identity(name: str, source: SourceConfig, cache_dir: Path) -> list:

@@ -62,7 +62,7 @@ def first_record(name: str, path: Path) -> dict[str, Any]:
 
 
 def to_arrow(name: str, path: Path, schema: str, out: Path) -> None:
-    """Copy the columns of a Parquet file that the schema uses to an Arrow file, which gives any record without decoding others."""
+    """Copy the columns of a Parquet file that the schema uses to an Arrow file, which gives a record without decoding others."""
     file = _parquet(name, path)
     names = [file.schema_arrow.names[i] for i in _indices(name, path, file.schema_arrow.names, schema)]
     fields = pa.schema([file.schema_arrow.field(n) for n in names])

@@ -45,6 +45,7 @@ def questions(name: str, records: Records, tokenizer: AnyTokenizer, left_out: Le
         text, choices, letters, answer = multiple_choice.question(record)
         return *render_choices(document, letters, tokenizer), answer, _key(text, choices, answer)
 
+    records = Records(records.table, records.indices, f"question set {name}", records.path, "multiple_choice", records.places)
     asked = [Question(ids, tokens, answer, i, key) for i, (ids, tokens, answer, key) in records.convert(ask, left_out=left_out)]
     if not asked and left_out is not None:
         raise records.nothing_usable(left_out)

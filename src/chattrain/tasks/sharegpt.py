@@ -1,4 +1,4 @@
-"""ShareGPT's conversations: a column `conversations` of turns with `from` and `value`, as LLaMA-Factory and FastChat read them."""
+"""ShareGPT's conversations: a column `conversations` of turns with `from` and `value`, as LLaMA-Factory has them."""
 
 from __future__ import annotations
 
