@@ -189,10 +189,10 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, cache, name):
     "line, reason",
     [
         (b'{"text": "b"', "not JSON"),
-        (b'"b"', "no object: a text"),
-        (b"7", "no object: a number"),
+        (b'"b"', "a text instead of an object"),
+        (b"7", "a number instead of an object"),
         (b'{"text": "\xff"}', "not UTF-8"),
-        (b"null", "no object: null"),
+        (b"null", "null instead of an object"),
     ],
 )
 def test_a_bad_line_is_refused_by_file_and_line(tmp_path, cache, line, reason):

@@ -28,6 +28,7 @@ from chattrain.tasks.columns import kind_of
 
 BOM = b"\xef\xbb\xbf"
 FIRST_LINE = 1 << 20  # bytes in which the first line must end for the file to be one of lines
+RELEASE = 1 << 25  # bytes of a mapped file after which its memory is given back
 # Strings as a whole, a quote whose string does not end on its line, and what nests. A string of JSON has no line break.
 _TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|"|[\[\]{},]', re.DOTALL)
 
@@ -101,7 +102,7 @@ def parse(raw: bytes, cut: bool = False) -> dict:
     if isinstance(record, list):
         return {"messages": record}
     if not isinstance(record, dict):
-        raise Malformed(f"no object: {kind_of(record)}")
+        raise Malformed(f"{kind_of(record)} instead of an object")
     return record
 
 
@@ -164,6 +165,7 @@ def _values(stream: BinaryIO) -> Iterator[Span]:
         is_array = _TOKEN.search(text, start)[0] == b"["  # type: ignore[index]  # `_is_of_lines` has seen a bracket
         level = int(is_array)  # how deep the records are
         opened: list[bytes] = []
+        released = 0
         for token in _TOKEN.finditer(text, start):
             found, depth = token[0], len(opened)
             if found in (b"[", b"{"):
@@ -180,11 +182,14 @@ def _values(stream: BinaryIO) -> Iterator[Span]:
                 stop = token.end() if ended and not is_array else token.start()
                 yield from _unless_blank(text, start, stop)
                 start = token.end()
+                if start - released > RELEASE:
+                    text.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's page cache, not in this process
+                    released = start
                 if ended and is_array:
                     break
-        rest = Span(start, len(text), None)
-        if opened or text[start:].strip():
-            yield rest
+        yield from _unless_blank(text, start, len(text))
+        if opened == [b"["] and is_array:
+            yield Span(len(text), len(text), None)
 
 
 def _unless_blank(text: mmap.mmap, start: int, stop: int) -> Iterator[Span]:

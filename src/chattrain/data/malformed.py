@@ -71,4 +71,4 @@ def kind(reason: str) -> str:
     >>> kind("message 3 is from 'user' where 'assistant' must speak")
     "message N is from 'user' where 'assistant' must speak"
     """
-    return re.sub(r"\d+", "N", head(reason))
+    return re.sub(r"(?<![-\w])\d+", "N", head(reason))

@@ -1,7 +1,7 @@
 """Which validation documents are also trained on, exactly or nearly: a low validation loss then shows memory, not skill.
 
-Texts are compared in lower case, without punctuation, word by word. Two are near copies if half of their shingles (eight words in
-a row) are shared: Jaccard's measure. MinHash finds the candidates without comparing each document with each: under a random hash
+Texts are compared in lower case, without punctuation, word by word. Two are near copies if they share 70 % of the shingles (eight words
+in a row) that either has: Jaccard's measure. MinHash finds the candidates without comparing each document with each: under a random hash
 function two sets have the same smallest hash with a probability equal to their measure (Broder 1997,
 https://doi.org/10.1109/SEQUEN.1997.666900).
 """
@@ -18,12 +18,14 @@ import numpy as np
 from chattrain.data.cache import TokenizedSource
 
 WORDS = 8  # of a shingle
-NEAR = 0.5  # Jaccard's measure of near copies, at least
-BANDS = 8  # pairs of smallest hashes; a pair that two documents share makes a candidate: 90 % at a measure of 0.5, 99.8 % at 0.75
+NEAR = 0.7  # Jaccard's measure of near copies, at least
+BANDS = 8  # pairs of smallest hashes; one that two documents share makes a candidate, which 99.5 % of those at NEAR do
 CANDIDATES = 8  # training documents at most that a validation document is compared with
 BLOCK = 2048  # documents that are hashed at a time
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, i, 1 << 64) for i in range(WORDS)], np.uint64)
-_BETWEEN_WORDS = re.compile(r"(?:<[|｜][^|｜]*[|｜]>|[\W_])+")
+_SPECIAL = re.compile(r"<[|｜][^|｜]*[|｜]>")  # tokens of the chat format
+_BETWEEN_WORDS = re.compile(r"(?:[^\w+*/=<>^%]|_)+")  # what tells 2 + 2 from 2 * 2 is no punctuation
+_IN_ASCII = {i: " " for i in range(128) if _BETWEEN_WORDS.match(chr(i))}
 
 
 class Overlap(NamedTuple):
@@ -55,12 +57,14 @@ def overlap(train: list[TokenizedSource], val: list[TokenizedSource], decode: Ca
 
 
 def words_of(text: str) -> np.ndarray:
-    """(words,) int64: a hash of each word, without case and punctuation. It holds for this process only.
+    """(words,) int64: a hash of each word, without case, punctuation and special tokens. It holds for this process only.
 
     >>> np.array_equal(words_of("<|bos|>Well, WELL!"), words_of("well well"))
     True
     """
-    return np.fromiter(map(hash, _BETWEEN_WORDS.sub(" ", text.lower()).split()), np.int64)
+    text = _SPECIAL.sub(" ", text.lower())
+    words = (text.translate(_IN_ASCII) if text.isascii() else _BETWEEN_WORDS.sub(" ", text)).split()
+    return np.fromiter(map(hash, words), np.int64, len(words))
 
 
 def _documents(source: TokenizedSource, decode: Callable[[list[int]], str]) -> Iterator[np.ndarray]:

@@ -48,4 +48,5 @@ class Places:
     @classmethod
     def load(cls, folder: Path) -> Places:
         lines = folder / "lines.npy"
-        return cls(*json.loads((folder / "places.json").read_text()), np.load(lines, mmap_mode="r") if lines.is_file() else None)
+        files, starts = json.loads((folder / "places.json").read_text())
+        return cls(files, starts, np.load(lines, mmap_mode="r") if lines.is_file() else None)

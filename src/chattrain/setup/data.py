@@ -208,7 +208,7 @@ def report_data(data: RunData) -> None:
         if exact or near:
             log.warning(
                 "%s of %s validation documents are in the training data too: %s copies but for case and punctuation, %s near "
-                "copies (half of their runs of 8 words); val/loss is lower for it",
+                "copies (70 %% of their runs of 8 words); val/loss is lower for it",
                 f"{exact + near:,}",
                 f"{documents:,}",
                 f"{exact:,}",
