@@ -12,8 +12,9 @@ from chattrain.errors import UserError
 from tests.helpers import command_line
 
 NAMES = [
-    "ü", "a=b", "c[1]", "d{e}", "h#1", "it's", "my data", "p%20", "100%", "q(1)", "star*", "x,y", "~t", "$HOME", "trailing ", " lead",
-    'say "hi"', "a&b", "a;b", "東京", "${x}", "back\\", "!", "a:b", "[x]", "(1)", "'q'", "a|b", "-x", "+x", "@x", "null", "1e3",
+    "ü", "a=b", "c[1]", "d{e}", "h#1", "it's", "my data", "p%20", "100%", "q(1)", "star*", "x,y", "~t", "$HOME", "trailing ",
+    " lead", 'say "hi"', "a&b", "a;b", "東京", "${x}", "back\\", "!", "a:b", "[x]", "(1)", "'q'", "a|b", "-x", "+x", "@x",
+    "null", "1e3",
 ]  # fmt: skip
 
 

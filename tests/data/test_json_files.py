@@ -50,7 +50,9 @@ def usable(path: Path, content: bytes | str) -> tuple[list[dict], LeftOut]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL"])
-@pytest.mark.parametrize("content", [LINES, LINES + "\n", LINES.replace("\n", "\r\n"), "\n \n" + LINES.replace("\n", "\n\n") + "\n\n"])
+@pytest.mark.parametrize(
+    "content", [LINES, LINES + "\n", LINES.replace("\n", "\r\n"), "\n \n" + LINES.replace("\n", "\n\n") + "\n\n"]
+)
 @pytest.mark.parametrize("begin", [b"", BOM])
 def test_lines_may_have_a_byte_order_mark_carriage_returns_and_blanks_between(tmp_path, name, content, begin):
     assert read(tmp_path / name, begin + content.encode()) == ROWS
@@ -126,7 +128,7 @@ def test_a_bad_line_is_refused_by_file_and_line_or_left_out_and_counted(tmp_path
 
 
 def test_a_last_line_that_is_cut_is_said_to_be(tmp_path):
-    with pytest.raises(UserError, match="line 2: not JSON: .*was it cut"):
+    with pytest.raises(UserError, match=r"line 2: not JSON: .*was it cut"):
         read(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b')
 
 

@@ -14,6 +14,7 @@ from chattrain.config.words import Schema
 from chattrain.data.sources import open_records, with_schema
 from chattrain.errors import UserError
 
+LARGE = pa.large_list(pa.struct([("role", pa.string()), ("content", pa.large_string())]))
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 
 
@@ -74,8 +75,7 @@ def test_any_record_is_found_whatever_the_row_groups(tmp_path, cache, name):
         (talks(2), pa.table({"messages": [[{**m, "name": None} for m in TALK]] * 2})),
         (talks(2, a=1, b=2), talks(2, b=2, a=1)),
         (talks(2), pa.table({"messages": [{"role": ["user", "assistant"], "content": ["Hi", "Yo"]}] * 2})),
-        (pa.table({"messages": pa.array([TALK] * 2, pa.large_list(pa.struct([("role", pa.string()), ("content", pa.large_string())])))}),
-         talks(2)),
+        (pa.table({"messages": pa.array([TALK] * 2, LARGE)}), talks(2)),
     ],
     ids=["one more", "null type", "other type", "order of fields", "null padding", "order", "struct of lists", "large types"],
 )  # fmt: skip
@@ -124,7 +124,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12
 
 
 @pytest.mark.parametrize("end", [".parquet", ".arrow", ".jsonl"])
-@pytest.mark.parametrize("content, reason", [(LFS, "Git LFS"), (b"", "empty"), (None, "cannot be read")], ids=["lfs", "empty", "cut"])
+@pytest.mark.parametrize(
+    "content, reason", [(LFS, "Git LFS"), (b"", "empty"), (None, "cannot be read")], ids=["lfs", "empty", "cut"]
+)
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_broken_shard_is_named_with_its_reason(tmp_path, cache, end, content, reason, broken):
     for n in (0, 1):

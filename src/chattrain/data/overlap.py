@@ -1,8 +1,8 @@
 """Which validation documents are also trained on, exactly or nearly: a low validation loss then shows memory, not skill.
 
-Texts are compared in lower case, without punctuation, word by word. Two are near copies if they share 70 % of the shingles (eight words
-in a row) that either has: Jaccard's measure. MinHash finds the candidates without comparing each document with each: under a random hash
-function two sets have the same smallest hash with a probability equal to their measure (Broder 1997,
+Texts are compared in lower case, without punctuation, word by word. Two are near copies if they share 70 % of the shingles (eight
+words in a row) that either has: Jaccard's measure. MinHash finds the candidates without comparing each document with each: under
+a random hash function two sets have the same smallest hash with a probability equal to their measure (Broder 1997,
 https://doi.org/10.1109/SEQUEN.1997.666900).
 """
 
