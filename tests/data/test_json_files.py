@@ -173,12 +173,21 @@ def test_utf_16_is_refused_with_the_command_that_converts_it(tmp_path):
 
 
 def test_the_schema_is_told_by_the_first_record_that_can_be_read(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'broken\nnull\n{"instruction": "a", "output": "b"}\n{"text": "c"}\n')
+    (tmp_path / "a.jsonl").write_bytes(b'broken\nnull\n{"id": 1}\n{"instruction": "a", "output": "b"}\n{"text": "c"}\n')
     source = SourceConfig(str(tmp_path / "a.jsonl"), schema=Schema.auto)
     assert with_schema("mine", source, tmp_path / "cache").schema == Schema.alpaca
     (tmp_path / "a.jsonl").write_bytes(b"broken\n" * 5)
-    with pytest.raises(UserError, match="can be read as JSON"):
+    with pytest.raises(UserError, match=r"a.jsonl line 1: not JSON: .* no other"):
         with_schema("mine", source, tmp_path / "cache")
+    (tmp_path / "a.jsonl").write_text("\n \n")
+    with pytest.raises(UserError, match="is empty"):
+        with_schema("mine", source, tmp_path / "cache")
+
+
+def test_rows_inside_an_object_are_refused_with_the_command_that_takes_them_out(tmp_path):
+    (tmp_path / "a b.json").write_text(json.dumps({"version": 1, "data": ROWS}, indent=1))
+    with pytest.raises(UserError, match=r"jq -c '.data\[\]' '.*a b.json' > '.*a b.rows.jsonl'"):
+        with_schema("mine", SourceConfig(str(tmp_path / "a b.json"), schema=Schema.auto), tmp_path / "cache")
 
 
 def test_records_are_found_by_their_number_in_several_files(tmp_path):

@@ -128,6 +128,15 @@ def test_an_answer_is_an_index_a_letter_or_the_choice_itself(answer, index):
     assert multiple_choice.question(row)[3] == index
 
 
+def test_labelled_choices_are_answered_by_their_label_in_either_column():
+    choices = {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}
+    for column, answer in (("answerKey", "2"), ("answer", " 2 ")):
+        assert multiple_choice.question({"question": "?", "choices": choices, column: answer})[3] == 1
+    padded = {"question": "?", "choices": {**choices, "label": list("ABC")}, "answerKey": None, "answer": "c"}
+    assert multiple_choice.question(padded)[3] == 2
+    assert multiple_choice.question({"question": "?", "choices": ["a", "b"], "answerKey": "B", "answer": None})[3] == 1
+
+
 @pytest.mark.parametrize("answer", ["E", "", "4", -1, 1.5, True, float("inf"), None, ["B"], "seven"])
 def test_an_answer_that_names_no_choice_is_refused(answer):
     row = {"question": "2 + 2?", "choices": ["three", "four", "five", "six"], "answer": answer}

@@ -111,7 +111,8 @@ def test_the_answer_letter_is_the_very_token_that_stands_behind_its_choice(workp
         ({**MMLU, "choices": [str(i) for i in range(11)]}, "11 choices"),
         (arc("F", "ABC"), "does not fit schema multiple_choice"),
         ({**ARC, "choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 choices, 2 letters"),
-        ({**ARC, "choices": ["a", "b"]}, "does not fit schema multiple_choice"),
+        ({**ARC, "choices": "ab", "answerKey": "C"}, "does not fit schema multiple_choice"),
+        ({**ARC, "answerKey": 1}, "answer 1 is none of A, B, C"),
     ],
 )
 def test_a_question_that_does_not_fit_is_refused_with_what_is_wrong(row, reason):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,8 +47,7 @@ def is_local(name: str, source: SourceConfig) -> bool:
     path = local_path(source.path)
     if path.exists():
         return True
-    looks_like_path = path.suffix in (*KINDS, *COMPRESSED) or source.path.startswith(("/", ".", "~"))
-    if looks_like_path or source.path.count("/") > 1 or any(c in source.path for c in ' \\*?,=[](){}#$%&"'):
+    if path.suffix in (*KINDS, *COMPRESSED) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source.path, re.ASCII):
         raise UserError(f"data source {name}: no file or folder {source.path}; the path is looked up from {Path.cwd()}")
     return False
 

@@ -72,15 +72,20 @@ class JsonTable:
 
 
 def first_records(file: Path, count: int) -> list[dict]:
-    """The records among the first `count` that can be read, without reading the rest of the file."""
-    found = []
+    """Those of the first `count` records that can be read, without reading the rest of the file.
+
+    Raises Malformed with the place and reason of the very first where none can be read.
+    """
+    found, reason = [], None
     with file.open("rb") as stream:
-        for start, stop, _ in islice(spans(file), count):
+        for i, (start, stop, line) in enumerate(islice(spans(file), count)):
             stream.seek(start)
             try:
-                found.append(parse(stream.read(stop - start)))
-            except Malformed:
-                continue
+                found.append(parse(stream.read(stop - start), cut=stop == file.stat().st_size))
+            except Malformed as error:
+                reason = reason or f"{f'row {i}' if line is None else f'line {line}'}: {error}"
+    if reason and not found:
+        raise Malformed(reason)
     return found
 
 

@@ -5,6 +5,7 @@ A record is what a source holds, as a dict: a conversation, a question, a text. 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from chattrain.chat import Malformed
 from chattrain.config.data import SourceConfig
 from chattrain.config.words import Schema
 from chattrain.data import hub
@@ -37,7 +39,7 @@ def open_records(name: str, source: SourceConfig, cache_dir: Path) -> Records:
     source = with_schema(name, source, cache_dir)
     table, places = _open_table(name, source, cache_dir)
     if not len(table):
-        raise UserError(f"data source {name} ({source.path}) is empty; name one with rows")
+        raise _empty(name, source)
     indices = np.arange(len(table))
     if source.part is not None:  # before the limit, so that the limit does not change which records are held out
         held_out = np.arange(len(indices)) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
@@ -50,6 +52,10 @@ def open_records(name: str, source: SourceConfig, cache_dir: Path) -> Records:
     if source.limit is not None and source.limit < len(indices) and not source.path.startswith(GENERATE):
         indices = np.random.default_rng(LIMIT_SEED).permutation(indices)[: source.limit]
     return Records(table, indices, f"data source {name}", source.path, source.schema.name, places)
+
+
+def _empty(name: str, source: SourceConfig) -> UserError:
+    return UserError(f"data source {name} ({source.path}) is empty; name one with rows")
 
 
 def identity(name: str, source: SourceConfig, cache_dir: Path) -> list:
@@ -69,34 +75,46 @@ def with_schema(name: str, source: SourceConfig, cache_dir: Path) -> SourceConfi
     """The source with the schema that its columns tell, if it is to be told. Raises UserError where they tell none."""
     if source.schema != Schema.auto:
         return source
-    columns = first_columns(name, source, cache_dir)
-    told = told_by(columns)
+    rows = _first_rows(name, source, cache_dir)
+    told = next((told for row in rows if (told := told_by(row))), None)
     if told is None:
-        raise UserError(f"data source {name} ({source.path}): {no_schema(columns)}")
+        raise UserError(f"data source {name} ({source.path}): {_rows_within(rows[0], source) or no_schema(rows[0])}")
     return replace(source, schema=Schema[told])
 
 
-def first_columns(name: str, source: SourceConfig, cache_dir: Path) -> dict[str, Any]:
-    """The columns of a source with the values of its first record, without reading the others."""
+def _rows_within(row: dict, source: SourceConfig) -> str | None:
+    """The way out for a file whose only record holds the rows in a column."""
+    for column, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and told_by(value[0]):
+            file = Path(source.path)
+            command = f"jq -c '.{column}[]' {shlex.quote(str(file))} > {shlex.quote(str(file.with_suffix('.rows.jsonl')))}"
+            return f"its rows are inside the column {column}; `{command}` makes a file of them"
+    return None
+
+
+def _first_rows(name: str, source: SourceConfig, cache_dir: Path) -> list[dict[str, Any]]:
+    """The first records of a source, one at least, without reading the others; of a table the first one, with all its columns."""
     if source.path.startswith(GENERATE):
-        return _generate(replace(source, limit=1))[0]
+        return _generate(replace(source, limit=1))
     if not is_local(name, source):
-        return _first_of(hub.load(name, source, cache_dir))
+        return [_first_of(hub.load(name, source, cache_dir))]
     if is_saved_dataset(local_path(source.path)):
-        return _first_of(hub.load_saved(local_path(source.path)))
-    first = files_of(name, source)[0]
-    check_whole(name, first)
-    if kind_of(first) != "json":
+        return [_first_of(hub.load_saved(local_path(source.path)))]
+    file = files_of(name, source)[0]
+    check_whole(name, file)
+    if kind_of(file) != "json":
         from chattrain.data import tables
 
-        return tables.first_record(name, first)
-    records = first_records(_of_lines(name, first, cache_dir), FIRST)
-    if not records:
+        return [tables.first_record(name, file)]
+    try:
+        rows = first_records(_of_lines(name, file, cache_dir), FIRST)
+    except Malformed as error:
         raise UserError(
-            f"data source {name} ({source.path}): none of its first rows can be read as JSON, so its columns tell no schema; "
-            "check the file"
-        )
-    return records[0]
+            f"data source {name}, {file} {error}; no other of the first {FIRST} rows can be read: check it"
+        ) from error
+    if not rows:
+        raise _empty(name, source)
+    return rows
 
 
 def _first_of(dataset: Dataset) -> dict[str, Any]:

@@ -19,13 +19,16 @@ def question(record: dict) -> tuple[str, list[str], list[str], int]:
     """
     if isinstance(record.get(WRAPPER), dict):
         record = record[WRAPPER]
-    if record.get("answerKey") is not None:
+    given = record["answer"] if record.get("answerKey") is None else record["answerKey"]
+    if isinstance(record["choices"], dict):
         choices, letters = list(record["choices"]["text"]), list(record["choices"]["label"])
-        answer = letters.index(record["answerKey"])
+        if not isinstance(given, str) or given.strip().upper() not in letters:
+            raise ValueError(f"answer {given!r} is none of {', '.join(map(str, letters))}")
+        answer = letters.index(given.strip().upper())
     else:
         choices = list(record["choices"])
         letters = list(LETTERS[: len(choices)])
-        answer = _index(record["answer"], choices, letters)
+        answer = _index(given, choices, letters)
     if not 2 <= len(choices) <= len(LETTERS) or not 0 <= answer < len(choices) or len(letters) != len(choices):
         raise ValueError(f"{len(choices)} choices, {len(letters)} letters and answer {answer} do not fit")
     if not all(isinstance(text, str) for text in [record["question"], *choices]):
