@@ -78,13 +78,13 @@ def with_schema(name: str, source: SourceConfig, cache_dir: Path) -> SourceConfi
     rows = _first_rows(name, source, cache_dir)
     told = next((told for row in rows if (told := told_by(row))), None)
     if told is None:
-        raise UserError(f"data source {name} ({source.path}): {_rows_within(rows[0], source) or no_schema(rows[0])}")
+        raise UserError(f"data source {name} ({source.path}): {_rows_within(rows, source) or no_schema(rows[0])}")
     return replace(source, schema=Schema[told])
 
 
-def _rows_within(row: dict, source: SourceConfig) -> str | None:
-    """The way out for a file whose only record holds the rows in a column."""
-    for column, value in row.items():
+def _rows_within(rows: list[dict], source: SourceConfig) -> str | None:
+    """The way out for a file whose only record holds the rows in a column; None: it is another file."""
+    for column, value in rows[0].items() if len(rows) == 1 else []:
         if isinstance(value, list) and value and isinstance(value[0], dict) and told_by(value[0]):
             file = Path(source.path)
             command = f"jq -c '.{column}[]' {shlex.quote(str(file))} > {shlex.quote(str(file.with_suffix('.rows.jsonl')))}"
