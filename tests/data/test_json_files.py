@@ -201,5 +201,5 @@ def test_records_are_found_by_their_number_in_several_files(tmp_path):
 
 
 def test_a_reason_stands_in_the_exception_of_the_table(tmp_path):
-    with pytest.raises(Malformed, match="not UTF-8: byte 0xfc at byte 11"):
+    with pytest.raises(Malformed, match=r"not UTF-8: 0xfc .byte 11"):
         opened(tmp_path / "a.jsonl", b'{"text": "\xfc"}\n').table[0]

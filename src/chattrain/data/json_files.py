@@ -98,10 +98,10 @@ def parse(raw: bytes, cut: bool = False) -> dict:
     try:
         record = json.loads(raw.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
-        raise Malformed(f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}") from None
+        raise Malformed(f"not UTF-8: 0x{raw[error.start]:02x} (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
         ended = "; the file ends here: was it cut?" if cut else ""
-        raise Malformed(f"not JSON: {error.msg} at character {error.pos + 1}{ended}") from None
+        raise Malformed(f"not JSON: {error.msg} (character {error.pos + 1}){ended}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested too deep
         raise Malformed(f"not JSON: {error}") from None
     if isinstance(record, list):

@@ -23,7 +23,7 @@ def with_lists(record: dict) -> dict:
 
 def _as_list(value: dict) -> Any:
     columns = list(value.values())
-    if not columns or not all(isinstance(column, list) for column in columns) or len({len(column) for column in columns}) > 1:
+    if not {"role", "from"} & value.keys() or not all(isinstance(c, list) for c in columns) or len({len(c) for c in columns}) > 1:
         return value
     return [dict(zip(value, fields, strict=True)) for fields in zip(*columns, strict=True)]
 

@@ -74,7 +74,7 @@ def way_out(row: Mapping[str, Any], schema: str) -> str:
     if told is None:
         return no_schema(row)
     if told == schema:
-        return f"its columns are those of schema {schema}: mend the rows"
+        return f"none of the rows that were tried fits: mend the rows, whose columns are those of schema {schema}"
     return f"its columns are those of data.schema={told}"
 
 
