@@ -12,7 +12,7 @@ import pytest
 from chattrain.chat import Malformed
 from chattrain.config.data import SourceConfig
 from chattrain.config.words import Schema
-from chattrain.data.malformed import LeftOut
+from chattrain.data.malformed import MalformedRows
 from chattrain.data.sources import open_records, with_schema
 from chattrain.errors import UserError
 
@@ -44,9 +44,9 @@ def read(path: Path, content: bytes | str) -> list[dict]:
     return [row for _, row in opened(path, content).read(0, 99)]
 
 
-def usable(path: Path, content: bytes | str) -> tuple[list[dict], LeftOut]:
-    left_out = LeftOut()
-    return [row for _, row in opened(path, content).convert(lambda row: row, left_out=left_out)], left_out
+def usable(path: Path, content: bytes | str) -> tuple[list[dict], MalformedRows]:
+    malformed = MalformedRows()
+    return [row for _, row in opened(path, content).convert(lambda row: row, malformed=malformed)], malformed
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL"])
@@ -122,9 +122,9 @@ def test_a_bad_line_is_refused_by_file_and_line_or_left_out_and_counted(tmp_path
         read(tmp_path / "a.jsonl", content)
     for part in (f"{tmp_path / 'a.jsonl'} line 3: {BAD[line]}", "data.on_malformed=skip"):
         assert part in str(refused.value)
-    rows, left_out = usable(tmp_path / "a.jsonl", content)
+    rows, malformed = usable(tmp_path / "a.jsonl", content)
     assert rows == [{"text": "a"}, {"text": "c"}]
-    assert left_out.by_reason() == {BAD[line]: 1} and "line 3" in str(left_out)
+    assert malformed.by_reason() == {BAD[line]: 1} and "line 3" in str(malformed)
 
 
 def test_a_last_line_that_is_cut_is_said_to_be(tmp_path):
@@ -148,23 +148,23 @@ def test_a_bad_element_of_an_array_hides_no_other(tmp_path, element, reason):
     content = f'[\n{{"text": "a"}},\n{element}\n,\n{{"text": "c"}}\n]'
     with pytest.raises(UserError, match=r"a\.json row 1 \(counted from 0\): " + reason):
         read(tmp_path / "a.json", content)
-    rows, left_out = usable(tmp_path / "a.json", content)
-    assert rows == [{"text": "a"}, {"text": "c"}] and left_out.count == 1
+    rows, malformed = usable(tmp_path / "a.json", content)
+    assert rows == [{"text": "a"}, {"text": "c"}] and malformed.count == 1
 
 
 @pytest.mark.parametrize("end", ["", ",", ", {", ', {"text": "b', ', {"text": "b"'])
 def test_an_array_that_is_cut_keeps_what_is_whole_and_counts_the_rest(tmp_path, end):
     content = '[{"text": "a"}, {"text": "a2"}' + end
-    rows, left_out = usable(tmp_path / "a.json", content)
-    assert rows == [{"text": "a"}, {"text": "a2"}] and left_out.count == 1
+    rows, malformed = usable(tmp_path / "a.json", content)
+    assert rows == [{"text": "a"}, {"text": "a2"}] and malformed.count == 1
     with pytest.raises(UserError, match="not JSON"):
         read(tmp_path / "a.json", content)
     assert [row for _, row in opened(tmp_path / "a.json", content).read(0, 2)] == rows
 
 
 def test_what_follows_an_array_is_no_part_of_it(tmp_path):
-    rows, left_out = usable(tmp_path / "a.json", '[{"text": "a"},\n{"text": "b"}]\nnonsense')
-    assert len(rows) == 2 and left_out.count == 1
+    rows, malformed = usable(tmp_path / "a.json", '[{"text": "a"},\n{"text": "b"}]\nnonsense')
+    assert len(rows) == 2 and malformed.count == 1
 
 
 def test_utf_16_is_refused_with_the_command_that_converts_it(tmp_path):

@@ -11,7 +11,7 @@ from chattrain.config.compose import compose
 from chattrain.config.data import SourceConfig
 from chattrain.config.words import Schema
 from chattrain.data.cache import load_or_tokenize
-from chattrain.data.malformed import LeftOut
+from chattrain.data.malformed import MalformedRows
 from chattrain.data.sources import open_records
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import questions
@@ -61,10 +61,10 @@ def test_every_kind_is_refused_with_file_line_and_way_out_or_left_out(tmp_path, 
     for part in ("data source mine", f"{tmp_path / 'a.jsonl'} line 2: ", "data.on_malformed=skip"):
         assert part in str(refused.value)
     documents = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
-    assert len(documents) == 2 and documents.skipped == documents.left_out.count == 1
-    assert "line 2" in str(documents.left_out)
+    assert len(documents) == 2 and documents.skipped == documents.malformed.count == 1
+    assert "line 2" in str(documents.malformed)
     again = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
-    assert again.left_out == documents.left_out
+    assert again.malformed == documents.malformed
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -90,20 +90,20 @@ def test_every_kind_is_met_where_questions_are_read(tmp_path, tokenizer, bad):
     records = open_records("quiz", source, tmp_path / "cache")
     with pytest.raises(UserError, match=r"question set quiz, .*q.jsonl line 2: .*on_malformed=skip"):
         questions("quiz", records, tokenizer)
-    left_out = LeftOut()
-    assert [q.index for q in questions("quiz", records, tokenizer, left_out)] == [0, 2]
-    assert left_out.count == 1
+    malformed = MalformedRows()
+    assert [q.index for q in questions("quiz", records, tokenizer, malformed)] == [0, 2]
+    assert malformed.count == 1
     bad_only = open_records("quiz", SourceConfig(str(put(tmp_path / "b.jsonl", bad).path), Schema.multiple_choice), tmp_path)
     with pytest.raises(UserError, match="no usable row"):
-        questions("quiz", bad_only, tokenizer, LeftOut())
+        questions("quiz", bad_only, tokenizer, MalformedRows())
 
 
 def test_reasons_are_counted_with_the_first_place_of_each(tmp_path, tokenizer):
     rows = [talk("one"), b"{", talk("\ud83d"), b"{{", talk(5), BAD["a wrong order"], talk("\ud83d")]
     documents = load_or_tokenize("mine", put(tmp_path / "a.jsonl", *rows), tokenizer, tmp_path / "cache", skip_malformed=True)
-    counts = documents.left_out.by_reason()
+    counts = documents.malformed.by_reason()
     assert counts["not JSON"] == 2 and sum(counts.values()) == 6
-    assert "2 not JSON (first: line 2)" in str(documents.left_out)
+    assert "2 not JSON (first: line 2)" in str(documents.malformed)
     assert any("surrogate" in reason and count == 2 for reason, count in counts.items())
 
 
@@ -133,7 +133,7 @@ def test_rows_of_a_parquet_file_are_counted_from_0(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"a.parquet row 1 \(counted from 0\): message 0"):
         load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
     documents = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
-    assert documents.skipped == 2 and "row 1" in str(documents.left_out)
+    assert documents.skipped == 2 and "row 1" in str(documents.malformed)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import numpy as np
 
 from chattrain.chat import chat_format
 from chattrain.config.data import SourceConfig
-from chattrain.data.malformed import LeftOut
+from chattrain.data.malformed import MalformedRows
 from chattrain.data.places import Places
 from chattrain.data.records import Records
 from chattrain.data.sources import identity, open_records, with_schema
@@ -56,7 +56,7 @@ class TokenizedSource:
     record_indices: np.ndarray  # (documents,) int64, index of each document's record in the source, for messages
     skipped: int  # malformed records left out
     content_hash: str  # of tokens, loss_mask and offsets
-    left_out: LeftOut = field(default_factory=LeftOut)  # what was skipped, by reason
+    malformed: MalformedRows = field(default_factory=MalformedRows)  # what was skipped, by reason
     places: Places = field(default_factory=Places)  # of all records of the source, for messages
 
     def __len__(self) -> int:
@@ -120,15 +120,15 @@ def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, s
 def _open(name: str, folder: Path) -> TokenizedSource:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {field: np.load(folder / f"{file}.npy", mmap_mode="r") for field, file in ARRAYS.items()}
-    left_out, places = LeftOut(meta["left_out"]), Places.load(folder)
+    malformed, places = MalformedRows(meta["malformed"]), Places.load(folder)
     return TokenizedSource(
-        name=name, skipped=left_out.count, content_hash=meta["content_hash"], left_out=left_out, places=places, **arrays
+        name=name, skipped=malformed.count, content_hash=meta["content_hash"], malformed=malformed, places=places, **arrays
     )
 
 
 def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
     """Write a cache folder. Tokens and masks go to disk chunk by chunk, so that memory does not grow with the source."""
-    left_out, content_hash = LeftOut(), hashlib.sha256()
+    malformed, content_hash = MalformedRows(), hashlib.sha256()
     lengths, num_supervised, record_indices = [0], [], []
     with (folder / "tokens.raw").open("wb") as tokens, (folder / "loss_mask.raw").open("wb") as masks:
         for chunk in chunks:
@@ -138,9 +138,9 @@ def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dt
             lengths += chunk.lengths
             num_supervised += chunk.num_supervised
             record_indices += chunk.record_indices
-            left_out.merge(chunk.left_out)
+            malformed.merge(chunk.malformed)
     if not record_indices:
-        raise records.nothing_usable(left_out)
+        raise records.nothing_usable(malformed)
     records.places.save(folder)
     offsets = np.cumsum(lengths, dtype=np.int64)
     content_hash.update(offsets.tobytes())
@@ -150,7 +150,7 @@ def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dt
     np.save(folder / f"{ARRAYS['num_supervised']}.npy", np.array(num_supervised, dtype=np.int64))
     np.save(folder / f"{ARRAYS['record_indices']}.npy", np.array(record_indices, dtype=np.int64))
     meta = {
-        "left_out": left_out.reasons,
+        "malformed": malformed.reasons,
         "content_hash": content_hash.hexdigest()[:24],
         "source": records.path,
         "documents": len(record_indices),
@@ -181,7 +181,7 @@ class Chunk:
     lengths: list[int]  # tokens of each document
     num_supervised: list[int]  # supervised tokens of each document
     record_indices: list[int]
-    left_out: LeftOut
+    malformed: MalformedRows
 
 
 def render_all(
@@ -239,13 +239,13 @@ def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool]) -> C
 
 
 def _render(source: SourceConfig, records: Records, start: int, tokenizer: AnyTokenizer, skip_malformed: bool) -> Chunk:
-    form, left_out = chat_format(tokenizer), LeftOut()
+    form, malformed = chat_format(tokenizer), MalformedRows()
     documents, record_indices = [], []
     for i, segments in records.convert(
         lambda record: record_to_segments(record, source.schema.name, form),
         start,
         start + CHUNK_RECORDS,
-        left_out if skip_malformed else None,
+        malformed if skip_malformed else None,
     ):
         documents.append(segments)
         record_indices.append(i)
@@ -257,5 +257,5 @@ def _render(source: SourceConfig, records: Records, start: int, tokenizer: AnyTo
         lengths=[len(r.ids) for r in rendered],
         num_supervised=[sum(r.loss_mask) for r in rendered],
         record_indices=record_indices,
-        left_out=left_out,
+        malformed=malformed,
     )

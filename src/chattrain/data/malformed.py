@@ -10,14 +10,14 @@ WIDTH = 120  # characters of a reason that are shown
 
 
 @dataclass
-class LeftOut:
+class MalformedRows:
     """Records that were left out, by reason.
 
-    >>> left_out = LeftOut()
-    >>> left_out.add("line 4", "not JSON: Expecting value (column 1)")
-    >>> left_out.add("line 9", "not JSON: Extra data (column 7)")
-    >>> left_out.add("line 12", "message 0 is from 'assistant' where 'user' must speak")
-    >>> left_out.count, str(left_out)
+    >>> malformed = MalformedRows()
+    >>> malformed.add("line 4", "not JSON: Expecting value (column 1)")
+    >>> malformed.add("line 9", "not JSON: Extra data (column 7)")
+    >>> malformed.add("line 12", "message 0 is from 'assistant' where 'user' must speak")
+    >>> malformed.count, str(malformed)
     (3, "2 not JSON (first: line 4), 1 message 0 is from 'assistant' where 'user' must speak (line 12)")
     """
 
@@ -31,7 +31,7 @@ class LeftOut:
         group = self.reasons.setdefault(kind(reason), [0, place, reason])
         group[0] += count
 
-    def merge(self, other: LeftOut) -> None:
+    def merge(self, other: MalformedRows) -> None:
         for count, place, reason in other.reasons.values():
             self.add(place, reason, count)
 

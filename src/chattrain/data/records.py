@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from chattrain.chat import Malformed
-from chattrain.data.malformed import LeftOut
+from chattrain.data.malformed import MalformedRows
 from chattrain.data.places import Places
 from chattrain.errors import UserError
 from chattrain.tasks.schemas import way_out
@@ -53,36 +53,36 @@ class Records:
         return self.convert(lambda record: record, start, stop)
 
     def convert(
-        self, convert: Callable[[dict], T], start: int = 0, stop: int | None = None, left_out: LeftOut | None = None
+        self, convert: Callable[[dict], T], start: int = 0, stop: int | None = None, malformed: MalformedRows | None = None
     ) -> Iterator[tuple[int, T]]:
         """Selected records start to stop, each as (index in the table, what `convert` makes of it).
 
-        One that cannot be read, or for which `convert` raises Malformed, is added to `left_out`; None: raises UserError with its
+        One that cannot be read, or for which `convert` raises Malformed, is added to `malformed`; None: raises UserError with its
         place, the reason and the way out.
         """
         for i in self.indices[start:stop].tolist():
             try:
                 converted = convert(self.table[i])
             except Malformed as error:
-                if left_out is None:
+                if malformed is None:
                     raise self._refusal(i, error, convert) from None
-                left_out.add(self.places.short(i), str(error))
+                malformed.add(self.places.short(i), str(error))
             else:
                 yield i, converted
 
     def _refusal(self, i: int, error: Malformed, convert: Callable[[dict], Any]) -> UserError:
         """The message for a malformed record. It offers to leave such rows out only where others are left."""
         advice = "mend the row, or leave such rows out with data.on_malformed=skip"
-        if next(self.convert(convert, 0, SAMPLE, LeftOut()), None) is None:
+        if next(self.convert(convert, 0, SAMPLE, MalformedRows()), None) is None:
             advice = self._way_out()
         return UserError(f"{self.called}, {self.places.full(i)}: {error}; {advice}")
 
-    def nothing_usable(self, left_out: LeftOut) -> UserError:
+    def nothing_usable(self, malformed: MalformedRows) -> UserError:
         """The message where every record is malformed."""
-        reasons = left_out.first()
+        reasons = malformed.first()
         return UserError(f"{self.called} ({self.path}) has no usable row: {reasons}; {self._way_out()}")
 
     def _way_out(self) -> str:
         """What to do where no record can be used."""
-        _, first = next(self.convert(lambda record: record, 0, SAMPLE, LeftOut()), (0, None))
+        _, first = next(self.convert(lambda record: record, 0, SAMPLE, MalformedRows()), (0, None))
         return "none of the first rows can be read: check the file" if first is None else way_out(first, self.schema)

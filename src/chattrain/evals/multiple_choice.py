@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from chattrain.chat import render_choices
-from chattrain.data.malformed import LeftOut
+from chattrain.data.malformed import MalformedRows
 from chattrain.data.packing import pad_rows
 from chattrain.data.records import Records
 from chattrain.model.causal_lm import CausalLM
@@ -34,10 +34,10 @@ class Question(NamedTuple):
     key: str = ""  # hash of the question and its choices: the same for any tokenizer and in any set
 
 
-def questions(name: str, records: Records, tokenizer: AnyTokenizer, left_out: LeftOut | None = None) -> list[Question]:
+def questions(name: str, records: Records, tokenizer: AnyTokenizer, malformed: MalformedRows | None = None) -> list[Question]:
     """The records of a question set as questions.
 
-    Records that are no question are added to `left_out`; None: the first one is refused by a UserError that names it.
+    Records that are no question are added to `malformed`; None: the first one is refused by a UserError that names it.
     """
 
     def ask(record: dict) -> tuple[list[int], list[int], int, str]:
@@ -46,9 +46,9 @@ def questions(name: str, records: Records, tokenizer: AnyTokenizer, left_out: Le
         return *render_choices(document, letters, tokenizer), answer, _key(text, choices, answer)
 
     records = Records(records.table, records.indices, f"question set {name}", records.path, "multiple_choice", records.places)
-    asked = [Question(ids, tokens, answer, i, key) for i, (ids, tokens, answer, key) in records.convert(ask, left_out=left_out)]
-    if not asked and left_out is not None:
-        raise records.nothing_usable(left_out)
+    asked = [Question(ids, tokens, answer, i, key) for i, (ids, tokens, answer, key) in records.convert(ask, malformed=malformed)]
+    if not asked and malformed is not None:
+        raise records.nothing_usable(malformed)
     return asked
 
 

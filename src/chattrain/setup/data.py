@@ -22,7 +22,7 @@ from chattrain.config.train import TrainConfig
 from chattrain.config.words import OnMalformed, Part, Schema
 from chattrain.data.cache import default_cache_dir, load_or_tokenize
 from chattrain.data.collators import Collator
-from chattrain.data.malformed import LeftOut
+from chattrain.data.malformed import MalformedRows
 from chattrain.data.mixture import Mixture
 from chattrain.data.overlap import Overlap, overlap
 from chattrain.data.passes import PassLimits
@@ -123,12 +123,12 @@ def _open_mixture(
         if source.schema != given.schema:
             notes.append((logging.INFO, f"data source {name}: its columns are those of data.schema={source.schema.name}"))
         if tokenized[-1].skipped:
-            notes.append((logging.WARNING, _left_out(name, len(tokenized[-1]), tokenized[-1].left_out)))
+            notes.append((logging.WARNING, _malformed(name, len(tokenized[-1]), tokenized[-1].malformed)))
     return Mixture(tokenized, settled, seed, folder=cache / "rows")
 
 
-def _left_out(name: str, used: int, left_out: LeftOut) -> str:
-    return f"data source {name}: {left_out.count:,} of {used + left_out.count:,} rows left out: {left_out}"
+def _malformed(name: str, used: int, malformed: MalformedRows) -> str:
+    return f"data source {name}: {malformed.count:,} of {used + malformed.count:,} rows left out: {malformed}"
 
 
 def _overlap(train: Mixture, val: Mixture, tokenizer: AnyTokenizer) -> Overlap:
@@ -170,10 +170,10 @@ def _question_sets(
             sources[name] = replace(source, limit=config.max_problems)
     asked = {}
     for name, source in sources.items():
-        left_out = LeftOut() if data.on_malformed == OnMalformed.skip else None
-        asked[name] = questions(name, open_records(name, source, cache_dir(data)), tokenizer, left_out)
-        if left_out and left_out.count:
-            notes.append((logging.WARNING, _left_out(name, len(asked[name]), left_out)))
+        malformed = MalformedRows() if data.on_malformed == OnMalformed.skip else None
+        asked[name] = questions(name, open_records(name, source, cache_dir(data)), tokenizer, malformed)
+        if malformed and malformed.count:
+            notes.append((logging.WARNING, _malformed(name, len(asked[name]), malformed)))
     return asked
 
 

@@ -46,7 +46,7 @@ def summarize(
         "compile": setup.compilation.on,
         "mlflow_run_id": tracker.mlflow_run_id,
         "finished_at": time.time(),
-        "data": asdict(data.train.counts) | {"malformed": {c.name: c.left_out.by_reason() for c in sources if c.skipped}},
+        "data": asdict(data.train.counts) | {"malformed": {c.name: c.malformed.by_reason() for c in sources if c.skipped}},
         "learning_rates": data.learning_rates,  # real ones, at their peak, by parameter group
         "validation": data.measured.facts if data.measured else None,
         **({"changes": "; ".join(changes)} if changes else {}),  # of settings while it ran: its numbers are of a mixture

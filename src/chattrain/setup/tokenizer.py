@@ -11,7 +11,7 @@ from pathlib import Path
 from chattrain.config import Config
 from chattrain.config.data import DataConfig
 from chattrain.config.words import OnMalformed, Schema
-from chattrain.data.malformed import LeftOut
+from chattrain.data.malformed import MalformedRows
 from chattrain.data.records import Records
 from chattrain.data.sources import identity, open_records
 from chattrain.errors import UserError
@@ -79,7 +79,7 @@ def _texts(opened: list[Records], max_chars: int, skip_malformed: bool) -> Itera
     for records in opened:
         left = max_chars // len(opened)
         for _, texts in records.convert(
-            lambda record, schema=records.schema: _texts_of(record, schema), left_out=LeftOut() if skip_malformed else None
+            lambda record, schema=records.schema: _texts_of(record, schema), malformed=MalformedRows() if skip_malformed else None
         ):
             yield from texts
             left -= sum(len(text) for text in texts)
