@@ -60,6 +60,12 @@ def test_near_copies_are_those_that_share_most_of_their_runs_of_words(counted):
     assert (documents, exact) == (30, 0) and close == len(near)
 
 
+def test_of_long_documents_both_ends_are_compared(counted):
+    beginning, end = text(1, 500), text(2, 500)
+    train = [f"{beginning} {text(3, 500)} {end}", *(text(i) for i in range(10, 20))]
+    assert counted(train, [train[0].upper(), f"{beginning} {text(4, 500)} {text(5, 500)}", f"{text(6, 500)} {end}"]) == (3, 1, 0)
+
+
 def test_copies_are_counted_once_each_over_several_training_sources(tmp_path, tokenizer):
     sources = []
     for n in range(2):

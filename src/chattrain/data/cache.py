@@ -31,7 +31,7 @@ from chattrain.storage.files import make_folder
 from chattrain.tasks import record_to_segments
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Field of TokenizedSource -> name of its .npy file.
 ARRAYS = {
     "tokens": "tokens",

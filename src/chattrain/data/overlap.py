@@ -9,6 +9,7 @@ https://doi.org/10.1109/SEQUEN.1997.666900).
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -17,10 +18,13 @@ import numpy as np
 
 from chattrain.data.cache import TokenizedSource
 
+VERSION = 1  # part of the cache's key; raised when the counts change
 WORDS = 8  # of a shingle
 NEAR = 0.7  # Jaccard's measure of near copies, at least
 BANDS = 8  # pairs of smallest hashes; one that two documents share makes a candidate, which 99.5 % of those at NEAR do
 CANDIDATES = 8  # training documents at most that a validation document is compared with
+EDGE = 64  # words at either end of a longer document that are compared, which bounds the time for a document
+EDGE_CHARS, EDGE_TOKENS = 800, 512  # that hold these words
 BLOCK = 2048  # documents that are hashed at a time
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, i, 1 << 64) for i in range(WORDS)], np.uint64)
 _SPECIAL = re.compile(r"<[|｜][^|｜]*[|｜]>")  # tokens of the chat format
@@ -38,13 +42,18 @@ class Overlap(NamedTuple):
 
 def overlap(train: list[TokenizedSource], val: list[TokenizedSource], decode: Callable[[list[int]], str]) -> Overlap:
     """Compare the validation documents with all training documents. Time is linear in both; memory holds the former."""
+    from rich.console import Console
+    from rich.progress import track
+
     held = [document for source in val for document in _documents(source, decode)]
     by_key: dict[int, list[int]] = {}  # hash of a whole text, or of a band -> indices in `held`
     for i, (_, keys) in enumerate(_with_keys(held)):
         for key in keys:
             by_key.setdefault(key, []).append(i)
     exact, near, compared = set(), set(), np.zeros(len(held), dtype=int)
-    for source in train:
+    for source in track(
+        train, "comparing validation and training", disable=not sys.stderr.isatty(), transient=True, console=Console(stderr=True)
+    ):
         for document, keys in _with_keys(_documents(source, decode)):
             found = {i for key in keys for i in by_key.get(key, ())}
             exact.update(i for i in found if np.array_equal(document, held[i]))
@@ -71,8 +80,12 @@ def _documents(source: TokenizedSource, decode: Callable[[list[int]], str]) -> I
     for i in range(len(source)):
         if i % BLOCK == 0:
             source.release()
-        tokens = source.tokens[source.offsets[i] : source.offsets[i + 1]]
-        yield words_of(decode(tokens.tolist()))
+        tokens = source.tokens[source.offsets[i] : source.offsets[i + 1]].tolist()
+        if len(tokens) > 2 * EDGE_TOKENS:
+            tokens = tokens[:EDGE_TOKENS] + tokens[-EDGE_TOKENS:]
+        text = decode(tokens)
+        words = words_of(text if len(text) <= 2 * EDGE_CHARS else f"{text[:EDGE_CHARS]} {text[-EDGE_CHARS:]}")
+        yield words if len(words) <= 2 * EDGE else np.concatenate([words[:EDGE], words[-EDGE:]])
 
 
 def _with_keys(documents: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, list[int]]]:

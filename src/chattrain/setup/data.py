@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from chattrain.config import Config
 from chattrain.config.collator import CollatorConfig
 from chattrain.config.compose import key_of
@@ -24,6 +22,7 @@ from chattrain.data.cache import default_cache_dir, load_or_tokenize
 from chattrain.data.collators import Collator
 from chattrain.data.malformed import MalformedRows
 from chattrain.data.mixture import Mixture
+from chattrain.data.overlap import VERSION as OVERLAP_VERSION
 from chattrain.data.overlap import Overlap, overlap
 from chattrain.data.passes import PassLimits
 from chattrain.data.sources import open_records, with_schema
@@ -31,6 +30,7 @@ from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
 from chattrain.evals.validation import Measured
 from chattrain.setup.job import current_job
+from chattrain.storage.files import make_folder
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
 log = logging.getLogger("chattrain")
@@ -77,7 +77,7 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     evals = _eval_data(cfg, tokenizer, notes)
     fingerprint = _fingerprint(mixture, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step)
     shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers")}
-    copies = _overlap(mixture, evals.validation.mixture, tokenizer) if evals.validation else None
+    copies = _overlap(mixture, evals.validation.mixture, tokenizer, cache_dir(cfg.data)) if evals.validation else None
     return RunData(
         **shared, train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint, overlap=copies
     )
@@ -131,14 +131,14 @@ def _malformed(name: str, used: int, malformed: MalformedRows) -> str:
     return f"data source {name}: {malformed.count:,} of {used + malformed.count:,} rows left out: {malformed}"
 
 
-def _overlap(train: Mixture, val: Mixture, tokenizer: AnyTokenizer) -> Overlap:
+def _overlap(train: Mixture, val: Mixture, tokenizer: AnyTokenizer, cache: Path) -> Overlap:
     """How much of the validation data is in the training data, from the cache where it was counted before."""
-    key = ["overlap", *(source.content_hash for source in val.caches)]
-
-    def count() -> dict[str, np.ndarray]:
-        return {"overlap": np.array(overlap(train.caches, val.caches, tokenizer.decode))}
-
-    return Overlap(*train.load_or_compute(key, count)["overlap"].tolist())
+    inputs = [OVERLAP_VERSION, *([source.content_hash for source in mixture.caches] for mixture in (train, val))]
+    folder = cache / "overlap" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
+    if not folder.is_dir():
+        counts = json.dumps(overlap(train.caches, val.caches, tokenizer.decode))
+        make_folder(folder, lambda scratch: (scratch / "overlap.json").write_text(counts))
+    return Overlap(*json.loads((folder / "overlap.json").read_text()))
 
 
 def _question_sets(
