@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,8 +21,8 @@ from chattrain.data.cache import TokenizedSource
 VERSION = 1  # part of the cache's key; raised when the counts change
 WORDS = 8  # of a shingle
 NEAR = 0.7  # Jaccard's measure of near copies, at least
-BANDS = 8  # pairs of smallest hashes; one that two documents share makes a candidate, which 99.5 % of those at NEAR do
-CANDIDATES = 8  # training documents at most that a validation document is compared with
+BANDS, ROWS = 10, 3  # smallest hashes: two documents that share a whole band are compared, which 98 % of those at NEAR do
+COMPARED = 256  # training documents at most that a validation document is compared with
 EDGE = 64  # words at either end of a longer document that are compared, which bounds the time for a document
 EDGE_CHARS, EDGE_TOKENS = 800, 512  # that hold these words
 BLOCK = 2048  # documents that are hashed at a time
@@ -40,29 +40,47 @@ class Overlap(NamedTuple):
     near: int  # besides the exact ones
 
 
+class Sketch(NamedTuple):
+    """What is compared of a document."""
+
+    text: int  # hash of all its words
+    shingles: np.ndarray  # (shingles,) uint64, sorted
+    signature: np.ndarray  # (BANDS * ROWS,) uint64, the smallest hash of its shingles under each of so many hash functions
+    bands: set[int]  # hash of each band of the signature
+
+    def is_near(self, other: Sketch) -> bool:
+        """The signatures, which agree in about as many places as the measure says, save most of the exact comparisons."""
+        if (self.signature == other.signature).mean() < NEAR - 0.3:
+            return False
+        shared = len(np.intersect1d(self.shingles, other.shingles, assume_unique=True))
+        return shared >= NEAR * (len(self.shingles) + len(other.shingles) - shared)
+
+
 def overlap(train: list[TokenizedSource], val: list[TokenizedSource], decode: Callable[[list[int]], str]) -> Overlap:
     """Compare the validation documents with all training documents. Time is linear in both; memory holds the former."""
     from rich.console import Console
     from rich.progress import track
 
-    held = [document for source in val for document in _documents(source, decode)]
-    by_key: dict[int, list[int]] = {}  # hash of a whole text, or of a band -> indices in `held`
-    for i, (_, keys) in enumerate(_with_keys(held)):
-        for key in keys:
-            by_key.setdefault(key, []).append(i)
+    texts: dict[int, list[int]] = {}  # hash of a whole text -> validation documents that have it and were not found yet
+    bands: dict[int, list[int]] = {}  # the same for a band of the signature
+    held = [sketch for source in val for sketch in _sketches(source, decode)]
+    for i, sketch in enumerate(held):
+        texts.setdefault(sketch.text, []).append(i)
+        for key in sketch.bands:
+            bands.setdefault(key, []).append(i)
     exact, near, compared = set(), set(), np.zeros(len(held), dtype=int)
     for source in track(
         train, "comparing validation and training", disable=not sys.stderr.isatty(), transient=True, console=Console(stderr=True)
     ):
-        for document, keys in _with_keys(_documents(source, decode)):
-            found = {i for key in keys for i in by_key.get(key, ())}
-            exact.update(i for i in found if np.array_equal(document, held[i]))
-            for i in found - near - exact:
-                if compared[i] < CANDIDATES:
-                    compared[i] += 1
-                    if _jaccard(document, held[i]) >= NEAR:
-                        near.add(i)
-    return Overlap(len(held), len(exact), len(near - exact))
+        for sketch in _sketches(source, decode):
+            exact.update(texts.pop(sketch.text, ()))
+            for i in {i for key in sketch.bands for i in bands.get(key, ())}:
+                compared[i] += 1
+                if sketch.is_near(held[i]):
+                    near.add(i)
+            for key in sketch.bands & bands.keys():  # so that what many documents share costs no more than COMPARED
+                bands[key] = [i for i in bands[key] if i not in near and compared[i] < COMPARED]
+    return Overlap(sum(map(len, val)), len(exact), len(near - exact))
 
 
 def words_of(text: str) -> np.ndarray:
@@ -74,6 +92,16 @@ def words_of(text: str) -> np.ndarray:
     text = _SPECIAL.sub(" ", text.lower())
     words = (text.translate(_IN_ASCII) if text.isascii() else _BETWEEN_WORDS.sub(" ", text)).split()
     return np.fromiter(map(hash, words), np.int64, len(words))
+
+
+def _sketches(source: TokenizedSource, decode: Callable[[list[int]], str]) -> Iterator[Sketch]:
+    """Of each document that has a word."""
+    documents = (words for words in _documents(source, decode) if len(words))
+    while block := list(islice(documents, BLOCK)):
+        shingles = [_shingles(words) for words in block]
+        for words, some, signature in zip(block, shingles, _signatures(shingles), strict=True):
+            bands = {hash((n, band.tobytes())) for n, band in enumerate(signature.reshape(BANDS, ROWS))}
+            yield Sketch(hash(words.tobytes()), some, signature, bands)
 
 
 def _documents(source: TokenizedSource, decode: Callable[[list[int]], str]) -> Iterator[np.ndarray]:
@@ -88,38 +116,19 @@ def _documents(source: TokenizedSource, decode: Callable[[list[int]], str]) -> I
         yield words if len(words) <= 2 * EDGE else np.concatenate([words[:EDGE], words[-EDGE:]])
 
 
-def _with_keys(documents: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Each document with the hash of its text and those of its bands. One without a word has none."""
-    documents = iter(documents)
-    while block := list(islice(documents, BLOCK)):
-        bands = iter(_bands([document for document in block if len(document)]).tolist())
-        for document in block:
-            yield document, [hash(document.tobytes()), *next(bands)] if len(document) else []
-
-
-def _bands(documents: list[np.ndarray]) -> np.ndarray:
-    """(documents, BANDS) uint64: each a hash of two smallest hashes of the document's shingles, different for each band."""
-    if not documents:
-        return np.empty((0, BANDS), np.uint64)
-    shingles = [_shingles(document) for document in documents]
+def _signatures(shingles: list[np.ndarray]) -> np.ndarray:
+    """(documents, BANDS * ROWS) uint64, from the shingles of each document."""
     starts = np.cumsum([0, *map(len, shingles)])[:-1]
-    whole, rng = np.concatenate(shingles), np.random.default_rng(0)
-    smallest = []
-    for multiplier in rng.integers(1 << 63, size=2 * BANDS, dtype=np.uint64) | np.uint64(1):
+    whole, smallest = np.concatenate(shingles), []
+    for multiplier in np.random.default_rng(0).integers(1 << 63, size=BANDS * ROWS, dtype=np.uint64) | np.uint64(1):
         mixed = whole * multiplier
         smallest.append(np.minimum.reduceat(mixed ^ (mixed >> np.uint64(29)), starts))
-    first, second = np.array(smallest).reshape(2, BANDS, -1)
-    return (first * np.uint64(0x9E3779B97F4A7C15) + second + np.arange(BANDS, dtype=np.uint64)[:, None]).T
+    return np.array(smallest).T
 
 
 def _shingles(words: np.ndarray) -> np.ndarray:
-    """(max(1, words - WORDS + 1),) uint64: a hash of each WORDS words in a row, or of all words where there are fewer."""
+    """(shingles,) uint64, sorted: a hash of each WORDS words in a row, or of all words where there are fewer."""
     size = min(WORDS, len(words))
     hashes = words.view(np.uint64)
     rows = np.lib.stride_tricks.sliding_window_view(hashes, size)
-    return rows @ _POWERS[:size]
-
-
-def _jaccard(one: np.ndarray, two: np.ndarray) -> float:
-    shared = len(np.intersect1d(_shingles(one), _shingles(two)))
-    return shared / (len(np.unique(_shingles(one))) + len(np.unique(_shingles(two))) - shared)
+    return np.unique(rows @ _POWERS[:size])

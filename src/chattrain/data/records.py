@@ -36,12 +36,12 @@ class Records:
         self,
         table: Table,
         indices: np.ndarray | None = None,
-        called: str = "",
+        label: str = "",
         path: str = "",
         schema: str = "",
         places: Places | None = None,
     ):
-        self.table, self.called, self.path, self.schema = table, called, path, schema
+        self.table, self.label, self.path, self.schema = table, label, path, schema
         self.indices = np.arange(len(table)) if indices is None else indices
         self.places = places or Places()
 
@@ -75,12 +75,12 @@ class Records:
         advice = "mend the row, or leave such rows out with data.on_malformed=skip"
         if next(self.convert(convert, 0, SAMPLE, MalformedRows()), None) is None:
             advice = self._way_out()
-        return UserError(f"{self.called}, {self.places.full(i)}: {error}; {advice}")
+        return UserError(f"{self.label}, {self.places.full(i)}: {error}; {advice}")
 
     def nothing_usable(self, malformed: MalformedRows) -> UserError:
         """The message where every record is malformed."""
         reasons = malformed.first()
-        return UserError(f"{self.called} ({self.path}) has no usable row: {reasons}; {self._way_out()}")
+        return UserError(f"{self.label} ({self.path}) has no usable row: {reasons}; {self._way_out()}")
 
     def _way_out(self) -> str:
         """What to do where no record can be used."""

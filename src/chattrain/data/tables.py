@@ -17,6 +17,7 @@ from chattrain.data.places import Places
 from chattrain.errors import UserError
 from chattrain.tasks.schemas import SCHEMAS, way_out
 
+USED = {name for schema in SCHEMAS.values() for name in schema.reads}
 BATCH = 1024  # records that are converted at a time
 
 
@@ -44,21 +45,24 @@ class ArrowTable:
 
 
 def first_record(name: str, path: Path) -> dict[str, Any]:
-    """The columns of a file with the values of its first record, or an empty text where there is none. A column without a type,
-    whose values are all null, is left out."""
+    """The columns of a file, those that a schema uses with the values of the first record, the others with an empty text.
+
+    A column without a type, whose values are all null, is left out.
+    """
     if kind_of(path) == "parquet":
         file = _parquet(name, path)
-        schema, batches = file.schema_arrow, file.iter_batches(1)
+        schema = file.schema_arrow
+        batches = file.iter_batches(1, columns=[name for name in schema.names if name in USED])
     else:
         whole = _open(name, path, path)
         schema, batches = whole.schema, iter(whole.slice(0, 1).to_batches())
-    typed = [i for i, field in enumerate(schema) if not pa.types.is_null(field.type)]
-    record = {schema.names[i]: "" for i in typed}
+    record = {field.name: "" for field in schema if not pa.types.is_null(field.type)}
     try:
         first = next((batch for batch in batches if len(batch)), None)
     except (pa.ArrowException, OSError) as error:
         raise _broken(name, path, error) from error
-    return record if first is None else record | {schema.names[i]: first.column(i)[0].as_py() or "" for i in typed}
+    values = {} if first is None else dict(zip(first.schema.names, first.columns, strict=True))
+    return record | {name: values[name][0].as_py() or "" for name in record.keys() & values.keys() & USED}
 
 
 def to_arrow(name: str, path: Path, schema: str, out: Path) -> None:

@@ -30,7 +30,7 @@ from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
 from chattrain.evals.validation import Measured
 from chattrain.setup.job import current_job
-from chattrain.storage.files import make_folder
+from chattrain.storage.files import make_folder, replace_text
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
 log = logging.getLogger("chattrain")
@@ -137,7 +137,7 @@ def _overlap(train: Mixture, val: Mixture, tokenizer: AnyTokenizer, cache: Path)
     folder = cache / "overlap" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
     if not folder.is_dir():
         counts = json.dumps(overlap(train.caches, val.caches, tokenizer.decode))
-        make_folder(folder, lambda scratch: (scratch / "overlap.json").write_text(counts))
+        make_folder(folder, lambda scratch: replace_text(scratch / "overlap.json", counts))
     return Overlap(*json.loads((folder / "overlap.json").read_text()))
 
 
