@@ -141,7 +141,7 @@ def _names(paths: list[str]) -> list[str]:
     """A name for each path: that of the file, the whole path where files share a name, with a number where a path comes again.
 
     >>> _names(["a/x.jsonl", "b/x.jsonl", "y.jsonl", "y.jsonl"])
-    ['a/x.jsonl', 'b/x.jsonl', 'y.jsonl', 'y.jsonl (2)']
+    ['a/x.jsonl', 'b/x.jsonl', 'y.jsonl', 'y.jsonl-2']
     """
     last = [Path(p).name or p for p in paths]
     names: list[str] = []
@@ -149,7 +149,7 @@ def _names(paths: list[str]) -> list[str]:
         same = {p for p, other in zip(paths, last, strict=True) if other == name}
         wanted = name if len(same) == 1 else path
         again = sum(p == path for p in paths[: len(names)])
-        names.append(f"{wanted} ({again + 1})" if again else wanted)
+        names.append(f"{wanted}-{again + 1}" if again else wanted)
     return names
 
 
