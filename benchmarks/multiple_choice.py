@@ -23,7 +23,8 @@ from benchmarks.timing import row, show
 from chattrain.config.data import SourceConfig
 from chattrain.config.eval import EvalConfig
 from chattrain.config.words import Device, DType, Schema
-from chattrain.data.sources import Records, open_records
+from chattrain.data.records import Records
+from chattrain.data.sources import open_records
 from chattrain.device import autocast, pick_device, use_bf16
 from chattrain.evals.multiple_choice import MultipleChoice, Question, questions
 from chattrain.model.gpt import GPT

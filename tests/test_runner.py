@@ -287,7 +287,7 @@ def test_inspect_shows_what_is_supervised_and_trains_nothing(base, place, capsys
     before = contents(place / "runs")
     facts = tiny("inspect", "stage=sft", "inspect.rows=2", "train.max_steps=5")
     out = capsys.readouterr().out
-    assert out.count("row ") >= 2 and "talk.jsonl row" in out
+    assert out.count("row ") >= 2 and "talk.jsonl line" in out
     assert facts["num_steps"] == 5 and 0 < facts["supervised_shown"] < facts["tokens_shown"]
     assert "[<|assistant_end|>]" in out and "[<|user_start|>]" not in out
     assert contents(place / "runs") == before

@@ -32,7 +32,10 @@ def main() -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks a run to save: before its first step there is nothing to save
     schema.register_schemas()
     names.set_launch()
-    typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
+    try:
+        typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
+    except UserError as error:
+        sys.exit(report_error(error))
     show_help = help.is_requested(arguments)
     sys.argv[1:] = help.hydra_arguments(arguments) if show_help else flags_first(arguments)
     launch = Launch(typed)

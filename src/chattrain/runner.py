@@ -31,9 +31,10 @@ from chattrain.parallel.failures import log_name
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.signals import listen_to_signals
 from chattrain.setup.build import build_components
-from chattrain.setup.data import RunData, open_data, report_counts
+from chattrain.setup.data import RunData, open_data
 from chattrain.setup.learning_rates import peak_rates, report_rates
 from chattrain.setup.plan import RunSetup, choose_run_dir, setup_run
+from chattrain.setup.report_data import report_data
 from chattrain.setup.runs import resume_with
 from chattrain.setup.summary import correct_summary, summarize, write_summary
 from chattrain.setup.tracker import build_tracker
@@ -116,7 +117,7 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             log.info("run folder %s, starting from %s", setup.run_dir, setup.start.description)
             if setup.start.warning:
                 log.warning(setup.start.warning)
-            report_counts(data.train, data.num_steps)
+            report_data(data)
             if setup.compilation.reason:
                 log.log(setup.compilation.level, setup.compilation.reason)
             saved = checkpoint.load_state(setup.resume) if setup.resume else None

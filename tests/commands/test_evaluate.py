@@ -12,7 +12,7 @@ import pytest
 import chattrain
 from chattrain.commands.evaluate import score_on_test
 from chattrain.errors import UserError
-from chattrain.tracking.metrics import DETAILS
+from chattrain.tracking.metrics import is_detail
 from tests.helpers import TINY, command_line, metrics, standing_in, train, write_talk
 
 QUESTIONS = [{"question": f"Is it {i}?", "choices": ["yes", "no", "maybe"], "answer": i % 3} for i in range(40)]

@@ -132,7 +132,7 @@ def test_two_processes_give_the_same_bytes_as_one(tmp_path, tokenizer, monkeypat
     )
     assert same(one, two)
     assert one.skipped == 7 and len(one) == 4293
-    with pytest.raises(UserError, match="row 0: message 0 is from 'assistant'"):
+    with pytest.raises(UserError, match="line 1: message 0 is from 'assistant'"):
         load_or_tokenize("mine", source, tokenizer, tmp_path / "cache2", workers=2)
 
 
@@ -140,7 +140,7 @@ def test_a_malformed_row_is_refused_with_source_row_reason_and_way_out(tmp_path,
     source = put(tmp_path / "a.jsonl", [talk(0), talk(1), BAD, talk(3)])
     with pytest.raises(UserError) as refusal:
         load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
-    for part in ("mine", source.path, "row 2", "message 0 is from 'assistant'", "data.on_malformed=skip"):
+    for part in ("mine", source.path, "line 3", "message 0 is from 'assistant'", "data.on_malformed=skip"):
         assert part in str(refusal.value)
 
 
@@ -149,7 +149,7 @@ def test_malformed_rows_are_left_out_and_counted_when_asked(tmp_path, tokenizer)
     documents = load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
     assert documents.skipped == 2 and documents.record_indices.tolist() == [0, 2, 4]
     assert documents[1][0].tolist() == chat.render(talk(2), tokenizer).ids
-    with pytest.raises(UserError, match="row 1"):  # what was made with skip is not taken for refuse
+    with pytest.raises(UserError, match="line 2"):  # what was made with skip is not taken for refuse
         load_or_tokenize("mine", source, tokenizer, tmp_path / "cache")
 
 
@@ -158,7 +158,7 @@ def test_a_source_without_a_usable_row_is_refused_with_the_first_reasons(tmp_pat
     with pytest.raises(UserError) as refusal:
         load_or_tokenize("mine", source, tokenizer, tmp_path / "cache", skip_malformed=True)
     assert "no usable row" in str(refusal.value)
-    assert "row 0: message 0" in str(refusal.value) and "row 1: no column 'messages'" in str(refusal.value)
+    assert "line 1: message 0" in str(refusal.value) and "line 2: no column 'messages'" in str(refusal.value)
 
 
 @pytest.mark.parametrize("killed", [RuntimeError("killed"), KeyboardInterrupt()], ids=["error", "ctrl-c"])

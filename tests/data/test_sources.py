@@ -189,10 +189,10 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, cache, name):
     "line, reason",
     [
         (b'{"text": "b"', "not JSON"),
-        (b'"b"', "holds str"),
-        (b"7", "holds int"),
-        (b'{"text": "\xff"}', "not JSON"),
-        (b"null", "holds NoneType"),
+        (b'"b"', "a text instead of an object"),
+        (b"7", "a number instead of an object"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b"null", "null instead of an object"),
     ],
 )
 def test_a_bad_line_is_refused_by_file_and_line(tmp_path, cache, line, reason):
@@ -224,7 +224,7 @@ def test_an_unknown_generated_task_is_refused_with_the_near_miss(cache):
 def test_real_data_in_the_hubs_layout_opens_whole(cache, path, asked, rows, column):
     if not (SHARED_DATA / path).exists():
         pytest.skip(f"shared/data/{path} is not here")
-    opened = open_records(path, SourceConfig(path=str(SHARED_DATA / path), **asked), cache)
+    opened = open_records(path, SourceConfig(path=str(SHARED_DATA / path), schema=Schema.auto, **asked), cache)
     assert len(opened) == rows
     assert all(row[column] for _, row in opened.read(0, 50))
 

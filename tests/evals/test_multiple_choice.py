@@ -12,7 +12,8 @@ import torch
 from chattrain.chat import render_prompt
 from chattrain.config.data import SourceConfig
 from chattrain.config.words import Schema
-from chattrain.data.sources import Records, open_records
+from chattrain.data.records import Records
+from chattrain.data.sources import open_records
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import MultipleChoice, Question, questions
 from chattrain.model.gpt import GPT
@@ -228,7 +229,7 @@ def test_a_question_is_the_prompt_up_to_where_the_assistant_answers(tokenizer):
 
 def test_a_letter_of_several_tokens_is_refused_with_its_row(tokenizer):
     bad = {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "(B)"]}, "answerKey": "A"}
-    with pytest.raises(UserError, match=r"question set mine, row 1: .*\(B\).* one token"):
+    with pytest.raises(UserError, match=r"question set mine, row 1 .*\(B\).* one token"):
         asked([ROWS[0], bad], tokenizer)
 
 
@@ -243,7 +244,7 @@ def test_a_letter_of_several_tokens_is_refused_with_its_row(tokenizer):
     ],
 )
 def test_a_row_that_is_no_question_is_refused_with_its_number(tokenizer, bad):
-    with pytest.raises(UserError, match=r"question set mine, row 2: .*question, choices"):
+    with pytest.raises(UserError, match=r"question set mine, row 2 .*question, choices"):
         asked([*ROWS[:2], bad], tokenizer)
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from chattrain.chat import Malformed, chat_format, render
+from chattrain.chat import Malformed, Rendered, chat_format, render
 from chattrain.config.compose import compose
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tasks import gsm8k, messages, multiple_choice, record_to_segments
@@ -39,8 +39,12 @@ def without(row: dict, column: str) -> dict:
 
 
 def text_of(row: dict, schema: str, tokenizer, supervised_only: bool = False) -> str:
-    (rendered,) = chat_format(tokenizer).encode([record_to_segments(row, schema)])
+    (rendered,) = masked([record_to_segments(row, schema)], tokenizer)
     return tokenizer.decode([i for i, m in zip(*rendered, strict=True) if m or not supervised_only])
+
+
+def masked(documents, tokenizer) -> list[Rendered]:
+    return [Rendered(encoded.ids, encoded.loss_mask) for encoded in chat_format(tokenizer).encode(documents)]
 
 
 def shared_rows(file: str) -> list[dict]:
@@ -91,7 +95,7 @@ def test_the_answer_letter_is_the_very_token_that_stands_behind_its_choice(workp
         )
     )
     for row in (MMLU, ARC):
-        ids, mask = chat_format(tokenizer).encode([record_to_segments(row, "multiple_choice")])[0]
+        ids, mask = masked([record_to_segments(row, "multiple_choice")], tokenizer)[0]
         answer = ids[mask.index(1)]
         assert answer in ids[: mask.index(1)]
 
@@ -111,7 +115,8 @@ def test_the_answer_letter_is_the_very_token_that_stands_behind_its_choice(workp
         ({**MMLU, "choices": [str(i) for i in range(11)]}, "11 choices"),
         (arc("F", "ABC"), "does not fit schema multiple_choice"),
         ({**ARC, "choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 choices, 2 letters"),
-        ({**ARC, "choices": ["a", "b"]}, "does not fit schema multiple_choice"),
+        ({**ARC, "choices": "ab", "answerKey": "C"}, "does not fit schema multiple_choice"),
+        ({**ARC, "answerKey": 1}, "answer 1 is none of A, B, C"),
     ],
 )
 def test_a_question_that_does_not_fit_is_refused_with_what_is_wrong(row, reason):
@@ -180,7 +185,7 @@ def test_a_gsm8k_row_that_does_not_fit_is_refused(row, reason):
 def test_a_messages_row_is_the_conversation_without_other_columns(tokenizer):
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], "source": "web"}
     assert messages.conversation(row) == {"messages": row["messages"]}
-    assert chat_format(tokenizer).encode([record_to_segments(row, "messages")])[0] == render(row, tokenizer, None)
+    assert masked([record_to_segments(row, "messages")], tokenizer)[0] == render(row, tokenizer, None)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +205,7 @@ def test_a_messages_row_that_does_not_fit_is_refused(row, reason):
 
 def test_a_text_row_is_a_document_with_every_token_but_bos_supervised(tokenizer):
     assert text_of({"text": "Once <|bos|> more", "id": 3}, "text", tokenizer) == "<|bos|>Once <|bos|> more"
-    ((ids, mask),) = chat_format(tokenizer).encode([record_to_segments({"text": "Once <|bos|> more"}, "text")])
+    ((ids, mask),) = masked([record_to_segments({"text": "Once <|bos|> more"}, "text")], tokenizer)
     assert ids == [tokenizer.special("<|bos|>"), *tokenizer.encode("Once <|bos|> more")]
     assert mask == [0] + [1] * (len(ids) - 1)
 
@@ -226,7 +231,7 @@ def test_every_real_question_becomes_a_conversation_that_ends_with_its_letter(to
     end = tokenizer.special("<|assistant_end|>")
     for start in range(0, len(rows), 500):
         some = rows[start : start + 500]
-        rendered = chat_format(tokenizer).encode([record_to_segments(row, "multiple_choice") for row in some])
+        rendered = masked([record_to_segments(row, "multiple_choice") for row in some], tokenizer)
         for row, (ids, mask) in zip(some, rendered, strict=True):
             letter = row["answerKey"] if "answerKey" in row else "ABCD"[row["answer"]]
             assert [i for i, m in zip(ids, mask, strict=True) if m] == [*tokenizer.encode(letter), end]

@@ -27,6 +27,7 @@ from chattrain.parallel.strategy import SingleProcess
 from chattrain.setup.data import EvalData, open_eval_data, pass_limits
 from chattrain.setup.evaluation import ANSWERS, build_evaluation, write_answers
 from chattrain.setup.names import is_main_process, launch_name
+from chattrain.setup.report_data import report_notes
 from chattrain.setup.runs import run_folder, stage_of
 from chattrain.setup.start import find_checkpoint, start_at, with_own_settings
 from chattrain.storage import checkpoint
@@ -122,6 +123,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     folder = ranks.run_on_rank0(lambda: find_checkpoint(cfg))
     data = _open_on_all_ranks(cfg, folder, ranks)
     sources = cfg.data.mixture(cfg.stage).part(cfg.eval.on) if cfg.eval.validation else {}
+    report_notes(data)
     log.info("evaluating %s on %s", folder, ", ".join([*sources, *data.question_sets]))
     target = device.pick_device(cfg.train.device, ranks.local_rank)
     model = instantiate_config(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(target)

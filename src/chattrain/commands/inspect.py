@@ -12,7 +12,8 @@ from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.parallel import launch
-from chattrain.setup.data import RunData, describe_sources, open_data
+from chattrain.setup.data import RunData, open_data
+from chattrain.setup.report_data import describe_sources, report_notes
 from chattrain.setup.start import find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tokenizer import AnyTokenizer
@@ -26,6 +27,7 @@ def main(cfg: Config) -> dict:
     world_size = launch.processes_here(cfg.distributed.nproc, cfg.train.device)
     cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are shown
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), world_size)
+    report_notes(data)
     rows = _rows(cfg.inspect, data)
     batch = data.train.batch(rows)
     print(_legend(data.train.mixture.weights.prompt_weight) + "\n")

@@ -19,7 +19,8 @@ from chattrain.planning.hardware import Hardware, hardware_of
 from chattrain.planning.memory import Memory, MicroBatchSpec, largest, step_memory
 from chattrain.planning.work import workload
 from chattrain.setup.compilation import choose, planned_work
-from chattrain.setup.data import RunData, open_data, pass_limits, report_counts
+from chattrain.setup.data import RunData, open_data, pass_limits
+from chattrain.setup.report_data import report_data
 from chattrain.setup.start import Start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tracking.console import setup_logging
@@ -40,7 +41,7 @@ def main(cfg: Config) -> dict:
         start = _start(cfg)
         cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are planned
         data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
-        report_counts(data.train, data.num_steps)
+        report_data(data)
         limits = pass_limits(cfg.train, "cpu" if cfg.train.device == Device.cpu else "cuda")
         if cfg.train.compile == Compile.auto.value:
             compilation = choose(planned_work(cfg, data, start, cfg.plan.world_size, limits.device))

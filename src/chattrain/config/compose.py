@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from chattrain.config.data import DataConfig, LocalDataConfig
 from chattrain.config.own import SCHEMAS
+from chattrain.config.quoting import as_argument, quoted
 from chattrain.config.root import Config
 from chattrain.config.schema import VARIANTS, from_hydra, register_schemas
 from chattrain.config.train import ALTERNATIVES
@@ -47,7 +48,8 @@ def compose(overrides: list[str]) -> Config:
 
 
 def settle_alternatives(overrides: list[str]) -> list[str]:
-    """If one of two alternative keys is given, set the other to null, whatever the YAML says. Expand `~/` in values.
+    """If one of two alternative keys is given, set the other to null, whatever the YAML says. Expand `~/` in values, and put into
+    quotes what Hydra would not read without. Raises UserError for a value that may mean several things.
 
     An evaluation that is given keys of data=local, but no data, composes with data=local: the run to measure may have it.
 
@@ -57,7 +59,7 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
     given = {key_of(o) for o in overrides}
     settled = []
     for override in overrides:
-        settled.append(override.replace("=~/", f"={Path.home()}/"))  # a shell does not expand ~ after `key=`
+        settled.append(quoted(override.replace("=~/", f"={Path.home()}/")))  # a shell does not expand ~ after `key=`
         if not override.endswith("=null"):
             settled += [f"{other}=null" for other in _alternatives(key_of(override)) if other not in given]
     if "command=evaluate" in overrides and not given & {"data", "experiment"} and given & LOCAL_KEYS:
@@ -91,6 +93,14 @@ def key_of(override: str) -> str:
 def explain(error: BaseException) -> UserError:
     """An error of Hydra or OmegaConf as one message: the problem, the value, the way out."""
     text = "\n".join(str(e).strip() for e in (error, error.__cause__) if e is not None)
+    if unread := getattr(error, "override", None):  # hydra.errors.OverrideParseException
+        return _unread(unread)
+    if several := _find(r"Ambiguous value for argument '(.+)'\n", text):
+        key, _, value = several.partition("=")
+        return UserError(
+            f"{several} holds several values: --multirun (-m) runs each, {key}=[{value}] is a list, and as one text it is "
+            f"typed {as_argument(key, value)}"
+        )
     key = _find(r"full_key: (\S+)", text)
     if unknown := _find(r"Key '([^']+)' (?:is )?not in", text):
         unknown = key or unknown
@@ -118,6 +128,18 @@ def explain(error: BaseException) -> UserError:
         if line.strip() and not re.match(r"\s*(full_key|object_type|reference_type|Error merging override)", line)
     ]
     return UserError(f"{key}: {' '.join(reasons)}" if key else " ".join(reasons))
+
+
+def _unread(override: str) -> UserError:
+    """The message for what Hydra cannot read as `<key>=<value>`."""
+    key, equals, value = override.partition("=")
+    known = [*known_keys(), *groups()]
+    near = "" if key_of(key).strip() in known else _near_miss(key_of(key).strip(), known)
+    if not equals:
+        return UserError(f"{override!r} has no value: {key}=<value>{near}")
+    if re.fullmatch(r"[+~]{0,2}[\w./@:$-]+", key, re.ASCII):
+        return UserError(f"{override} cannot be read; if the value is a text, it is typed {as_argument(key, value)}")
+    return UserError(f"{override!r}: no key is called {key!r}{near}")
 
 
 def _find(pattern: str, text: str) -> str | None:

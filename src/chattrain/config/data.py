@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from chattrain.config.quoting import as_argument
 from chattrain.config.words import OnMalformed, Part, Schema, WeightBy
 from chattrain.errors import UserError
 
@@ -90,19 +91,20 @@ class LocalDataConfig(DataConfig):
     train_path: Any = None  # file, folder or hub name; or a list of these. Only an evaluation may leave it out
     val_path: Any = None  # null: every 20th record of train_path is held out for validation
     test_path: Any = None  # for eval.on=test; null: none
-    schema: Any = "messages"  # one for all paths, or a list with one for each
+    schema: Any = "auto"  # one for all paths, or a list with one for each; auto: told by the columns
+    val_schema: Any = None  # the same for val_path and test_path; null: as schema
     weights: Any = None  # a list with one for each training path: shares of an epoch, of documents or (data.weight_by) of tokens
     replay_path: Any = None  # base text for data.replay and eval.also=[base]; every 20th record is for validation
 
     def mixture(self, stage: str) -> MixtureConfig:
         if stage in self.stages:
             return self.stages[stage]
-        train = self._sources(self.train_path, "train", part=None if self.val_path else "train") if self.train_path else {}
+        train = self._sources("train_path", "schema", "train", None if self.val_path else "train")
         for source, weight in zip(train.values(), self._weights(len(train)), strict=True):
             source.weight = weight
-        path, split, part = (self.val_path, "test", None) if self.val_path else (self.train_path, "train", "val")
-        val = self._sources(path, split, part) if path else {}
-        test = self._sources(self.test_path, "test", part=None) if self.test_path else {}
+        measured = "schema" if self.val_schema is None else "val_schema"
+        val = self._sources("val_path", measured, "test", None) or self._sources("train_path", "schema", "train", "val")
+        test = self._sources("test_path", measured, "test", None)
         return MixtureConfig(train=train, val=val, test=test)
 
     def _weights(self, count: int) -> list[float | None]:
@@ -117,45 +119,69 @@ class LocalDataConfig(DataConfig):
     def base_text(self, part: str) -> dict[str, SourceConfig]:
         if self.replay_path is None:
             raise UserError("data.replay_path must be given: data.replay and eval.also=[base] take their text from it")
-        paths = self.replay_path if isinstance(self.replay_path, list) else [self.replay_path]
-        held_out = "train" if part == "train" else "val"
-        return {Path(p).name: SourceConfig(path=p, schema=Schema.text, part=held_out) for p in paths}
+        paths, held_out = _as_list(self.replay_path), "train" if part == "train" else "val"
+        return {n: SourceConfig(path=p, schema=Schema.text, part=held_out) for n, p in zip(_names(paths), paths, strict=True)}
 
     def check(self) -> None:
         super().check()
         if self.replay:
             self.base_text("train")
-        for name in ("train_path", "val_path", "test_path", "schema"):
+        for name in ("train_path", "val_path", "test_path", "schema", "val_schema", "replay_path"):
             value = getattr(self, name)
             texts = value if isinstance(value, list) else [value]
             if value is None and (name != "train_path" or self.val_path or self.test_path):
                 continue
             if not texts or not all(isinstance(text, str) and text for text in texts):
+                way_out = f"; if it is the name of a file: {as_argument(f'data.{name}', str(value))}" if "path" in name else ""
                 raise UserError(
                     f"data.{name}={value} must be a text or a list of texts: data.train_path=<file, folder or hub "
-                    "name>, data.schema=<messages, multiple_choice, gsm8k or text>"
+                    f"name>, data.schema=<{', '.join(Schema.__members__)}>{way_out}"
                 )
+        if self.val_schema is not None and self.val_path is None and self.test_path is None:
+            raise UserError(f"data.val_schema={self.val_schema} is of data.val_path or data.test_path; give one, or leave it out")
 
     def check_training(self) -> None:
         if self.train_path is None:
             raise UserError("data.train_path must be given: data.train_path=<file, folder or hub name>")
 
-    def _sources(self, paths: Any, split: str, part: str | None) -> dict[str, SourceConfig]:
-        paths = [paths] if isinstance(paths, str) else list(paths)
-        schemas = [self.schema] if isinstance(self.schema, str) else list(self.schema)
+    def _sources(self, path_key: str, schema_key: str, split: str, part: str | None) -> dict[str, SourceConfig]:
+        """The sources of the paths under a key, each under a name of its own; a path that is listed twice is two sources."""
+        paths, schemas = (_as_list(getattr(self, key)) for key in (path_key, schema_key))
         if len(schemas) == 1:
             schemas *= len(paths)
-        if len(schemas) != len(paths):
-            raise UserError(f"data.schema has {len(schemas)} entries for {len(paths)} paths; give one, or one a path")
+        if paths and len(schemas) != len(paths):
+            more = "" if path_key == "train_path" else f", or data.val_schema for data.{path_key}"
+            raise UserError(
+                f"data.{schema_key} has {len(schemas)} entries for {len(paths)} paths of data.{path_key}; "
+                f"give one, or one a path{more}"
+            )
         unknown = [s for s in schemas if s not in Schema.__members__]
         if unknown:
-            raise UserError(f"data.schema={unknown[0]} is not known; choose from {', '.join(Schema.__members__)}")
-        names = [Path(p).name for p in paths]
-        names = [n if names.count(n) == 1 else p for n, p in zip(names, paths, strict=True)]
+            raise UserError(f"data.{schema_key}={unknown[0]} is not known; choose from {', '.join(Schema.__members__)}")
         return {
-            n: SourceConfig(path=p, schema=Schema[s], split=split, part=part)
-            for n, p, s in zip(names, paths, schemas, strict=True)
+            name: SourceConfig(path=p, schema=Schema[s], split=split, part=part)
+            for name, p, s in zip(_names(paths), paths, schemas, strict=bool(paths))
         }
+
+
+def _as_list(value: Any) -> list:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _names(paths: list[str]) -> list[str]:
+    """A name for each path: that of the file, the whole path where files share a name, with a number where a path comes again.
+
+    >>> _names(["a/x.jsonl", "b/x.jsonl", "y.jsonl", "y.jsonl"])
+    ['a/x.jsonl', 'b/x.jsonl', 'y.jsonl', 'y.jsonl-2']
+    """
+    last = [Path(p).name or p for p in paths]
+    names: list[str] = []
+    for path, name in zip(paths, last, strict=True):
+        same = {p for p, other in zip(paths, last, strict=True) if other == name}
+        wanted = name if len(same) == 1 else path
+        again = sum(p == path for p in paths[: len(names)])
+        names.append(f"{wanted}-{again + 1}" if again else wanted)
+    return names
 
 
 def _check_sources(key: str, sources: dict[str, SourceConfig]) -> None:

@@ -95,7 +95,11 @@ class WeightBy(Enum):
 
 
 class Schema(Enum):
+    auto = "auto"  # told by the columns
     messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
     multiple_choice = "multiple_choice"
     gsm8k = "gsm8k"
     text = "text"

@@ -15,23 +15,25 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from mmap import MADV_DONTNEED, mmap
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from chattrain.chat import Encoded, Kind, Malformed, chat_format
+from chattrain.chat import Encoded, Kind, chat_format
 from chattrain.config.data import SourceConfig
 from chattrain.data.loss_weights import last_turn
-from chattrain.data.sources import Records, identity, open_records
-from chattrain.errors import UserError
+from chattrain.data.malformed import MalformedRows
+from chattrain.data.places import Places
+from chattrain.data.records import Records
+from chattrain.data.sources import identity, open_records, with_schema
 from chattrain.storage.files import make_folder
 from chattrain.tasks import record_to_segments
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Field of TokenizedSource -> name of its .npy file.
 ARRAYS = {
     "tokens": "tokens",
@@ -63,6 +65,8 @@ class TokenizedSource:
     record_indices: np.ndarray  # (documents,) int64, index of each document's record in the source, for messages
     skipped: int  # malformed records left out
     content_hash: str  # of tokens, kinds and offsets
+    malformed: MalformedRows = field(default_factory=MalformedRows)  # what was skipped, by reason
+    places: Places = field(default_factory=Places)  # of all records of the source, for messages
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -98,12 +102,13 @@ def load_or_tokenize(
     `workers`: processes that tokenise; None: one a core. Raises UserError for a malformed record, with its source, number and
     reason (with skip_malformed the record is left out and counted instead), and for a source without a usable record.
     """
+    source = with_schema(name, source, cache_dir)
     key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed)
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
         records = open_records(name, source, cache_dir)
         chunks = render_all(name, source, records, tokenizer, cache_dir, skip_malformed, workers)
-        make_folder(folder, lambda scratch: _write(scratch, name, source, chunks, _token_dtype(tokenizer)))
+        make_folder(folder, lambda scratch: _write(scratch, records, chunks, _token_dtype(tokenizer)))
     return _open(name, folder)
 
 
@@ -124,13 +129,16 @@ def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, s
 def _open(name: str, folder: Path) -> TokenizedSource:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {field: np.load(folder / f"{file}.npy", mmap_mode="r") for field, file in ARRAYS.items()}
-    return TokenizedSource(name=name, skipped=meta["skipped"], content_hash=meta["content_hash"], **arrays)
+    malformed, places = MalformedRows(meta["malformed"]), Places.load(folder)
+    return TokenizedSource(
+        name=name, skipped=malformed.count, content_hash=meta["content_hash"], malformed=malformed, places=places, **arrays
+    )
 
 
-def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
+def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
     """Write a cache folder. What there is of each token goes to disk chunk by chunk, so that memory does not grow with the
     source."""
-    skipped, reasons, content_hash = 0, [], hashlib.sha256()
+    malformed, content_hash = MalformedRows(), hashlib.sha256()
     lengths, counts, record_indices = [0], [], []
     files = {name: (folder / f"{name}.raw") for name in ("tokens", "kinds", "turns")}
     with ExitStack() as stack:
@@ -144,26 +152,24 @@ def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk
             lengths += chunk.lengths
             counts += chunk.counts
             record_indices += chunk.record_indices
-            skipped += len(chunk.malformed)
-            reasons = (reasons + chunk.malformed)[:3]
+            malformed.merge(chunk.malformed)
     if not record_indices:
-        raise UserError(
-            f"data source {name} ({source.path}) has no usable row; the first reasons: "
-            + "; ".join(f"row {i}: {reason}" for i, reason in reasons)
-        )
+        raise records.nothing_usable(malformed)
+    records.places.save(folder)
     offsets = np.cumsum(lengths, dtype=np.int64)
     content_hash.update(offsets.tobytes())
     _raw_to_npy(folder / "tokens", dtype, int(offsets[-1]))
     _raw_to_npy(folder / "kinds", np.dtype(np.uint8), int(offsets[-1]))
     _raw_to_npy(folder / "turns", np.dtype(np.uint16), int(offsets[-1]))
     np.save(folder / f"{ARRAYS['offsets']}.npy", offsets)
-    for field, column in zip(("num_assistant", "num_last_assistant", "num_off"), np.array(counts, dtype=np.int64).T, strict=True):
-        np.save(folder / f"{ARRAYS[field]}.npy", column)
+    columns = np.array(counts, dtype=np.int64).T
+    for name, column in zip(("num_assistant", "num_last_assistant", "num_off"), columns, strict=True):
+        np.save(folder / f"{ARRAYS[name]}.npy", column)
     np.save(folder / f"{ARRAYS['record_indices']}.npy", np.array(record_indices, dtype=np.int64))
     meta = {
-        "skipped": skipped,
+        "malformed": malformed.reasons,
         "content_hash": content_hash.hexdigest()[:24],
-        "source": source.path,
+        "source": records.path,
         "documents": len(record_indices),
         "tokens": int(offsets[-1]),
     }
@@ -193,7 +199,7 @@ class Chunk:
     lengths: list[int]  # tokens of each document
     counts: list[tuple[int, int, int]]  # of each document: assistant tokens, those of its last reply, tokens flagged off
     record_indices: list[int]
-    malformed: list[tuple[int, str]]  # (index of the record, reason)
+    malformed: MalformedRows
 
     @property
     def loss_mask(self) -> bytes:
@@ -227,9 +233,7 @@ def render_all(
         )
 
     if processes == 1 or len(records) < PARALLEL_RECORDS:
-        yield from with_progress_bar(
-            _render(name, source, records.read(s, s + CHUNK_RECORDS), tokenizer, skip_malformed) for s in starts
-        )
+        yield from with_progress_bar(_render(source, records, s, tokenizer, skip_malformed) for s in starts)
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
@@ -254,25 +258,20 @@ def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool]) -> C
         _opened.clear()
         _opened[folder] = open_records(name, source, cache_dir), Tokenizer.load(folder)
     records, tokenizer = _opened[folder]
-    return _render(name, source, records.read(start, start + CHUNK_RECORDS), tokenizer, skip_malformed)
+    return _render(source, records, start, tokenizer, skip_malformed)
 
 
-def _render(
-    name: str, source: SourceConfig, records: Iterator[tuple[int, dict]], tokenizer: AnyTokenizer, skip_malformed: bool
-) -> Chunk:
-    documents, record_indices, malformed = [], [], []
-    form = chat_format(tokenizer)
-    for i, record in records:
-        try:
-            documents.append(record_to_segments(record, source.schema.name, form))
-            record_indices.append(i)
-        except Malformed as error:
-            if not skip_malformed:
-                raise UserError(
-                    f"data source {name} ({source.path}), row {i}: {error}; mend the row, choose "
-                    "its schema (data.schema), or leave such rows out with data.on_malformed=skip"
-                ) from None
-            malformed.append((i, str(error)))
+def _render(source: SourceConfig, records: Records, start: int, tokenizer: AnyTokenizer, skip_malformed: bool) -> Chunk:
+    form, malformed = chat_format(tokenizer), MalformedRows()
+    documents, record_indices = [], []
+    for i, segments in records.convert(
+        lambda record: record_to_segments(record, source.schema.name, form),
+        start,
+        start + CHUNK_RECORDS,
+        malformed if skip_malformed else None,
+    ):
+        documents.append(segments)
+        record_indices.append(i)
     rendered = form.encode(documents)
     dtype = _token_dtype(tokenizer)
     return Chunk(

@@ -149,9 +149,10 @@ class Mixture:
             cache.release()
 
     def describe(self, i: int) -> str:
-        """Source and record of document i for messages, as `<source> row <index>`."""
+        """Source and place of document i for messages, as `talk.jsonl line 7` or `gsm8k row 6`."""
         source, at = self._find(i)
-        return f"{self.caches[source].name} row {self.caches[source].record_indices[at]}"
+        cache = self.caches[source]
+        return f"{cache.name} {cache.places.short(int(cache.record_indices[at]))}"
 
     def _find(self, i: int) -> tuple[int, int]:
         """(index of the source of document i, its index in that source)."""

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from chattrain.chat import Malformed, render_choices
-from chattrain.data.sources import Records
+from chattrain.chat import render_choices
+from chattrain.data.malformed import MalformedRows
+from chattrain.data.records import Records
 from chattrain.device import varying_shapes
-from chattrain.errors import UserError
 from chattrain.model.causal_lm import CausalLM
 from chattrain.parallel.ranks import Ranks
-from chattrain.tasks import multiple_choice
+from chattrain.tasks import multiple_choice, record_to_document
 from chattrain.tokenizer import AnyTokenizer
 
 
@@ -34,19 +34,22 @@ class Question(NamedTuple):
     key: str = ""  # hash of the question and its choices: the same for any tokenizer and in any set
 
 
-def questions(name: str, records: Records, tokenizer: AnyTokenizer) -> list[Question]:
-    """The records of a question set as questions. Raises UserError that names the first record that is no question."""
-    out = []
-    for number, record in records.read(0, len(records)):
-        try:
-            text, choices, letters, answer = multiple_choice.question(record)
-            ids, tokens = render_choices(multiple_choice.conversation(record), letters, tokenizer)
-        except (KeyError, ValueError, TypeError, Malformed) as error:
-            raise UserError(
-                f"question set {name}, row {number}: {error!r}; a row needs question, choices and answer (or answerKey)"
-            ) from error
-        out.append(Question(ids, tokens, answer, number, _key(text, choices, answer)))
-    return out
+def questions(name: str, records: Records, tokenizer: AnyTokenizer, malformed: MalformedRows | None = None) -> list[Question]:
+    """The records of a question set as questions.
+
+    Records that are no question are added to `malformed`; None: the first one is refused by a UserError that names it.
+    """
+
+    def ask(record: dict) -> tuple[list[int], list[int], int, str]:
+        document = record_to_document(record, "multiple_choice")
+        text, choices, letters, answer = multiple_choice.question(record)
+        return *render_choices(document, letters, tokenizer), answer, _key(text, choices, answer)
+
+    records = Records(records.table, records.indices, f"question set {name}", records.path, "multiple_choice", records.places)
+    asked = [Question(ids, tokens, answer, i, key) for i, (ids, tokens, answer, key) in records.convert(ask, malformed=malformed)]
+    if not asked and malformed is not None:
+        raise records.nothing_usable(malformed)
+    return asked
 
 
 def _key(text: str, choices: list[str], answer: int) -> str:

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chattrain.config import Config
 from chattrain.config.collator import CollatorConfig
-from chattrain.config.data import DataConfig, SourceConfig
-from chattrain.config.eval import EvalConfig
-from chattrain.config.instantiate import instantiate_config
 from chattrain.config.targets import recorded_target
 from chattrain.config.train import TrainConfig
-from chattrain.config.words import OnMalformed, Part, Schema, WeightBy
-from chattrain.data.cache import default_cache_dir, load_or_tokenize
 from chattrain.data.collators import Collator
-from chattrain.data.loss_weights import MEASURED, LossWeights
+from chattrain.data.loss_weights import LossWeights
 from chattrain.data.mixture import Mixture
+from chattrain.data.overlap import VERSION as OVERLAP_VERSION
+from chattrain.data.overlap import Overlap, overlap
 from chattrain.data.passes import PassLimits
-from chattrain.data.shares import Shares
-from chattrain.data.sources import open_records
-from chattrain.errors import UserError
-from chattrain.evals.multiple_choice import Question, questions
+from chattrain.evals.multiple_choice import Question
 from chattrain.evals.validation import Measured
+from chattrain.setup.opening import Opening, cache_dir
+from chattrain.storage.files import make_folder, replace_text
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
-
-log = logging.getLogger("chattrain")
-
-VALIDATION_SEED = 0  # the order of validation rows is the same in every run
 
 
 @dataclass
@@ -41,8 +32,9 @@ class EvalData:
     tokenizer: AnyTokenizer
     validation: Collator | None  # None: eval.validation=false
     validation_rows: int
+    also: dict[str, tuple[Collator, int]]  # eval.also: stage -> its validation data, rows
     question_sets: dict[str, list[Question]]
-    also: dict[str, tuple[Collator, int]] = field(default_factory=dict)  # eval.also: stage -> its validation data, rows
+    notes: list[tuple[int, str]]  # (level, message) of what was found when it was opened; `report_data` logs them
     measured: Measured | None = field(default=None, init=False)  # what the validation loss was measured on; None: not yet
     answers: list[dict] = field(default_factory=list, init=False)  # to the questions, when they were last asked
 
@@ -55,6 +47,7 @@ class RunData(EvalData):
     rows_per_step: int  # over all ranks
     num_steps: int  # optimizer steps of the whole run
     fingerprint: str
+    overlap: Overlap | None  # of the validation with the training data; None: no validation
     learning_rates: dict[str, float] = field(default_factory=dict, init=False)  # highest of each parameter group; set once known
 
 
@@ -63,32 +56,32 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
 
     Raises UserError for sources that are missing, empty or malformed, and where the batch does not divide over world_size ranks.
     """
-    tokenizer = Tokenizer.load(tokenizer_dir)
+    opening = Opening(cfg, Tokenizer.load(tokenizer_dir))
     rows_per_step = cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
-    loss = LossWeights(cfg.loss.supervise, cfg.loss.prompt_weight)
-    sources, shares = _training_sources(cfg)
-    key = f"data.stages.{cfg.stage}.train"
-    mixture = _open_mixture(key, sources, cfg.data, tokenizer, cfg.run.seed, loss, shares)
-    train = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=None)
-    num_steps = _num_steps(cfg.train, train, rows_per_step)
-    evals = _eval_data(cfg, tokenizer)
-    fingerprint = _fingerprint(train, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step)
+    train = opening.training()
+    evals = _eval_data(opening)
     shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers")}
-    return RunData(**shared, train=train, rows_per_step=rows_per_step, num_steps=num_steps, fingerprint=fingerprint)
+    return RunData(
+        **shared,
+        train=train,
+        rows_per_step=rows_per_step,
+        num_steps=_num_steps(cfg.train, train, rows_per_step),
+        fingerprint=_fingerprint(train, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step),
+        overlap=_overlap(train.mixture, evals, cache_dir(cfg.data)),
+    )
 
 
-def _training_sources(cfg: Config) -> tuple[dict[str, SourceConfig], Shares]:
-    """The sources of a training, base text last, and what share of an epoch each has."""
-    sources = dict(cfg.data.mixture(cfg.stage).train)
-    if cfg.data.weight_by == WeightBy.tokens and not any(source.weight for source in sources.values()):
-        raise UserError(
-            "data.weight_by=tokens has no effect: no source has a weight; give each one a weight in the data's YAML file "
-            "(with data=local: data.weights=[...])"
-        )
-    if not cfg.data.replay:
-        return sources, Shares(cfg.data.weight_by)
-    base = {f"base/{name}": source for name, source in cfg.data.base_text("train").items()}
-    return sources | base, Shares(cfg.data.weight_by, cfg.data.replay, len(base))
+def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:
+    """Open the validation data and the question sets. Token caches that are missing are made; raises as `open_data`."""
+    return _eval_data(Opening(cfg, Tokenizer.load(tokenizer_dir)))
+
+
+def _eval_data(opening: Opening) -> EvalData:
+    config = opening.cfg.eval
+    validation, rows = opening.validation() if config.validation else (None, 0)
+    also = opening.also()
+    question_sets = opening.question_sets() if config.multiple_choice else {}
+    return EvalData(opening.tokenizer, validation, rows, also, question_sets, opening.notes)
 
 
 def _num_steps(config: TrainConfig, train: Collator, rows_per_step: int) -> int:
@@ -100,83 +93,17 @@ def _num_steps(config: TrainConfig, train: Collator, rows_per_step: int) -> int:
     return train.steps_within(rows_per_step, config.max_tokens, config.max_supervised_tokens)
 
 
-def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:
-    """Open the validation data and the question sets. Token caches that are missing are made; raises as `open_data`."""
-    return _eval_data(cfg, Tokenizer.load(tokenizer_dir))
-
-
-def _eval_data(cfg: Config, tokenizer: AnyTokenizer) -> EvalData:
-    validation, rows = None, 0
-    if cfg.eval.validation:
-        key, sources = f"data.stages.{cfg.stage}.{cfg.eval.on.name}", cfg.data.mixture(cfg.stage).part(cfg.eval.on)
-        validation, rows = _open_validation(cfg, key, sources, tokenizer)
-    also = {stage: _open_validation(cfg, f"data.stages.{stage}", _sources_of(cfg, stage), tokenizer) for stage in cfg.eval.also}
-    question_sets = _question_sets(cfg.data, cfg.eval, tokenizer) if cfg.eval.multiple_choice else {}
-    return EvalData(tokenizer, validation, rows, question_sets, also)
-
-
-def _sources_of(cfg: Config, stage: str) -> dict[str, SourceConfig]:
-    """The validation sources of another stage of the data."""
-    if stage == "base":
-        return cfg.data.base_text(cfg.eval.on.name)
-    if stage not in cfg.data.stages:
-        raise UserError(f"eval.also={cfg.eval.also}: this data has no stage {stage}, only {', '.join(cfg.data.stages) or 'base'}")
-    return cfg.data.stages[stage].part(cfg.eval.on)
-
-
-def _open_validation(cfg: Config, key: str, sources: dict[str, SourceConfig], tokenizer: AnyTokenizer) -> tuple[Collator, int]:
-    """Validation sources as rows, and the number of these that are measured."""
-    mixture = _open_mixture(key, sources, cfg.data, tokenizer, VALIDATION_SEED, MEASURED)
-    validation = instantiate_config(cfg.collator, mixture, cfg.train.seq_len, tokenizer.pad_id, last_epoch=0)
-    rows = validation.rows_in(1)
-    if cfg.eval.max_tokens:
-        rows = min(rows, max(1, cfg.eval.max_tokens // cfg.train.seq_len))
-    return validation, rows
-
-
-def _open_mixture(
-    key: str,
-    sources: dict[str, SourceConfig],
-    data: DataConfig,
-    tokenizer: AnyTokenizer,
-    seed: int,
-    loss: LossWeights,
-    shares: Shares = Shares(),
-) -> Mixture:
-    """The sources of a configuration key as one mixture of documents; `seed` decides their order, `loss` what their tokens weigh,
-    `shares` how many of each there are."""
-    if not sources:
-        if key.endswith(".test"):
-            raise UserError(f"this data has no test part: give {key} in its YAML file, or data.test_path with data=local")
-        raise UserError(f"{key} has no source; name one, or use eval=none for no validation")
-    cache, skip = cache_dir(data), data.on_malformed == OnMalformed.skip
-    tokenized = [load_or_tokenize(name, source, tokenizer, cache, skip, data.workers) for name, source in sources.items()]
-    return Mixture(tokenized, list(sources.values()), seed, folder=cache / "rows", loss=loss, shares=shares)
-
-
-def _question_sets(data: DataConfig, config: EvalConfig, tokenizer: AnyTokenizer) -> dict[str, list[Question]]:
-    """The data's own question sets, and MMLU and ARC where their paths are given, by name."""
-
-    def from_hub(path: str, subset: str) -> SourceConfig:
-        return SourceConfig(path=path, subset=subset, schema=Schema.multiple_choice, split=config.split)
-
-    sources = dict(data.multiple_choice_test if config.on == Part.test else data.multiple_choice)
-    if config.on == Part.test:
-        config = replace(config, mmlu_path=None, arc_path=None)  # the questions that trainings and sweeps are measured on
-    if config.mmlu_path:
-        sources["mmlu"] = from_hub(config.mmlu_path, "all")
-    if config.arc_path:
-        sources["arc_easy"] = from_hub(config.arc_path, "ARC-Easy")
-        sources["arc_challenge"] = from_hub(config.arc_path, "ARC-Challenge")
-    if not sources:
-        log.warning(
-            "eval.multiple_choice=true, but this data has no question set and neither eval.mmlu_path nor "
-            "eval.arc_path is given: no accuracy is measured. eval=bpb turns this off"
-        )
-    for name, source in sources.items():
-        if config.max_problems and (source.limit is None or source.limit > config.max_problems):
-            sources[name] = replace(source, limit=config.max_problems)
-    return {name: questions(name, open_records(name, source, cache_dir(data)), tokenizer) for name, source in sources.items()}
+def _overlap(train: Mixture, evals: EvalData, cache: Path) -> Overlap | None:
+    """How much of the validation data is in the training data, from the cache where it was counted before."""
+    if evals.validation is None:
+        return None
+    val = evals.validation.mixture
+    inputs = [OVERLAP_VERSION, *([source.content_hash for source in mixture.caches] for mixture in (train, val))]
+    folder = cache / "overlap" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
+    if not folder.is_dir():
+        counts = json.dumps(overlap(train.caches, val.caches, evals.tokenizer.decode))
+        make_folder(folder, lambda scratch: replace_text(scratch / "overlap.json", counts))
+    return Overlap(*json.loads((folder / "overlap.json").read_text()))
 
 
 def _fingerprint(train: Collator, collator: CollatorConfig, seed: int, seq_len: int, rows_per_step: int) -> str:
@@ -194,38 +121,3 @@ def _fingerprint(train: Collator, collator: CollatorConfig, seed: int, seq_len: 
 def pass_limits(config: TrainConfig, device: str) -> PassLimits:
     """What a forward pass of a process holds at most, on this type of device."""
     return PassLimits(config.device_batch_size, config.tokens_a_pass, device)
-
-
-def report_counts(collator: Collator, num_steps: int) -> None:
-    """Log how much the training data holds, and how much of it is cut or left out."""
-    counts = collator.counts
-    log.info("training mixture: %s documents an epoch; %d steps", f"{counts.documents:,}", num_steps)
-    for line in describe_sources(collator):
-        log.info("  %s", line)
-    for cache in (cache for cache in collator.mixture.caches if cache.skipped):
-        log.warning(
-            "data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped, cache.skipped + len(cache)
-        )
-    if counts.truncated:
-        log.warning(
-            "%d documents are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
-        )
-    if counts.left_out:
-        log.warning("%d documents have no token that carries loss within train.seq_len and are left out", counts.left_out)
-
-
-def describe_sources(collator: Collator) -> list[str]:
-    """A line a source: what an epoch holds of it."""
-    found = collator.by_source()
-    tokens = sum(source.tokens for source in found.values())
-    width = max(len(name) for name in found)
-    return [
-        f"{name:{width}s}  {source.documents:,} documents, {source.tokens:,} tokens ({source.tokens / max(1, tokens):.1%}), "
-        f"{source.supervised_tokens:,} supervised"
-        for name, source in found.items()
-    ]
-
-
-def cache_dir(data: DataConfig) -> Path:
-    """data.cache_dir, else the default cache folder."""
-    return Path(data.cache_dir).expanduser().resolve() if data.cache_dir else default_cache_dir()

@@ -16,6 +16,7 @@ from chattrain.config.changes import flatten
 from chattrain.config.compose import key_of
 from chattrain.config.data import SourceConfig
 from chattrain.data.collators import Collator
+from chattrain.data.files import local_path
 from chattrain.data.sources import GENERATE
 from chattrain.evals.validation import metric_names
 from chattrain.setup.data import EvalData, RunData
@@ -154,7 +155,7 @@ def _of_collator(collator: Collator, context: str) -> list[DataSet]:
 def _of_source(name: str, source: SourceConfig | None, digest: str, context: str, profile: dict[str, int]) -> DataSet:
     if source is None:
         return DataSet(name, digest, {"uri": name}, context, profile=profile)
-    if source.path.startswith(GENERATE) or Path(source.path).expanduser().exists():
+    if source.path.startswith(GENERATE) or local_path(source.path).exists():
         return DataSet(name, digest, {"uri": source.path}, context, profile=profile)
     hub = {"path": source.path, "config_name": source.subset, "split": source.split}
     return DataSet(name, digest, {k: v for k, v in hub.items() if v}, context, "hugging_face", profile)

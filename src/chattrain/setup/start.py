@@ -17,8 +17,8 @@ from chattrain.formats.convert import as_checkpoint
 from chattrain.formats.folder import hint, locate
 from chattrain.formats.imported import FolderFormat
 from chattrain.model import hf
-from chattrain.setup.data import cache_dir
 from chattrain.setup.job import current_job
+from chattrain.setup.opening import cache_dir
 from chattrain.setup.runs import (
     check_stage,
     newest_finished,

@@ -29,6 +29,7 @@ def summarize(
     """The content of summary.json. `error`: what ended the run before its last step; None: it completed or was interrupted."""
     stopped = error is None and state.step < data.num_steps  # by a signal, or by train.stop_after
     interrupted = stopped or isinstance(error, KeyboardInterrupt)
+    sources = data.train.mixture.caches
     newest, changes = checkpoint.all_checkpoints(setup.run_dir), read_changes(setup.run_dir)
     return {
         "status": "interrupted" if interrupted else "failed" if error else "completed",
@@ -47,7 +48,11 @@ def summarize(
         "compile": setup.compilation.on,
         "mlflow_run_id": tracker.mlflow_run_id,
         "finished_at": time.time(),
-        "data": {**asdict(data.train.counts), "sources": {n: asdict(c) for n, c in data.train.by_source().items()}},
+        "data": {
+            **asdict(data.train.counts),
+            "sources": {name: asdict(counts) for name, counts in data.train.by_source().items()},
+            "malformed": {c.name: c.malformed.by_reason() for c in sources if c.skipped},
+        },
         "learning_rates": data.learning_rates,  # real ones, at their peak, by parameter group
         "validation": data.measured.facts if data.measured else None,
         **({"changes": "; ".join(changes)} if changes else {}),  # of settings while it ran: its numbers are of a mixture

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chattrain.config import Config
-from chattrain.config.data import DataConfig, SourceConfig
-from chattrain.config.words import Schema
-from chattrain.data.sources import Records, identity, open_records
+from chattrain.config.data import DataConfig
+from chattrain.config.words import OnMalformed, Schema
+from chattrain.data.malformed import MalformedRows
+from chattrain.data.records import Records
+from chattrain.data.sources import identity, open_records
 from chattrain.errors import UserError
-from chattrain.setup.data import cache_dir
+from chattrain.setup.opening import cache_dir
 from chattrain.storage.files import make_folder
 from chattrain.tasks import multiple_choice, record_to_segments
 from chattrain.tokenizer import Tokenizer
@@ -61,27 +63,32 @@ def _train_tokenizer(data: DataConfig, stage: str, vocab_size: int, train_chars:
     folder = cache / "tokenizers" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
     if not (folder / "encoding.json").is_file():
         log.info("training a tokenizer of %d tokens on this data", vocab_size)
-        opened = [(source, open_records(name, source, cache)) for name, source in sources.values()]
-        trained = Tokenizer.train(_texts(opened, train_chars), vocab_size)
+        opened = [open_records(name, source, cache) for name, source in sources.values()]
+        trained = Tokenizer.train(_texts(opened, train_chars, data.on_malformed == OnMalformed.skip), vocab_size)
         if trained.vocab_size < vocab_size:
             log.warning("the data gives only %d tokens, not tokenizer.vocab_size=%d", trained.vocab_size, vocab_size)
         make_folder(folder, trained.save)
     return folder
 
 
-def _texts(opened: list[tuple[SourceConfig, Records]], max_chars: int) -> Iterator[str]:
-    """The texts of all sources; each source gives about max_chars / number of sources characters at most."""
-    for source, records in opened:
+def _texts(opened: list[Records], max_chars: int, skip_malformed: bool) -> Iterator[str]:
+    """The texts of all sources; each source gives about max_chars / number of sources characters at most.
+
+    Raises UserError for a malformed record; with skip_malformed it is left out, and counted where its source is tokenised.
+    """
+    for records in opened:
         left = max_chars // len(opened)
-        for _, record in records.read(0, len(records)):
-            try:
-                if source.schema == Schema.multiple_choice:
-                    texts = [multiple_choice.tokenizer_text(record)]
-                else:
-                    texts = [segment.text for segment in record_to_segments(record, source.schema.name) if not segment.special]
-            except (ValueError, KeyError, TypeError):  # malformed; tokenising the record reports it
-                continue
+        for _, texts in records.convert(
+            lambda record, schema=records.schema: _texts_of(record, schema), malformed=MalformedRows() if skip_malformed else None
+        ):
             yield from texts
             left -= sum(len(text) for text in texts)
             if left < 0:
                 break
+
+
+def _texts_of(record: dict, schema: str) -> list[str]:
+    segments = record_to_segments(record, schema)
+    if schema == Schema.multiple_choice.name:
+        return [multiple_choice.tokenizer_text(record)]
+    return [segment.text for segment in segments if not segment.special]

@@ -1,32 +1,69 @@
 """Questions with lettered choices: the columns of MMLU (cais/mmlu) and of ARC (allenai/ai2_arc)."""
 
+from typing import Any
+
 LETTERS = "ABCDEFGHIJ"
+WRAPPER = "train"  # auxiliary_train of MMLU nests each record once more, in a column of this name
 
 
 def question(record: dict) -> tuple[str, list[str], list[str], int]:
     """(question, choices, letters, index of the right one) of a record of MMLU or ARC.
 
-    MMLU gives the right choice by its index, ARC by its label, which may be a digit. Raises KeyError or ValueError for
-    other columns, or if the answer is not one of the choices.
+    MMLU gives the right choice by its index from 0, variants of it by its letter; ARC by its label, which may be a digit. Raises
+    KeyError or ValueError for other columns, or if the answer is not one of the choices.
 
     >>> question({"question": "2 + 2?", "choices": ["3", "4"], "answer": 1})
     ('2 + 2?', ['3', '4'], ['A', 'B'], 1)
     >>> question({"question": "2 + 2?", "choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answerKey": "2"})
     ('2 + 2?', ['3', '4'], ['1', '2'], 1)
     """
-    if isinstance(record.get("train"), dict):  # auxiliary_train of MMLU nests each record once more
-        record = record["train"]
-    if "answerKey" in record:
+    if isinstance(record.get(WRAPPER), dict):
+        record = record[WRAPPER]
+    given = record["answer"] if record.get("answerKey") is None else record["answerKey"]
+    if isinstance(record["choices"], dict):
         choices, letters = list(record["choices"]["text"]), list(record["choices"]["label"])
-        answer = letters.index(record["answerKey"])
+        if not isinstance(given, str) or given.strip().upper() not in letters:
+            raise ValueError(f"answer {given!r} is none of {', '.join(map(str, letters))}")
+        answer = letters.index(given.strip().upper())
     else:
         choices = list(record["choices"])
-        letters, answer = list(LETTERS[: len(choices)]), int(record["answer"])
+        letters = list(LETTERS[: len(choices)])
+        answer = _index(given, choices, letters)
     if not 2 <= len(choices) <= len(LETTERS) or not 0 <= answer < len(choices) or len(letters) != len(choices):
         raise ValueError(f"{len(choices)} choices, {len(letters)} letters and answer {answer} do not fit")
     if not all(isinstance(text, str) for text in [record["question"], *choices]):
         raise ValueError("the question or a choice is empty or no text")
     return record["question"], choices, letters, answer
+
+
+def _index(answer: Any, choices: list[str], letters: list[str]) -> int:
+    """The index of the right choice, which a number gives from 0, and a text as letter, as number or as the choice itself.
+
+    >>> choices, letters = ["3", "4", "5"], ["A", "B", "C"]
+    >>> _index(2, choices, letters), _index(" b", choices, letters), _index("0", choices, letters)
+    (2, 1, 0)
+    >>> _index("2", ["1", "2", "3"], letters)
+    Traceback (most recent call last):
+    ValueError: answer '2' may mean choice 2, counted from 0, or the one that reads so; give its letter or a number
+    """
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and float(answer).is_integer():
+        return int(answer)
+    if not isinstance(answer, str):
+        raise ValueError(f"answer {answer!r} is no letter and no number")
+    text = answer.strip()
+    meant = {i for i, letter in enumerate(letters) if letter == text.upper()}
+    meant |= {i for i, choice in enumerate(choices) if isinstance(choice, str) and choice.strip() == text}
+    if text.isdecimal() and int(text) < len(choices):
+        meant.add(int(text))
+    if len(meant) > 1:
+        raise ValueError(
+            f"answer {answer!r} may mean choice {text}, counted from 0, or the one that reads so; give its letter or a number"
+            if text.isdecimal()
+            else f"answer {answer!r} is the letter of one choice and the text of another; give the right one's number, from 0"
+        )
+    if not meant:
+        raise ValueError(f"answer {answer!r} is none of {', '.join(letters)}, nor a number from 0 to {len(choices) - 1}")
+    return meant.pop()
 
 
 def conversation(record: dict) -> dict:

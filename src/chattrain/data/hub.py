@@ -1,0 +1,38 @@
+"""Data sets of the Hugging Face hub, and folders that `datasets` has saved."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from chattrain.config.data import SourceConfig
+from chattrain.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_saved(folder: Path) -> Dataset:
+    """A folder that `Dataset.save_to_disk` has written."""
+    import datasets
+
+    return cast("Dataset", datasets.load_from_disk(str(folder)))
+
+
+def load(name: str, source: SourceConfig, cache_dir: Path) -> Dataset:
+    """One split of a data set of the hub. Raises UserError if it cannot be loaded."""
+    import datasets
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warnings for retries; the error below says how they ended
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(source.path, source.subset, cache_dir=str(cache_dir / "datasets"), split=source.split)
+    except Exception as error:  # the library raises many types of error; all of them mean that the data cannot be loaded
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"data source {name}: cannot load {source.path}: {reason}; check the name and the network, or give a local file "
+            "or folder"
+        ) from error

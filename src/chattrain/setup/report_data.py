@@ -1,0 +1,55 @@
+"""What the log says of a run's data."""
+
+from __future__ import annotations
+
+import logging
+
+from chattrain.data.collators import Collator
+from chattrain.setup.data import EvalData, RunData
+
+log = logging.getLogger("chattrain")
+
+
+def report_notes(data: EvalData) -> None:
+    """Log what was found when the data was opened."""
+    for level, note in dict.fromkeys(data.notes):  # a source of both training and validation gives each note twice
+        log.log(level, note)
+
+
+def report_data(data: RunData) -> None:
+    """Log what the data is, how much of it is cut or left out, and how much of the validation data is trained on."""
+    counts = data.train.counts
+    report_notes(data)
+    log.info("training mixture: %s documents an epoch; %d steps", f"{counts.documents:,}", data.num_steps)
+    for line in describe_sources(data.train):
+        log.info("  %s", line)
+    if data.overlap is not None:
+        documents, exact, near = data.overlap
+        log.info("validation: %s documents", f"{documents:,}")
+        if exact or near:
+            log.warning(
+                "%s of %s validation documents are in the training data too: %s copies but for case and punctuation, %s near "
+                "copies (70 %% of their runs of 8 words); val/loss is lower for it",
+                f"{exact + near:,}",
+                f"{documents:,}",
+                f"{exact:,}",
+                f"{near:,}",
+            )
+    if counts.truncated:
+        log.warning(
+            "%d documents are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
+        )
+    if counts.left_out:
+        log.warning("%d documents have no token that carries loss within train.seq_len and are left out", counts.left_out)
+
+
+def describe_sources(collator: Collator) -> list[str]:
+    """A line a source: what an epoch holds of it."""
+    found = collator.by_source()
+    tokens = sum(source.tokens for source in found.values())
+    width = max(len(name) for name in found)
+    return [
+        f"{name:{width}s}  {source.documents:,} documents, {source.tokens:,} tokens ({source.tokens / max(1, tokens):.1%}), "
+        f"{source.supervised_tokens:,} supervised"
+        for name, source in found.items()
+    ]
