@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import chattrain
+from chattrain.errors import RunFailed
 from chattrain.formats import convert, huggingface
 from chattrain.storage import checkpoint
 from chattrain.storage.tensors import read_tensors
@@ -266,7 +267,7 @@ def test_an_export_that_fails_leaves_the_one_before(place, monkeypatch):
 
 def test_an_import_that_fails_leaves_nothing(place, nanochat, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunFailed, match="no space"):
         run("import", "stage=base", f"init.from={nanochat}")
     assert not list((place / "runs").rglob("*.json")) and not Path("runs/base/d2").exists()
 
