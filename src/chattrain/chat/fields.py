@@ -11,7 +11,6 @@ from chattrain.tokenizer.unicode import well_formed
 
 FLAGS = ("weight", "train", "training", "trainable")  # 0 or false: no loss on this message
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of the field that holds a thought
-NEEDED = ("messages", "role", "content")  # what data.ignore cannot leave out
 
 
 def clean(value: Any) -> Any:
@@ -68,6 +67,6 @@ def without_fields(document: dict[str, Any], fields: Sequence[str], left_out: Co
 def refused_field(message: str, field: str, value: Any, where: str) -> Malformed:
     """That a field would be lost. `where`: what has no place for it."""
     return Malformed(
-        f"{message}: {where} has no place for `{field}` ({value!r:.80}), so it would not be trained on; take it out of the data, or "
-        f"let it be left out with data.ignore=[{field}]"
+        f"{message}: {where} has no place for `{field}` ({value!r:.80}), so it would not be trained on; take it out of the data, "
+        f"or let it be left out with data.ignore=[{field}]"
     )

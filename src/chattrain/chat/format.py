@@ -73,11 +73,11 @@ class ChatFormat(ABC):
         """The tokens of each document. All texts are tokenised in one batch."""
 
     @abstractmethod
-    def prompt(self, conversation: dict[str, Any]) -> list[int]:
-        """Token ids of the conversation, up to where the model's reply begins."""
+    def prompt(self, asked: dict[str, Any]) -> list[int]:
+        """Token ids of a conversation, up to where the model's reply begins."""
 
     @abstractmethod
-    def choices(self, conversation: dict[str, Any], replies: list[str]) -> tuple[list[int], list[int]]:
+    def choices(self, asked: dict[str, Any], replies: list[str]) -> tuple[list[int], list[int]]:
         """(token ids that all replies to the conversation share, the one token in which each reply differs).
 
         Raises Malformed if a reply is not a single token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 from chattrain.chat.format import Kind, Malformed, Segment
 from chattrain.chat.messages import Message
 from chattrain.chat.skeleton import Piece
+
+OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
 
 
 class Ends(NamedTuple):
@@ -25,7 +28,8 @@ class Ends(NamedTuple):
         before = self.before_reply.get(role_before)
         if before == "":
             return 0
-        for prompt in (before, self.generation_prompt):
+        # Where a rendered reply does not begin with the prompt for it, this is often for the thought that the prompt opens.
+        for prompt in (before, self.generation_prompt, OPENED_THOUGHT.sub("", self.generation_prompt)):
             if prompt and prompt in between:
                 return between.rindex(prompt) + len(prompt)
         return len(between) - (len(self.reply_prefix) if between.endswith(self.reply_prefix) else 0)
@@ -64,8 +68,8 @@ def find_blocks(whole: str, messages: list[Message], pieces: list[Piece], spans:
             if end is None:
                 what = " behind its calls" if messages[i].calls else ""
                 raise Malformed(
-                    f"assistant turn {messages[i].index} has no end-of-turn token {ends.stops[0]!r}{what}, so the model would not "
-                    f"learn to stop: {whole[begin:following]!r:.300}"
+                    f"assistant turn {messages[i].index} has no end-of-turn token {ends.stops[0]!r}{what}, so the model would "
+                    f"not learn to stop: {whole[begin:following]!r:.300}"
                 )
         blocks.append(Block(i, begin, max(reply, begin), last + (end or 0)))
     return blocks

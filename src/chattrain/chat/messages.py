@@ -8,11 +8,18 @@ from typing import Any, NamedTuple
 
 from chattrain.chat.fields import FLAGS, THOUGHTS, clean, has_content, is_off
 from chattrain.chat.format import Malformed, messages_of
+from chattrain.tokenizer.unicode import well_formed
 
 ROLES = {"developer": "system", "function": "tool", "ipython": "tool", "observation": "tool"}  # other names of a role
 PARTS = {"assistant": ("text", "python", "python_output")}  # types of the parts of a content; of other roles: text
 # Role of a message -> roles that may follow; the first is the usual one.
-EXPECTED = {"": ("user",), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+EXPECTED = {
+    "": ("user",),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
 MEDIA = ("image", "audio", "video", "file")
 
 
@@ -37,7 +44,7 @@ class Call(NamedTuple):
         return json.loads(self.arguments) if isinstance(self.arguments, str) else self.arguments
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Message:
     """One message. `rest`: other fields with content; a chat format places or refuses them."""
 
@@ -76,8 +83,8 @@ def conversation(document: dict[str, Any]) -> Conversation:
 
 
 def check_turns(messages: list[Message]) -> None:
-    """Raises Malformed unless, behind a system message, user and assistant alternate, the user first. Results of tools stand behind
-    the assistant's message that calls them; the assistant goes on behind them."""
+    """Raises Malformed unless, behind a system message, user and assistant alternate, the user first. Results of tools stand
+    behind the assistant's message that calls them; the assistant goes on behind them."""
     before = ""
     for at, message in enumerate(messages):
         expected = EXPECTED[before]
@@ -88,15 +95,15 @@ def check_turns(messages: list[Message]) -> None:
 
 
 def _message(i: int, given: dict[str, Any]) -> Message:
-    if given.keys() == {"role", "content"} and isinstance(given["content"], str):
-        message = {name: clean(value) for name, value in given.items()}
-    else:
-        message = clean(given) or {}
-    if not isinstance(message.get("role"), str):
+    role, content = given["role"], given.get("content")
+    if len(given) == 2 and isinstance(role, str) and isinstance(content, str):  # most messages
+        return Message(i, ROLES.get(role, role), [Part("text", well_formed(content))])
+    message = clean(given) or {}
+    if not isinstance(role, str):
         raise Malformed(f"message {i} needs `role` and `content`")
     off = is_off(i, message)
     rest = {name: value for name, value in message.items() if name not in ("role", "content", *FLAGS) and has_content(value)}
-    role = ROLES.get(message["role"], message["role"])
+    role = ROLES.get(role, role)
     calls, thought = [], ("", THOUGHTS[0])
     if role == "assistant":
         calls, thought = _calls(i, rest), _thought(i, rest)
@@ -159,7 +166,7 @@ def _call(i: int, given: Any) -> Call:
     """A call `{"function": {"name", "arguments"}}`, or flat `{"name", "arguments"}`."""
     function = given.get("function", given) if isinstance(given, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or not name:
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
         raise Malformed(f"message {i}: a call must be {{'function': {{'name': str, 'arguments': ...}}}}, not {given!r:.80}")
     nested = {"function.name", "function.arguments"} if function is not given else {"name", "arguments"}
     others = {f"function.{key}": value for key, value in function.items()} if function is not given else {}
@@ -180,6 +187,8 @@ def _call(i: int, given: Any) -> Call:
 
 def _tools(given: Any) -> list[dict[str, Any]]:
     """The tools of a row: a list of objects, or the JSON text of one."""
+    if given is None:
+        return []
     tools = given
     if isinstance(given, str) and given.strip():
         try:
@@ -195,6 +204,8 @@ def _tools(given: Any) -> list[dict[str, Any]]:
 
 def _in_order_of_calls(messages: list[Message]) -> list[Message]:
     """The messages, with the results behind each message that calls tools in the order of its calls."""
+    if not any(message.calls for message in messages):
+        return messages
     ordered = list(messages)
     for at, message in enumerate(messages):
         if message.calls:

@@ -5,8 +5,8 @@
 A call of a tool is `<|python_start|>name({"argument": ...})<|python_end|>`, its result `<|output_start|>...<|output_end|>`, both
 within one assistant turn. Tools are JSON, one a line, behind the system text, which begins the first user turn.
 
-Supervised are the tokens that the model must generate itself: the assistant's text, its calls with their start and end tokens, and
-`<|assistant_end|>`. BOS, user turns, role tokens and tool output are context, so they carry no loss.
+Supervised are the tokens that the model must generate itself: the assistant's text, its calls with their start and end tokens,
+and `<|assistant_end|>`. BOS, user turns, role tokens and tool output are context, so they carry no loss.
 """
 
 from __future__ import annotations
@@ -69,17 +69,17 @@ class NativeFormat(ChatFormat):
             rendered.append(Encoded(ids, kinds, turns))
         return rendered
 
-    def prompt(self, conversation: dict[str, Any]) -> list[int]:
-        segments = to_segments(conversation)
+    def prompt(self, asked: dict[str, Any]) -> list[int]:
+        segments = to_segments(asked)
         ids = self.encode([segments])[0].ids
         answers = segments[-1].text == OUTPUT_END  # the assistant goes on in its turn
         return ids if answers else [*ids, self.tokenizer.special(ASSISTANT_START)]
 
-    def choices(self, conversation: dict[str, Any], replies: list[str]) -> tuple[list[int], list[int]]:
+    def choices(self, asked: dict[str, Any], replies: list[str]) -> tuple[list[int], list[int]]:
         tokens = self.tokenizer.encode_batch(replies)
         if any(len(ids) != 1 for ids in tokens) or len({ids[0] for ids in tokens}) != len(replies):
             raise Malformed(f"each of {replies} must be one token of the tokenizer")
-        return self.prompt(conversation), [ids[0] for ids in tokens]
+        return self.prompt(asked), [ids[0] for ids in tokens]
 
 
 def to_segments(document: dict[str, Any]) -> list[Segment]:

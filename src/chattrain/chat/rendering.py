@@ -23,9 +23,9 @@ def chat_format(tokenizer: AnyTokenizer) -> ChatFormat:
 def render(conversation: dict[str, Any], tokenizer: AnyTokenizer, max_tokens: int | None = 2048) -> Rendered:
     """Token ids and loss mask of `{"messages": [{"role", "content"}, ...]}`, cut after `max_tokens` (None: not cut).
 
-    docs/data.md lists the roles and fields of a message; `tools` may stand beside `messages`. Content is a string or a list of parts
-    `{"type": "text", "text": ...}`; those of the assistant may also be `python` and `python_output`. A conversation may end with a
-    user turn. Raises Malformed if the roles do not take turns, and for content of another type or that would be left out.
+    docs/data.md lists the roles and fields of a message; `tools` may stand beside `messages`. Content is a string or a list of
+    parts `{"type": "text", "text": ...}`; those of the assistant may also be `python` and `python_output`. A conversation may end
+    with a user turn. Raises Malformed if the roles do not take turns, and for content that has another type or would be left out.
     """
     form = chat_format(tokenizer)
     encoded = form.encode([form.to_segments(conversation)])[0]

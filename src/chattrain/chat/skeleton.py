@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 from chattrain.chat.format import Malformed
@@ -54,8 +55,8 @@ def as_given(text: str, message: int, field: str, verbatim: bool = False) -> str
 class Placeholders:
     """Writes placeholders for texts, and collects what they stand for.
 
-    Space at the ends of a text stays, so that a template strips it as in the text itself. So do tags that the template names, such
-    as `<think>`: it may look for them.
+    Space at the ends of a text stays, so that a template strips it as in the text itself. So do tags that the template names,
+    such as `<think>`: it may look for them.
     """
 
     mark: str  # a word that is in no text of the conversation
@@ -67,11 +68,8 @@ class Placeholders:
         return text if not text.strip() else self._cut(pieces, tags=field != "tool_calls")
 
     def content(self, message: Message, i: int, must_be_found: bool) -> str:
-        """The content of message i, whose thought ends with `</think>`. `must_be_found`: give it a placeholder even if it is empty."""
-        pieces, at, end_of_thought = [], 0, message.text.rfind("</think>")
-        for text, supervised in content_parts(message):
-            pieces.append(Piece(text, i, "content", False, supervised))
-            at += len(text)
+        """The content of message i. `must_be_found`: with a placeholder even if it is empty."""
+        pieces = [Piece(text, i, "content", False, supervised) for text, supervised in content_parts(message)]
         joined = "".join(piece.text for piece in pieces)
         if not joined.strip():
             return joined + (self._placeholder(Piece("", i, "content")) if must_be_found else "")
@@ -122,7 +120,7 @@ def mark_for(texts: str) -> str:
 def content_parts(message: Message) -> list[tuple[str, bool]]:
     """The content as (text, supervised) parts. Python calls are written as in GSM8K: `<<12/60=0.2>>`."""
     parts: list[tuple[str, bool]] = []
-    for part, following in zip(message.parts, [*message.parts[1:], None], strict=True):
+    for part, following in zip_longest(message.parts, message.parts[1:]):
         if part.kind == "text":
             parts.append((part.text, True))
         elif part.kind == "python":
@@ -133,7 +131,9 @@ def content_parts(message: Message) -> list[tuple[str, bool]]:
     return parts
 
 
-def as_dicts(talk: Conversation, form: Form, thought_field: str | None, placeholders: Placeholders | None) -> list[dict[str, Any]]:
+def as_dicts(
+    talk: Conversation, form: Form, thought_field: str | None, placeholders: Placeholders | None
+) -> list[dict[str, Any]]:
     """The messages as templates want them, with placeholders for their texts, or without. `thought_field`: None: as given."""
     write: Write = placeholders.write if placeholders else as_given
     dicts = []
@@ -175,18 +175,17 @@ def locate(skeleton: str, placeholders: Placeholders, whole: str, talk: Conversa
     """
     found = re.split(re.escape(placeholders.mark) + r"(\d+)x", skeleton)
     literals, numbers = found[::2], [int(number) for number in found[1::2]]
+    pieces = [placeholders.pieces[number] for number in numbers]
     spans: list[tuple[int, int] | None] = [None] * len(placeholders.pieces)
     at = len(literals[0])
-    culprit = placeholders.pieces[numbers[0]].message if numbers else 0
     if not whole.startswith(literals[0]):
-        raise _changed(talk.messages[culprit], "")
-    for k, number in enumerate(numbers):
-        piece, literal = placeholders.pieces[number], literals[k + 1]
-        text = next((t for t in _spellings(piece) if whole.startswith(t, at) and whole.startswith(literal, at + len(t))), None)
-        if text is None:
-            behind = any(whole.startswith(t, at) for t in _spellings(piece)) and k + 1 < len(numbers)
-            culprit = placeholders.pieces[numbers[k + 1]] if behind else piece
-            raise _changed(talk.messages[culprit.message], culprit.text)
+        raise _changed(talk, pieces[0] if pieces else placeholders.pieces[0])
+    for k, (number, piece) in enumerate(zip(numbers, pieces, strict=True)):
+        literal, spelled = literals[k + 1], list(spellings(piece.text, piece.verbatim))
+        text = next((t for t in spelled if whole.startswith(t, at) and whole.startswith(literal, at + len(t))), None)
+        if text is None:  # the text differs, or what the template writes behind it, which may depend on the next one
+            only_behind = any(whole.startswith(t, at) for t in spelled) and k + 1 < len(pieces)
+            raise _changed(talk, pieces[k + 1] if only_behind else piece)
         if spans[number] is None:
             spans[number] = (at, at + len(text))
         at += len(text) + len(literal)
@@ -195,13 +194,13 @@ def locate(skeleton: str, placeholders: Placeholders, whole: str, talk: Conversa
     return spans
 
 
-def _spellings(piece: Piece) -> Iterator[str]:
+def spellings(text: str, verbatim: bool = False) -> Iterator[str]:
     """The ways in which a template may write a text: as it is, or as JSON."""
-    yield piece.text
-    if not piece.verbatim:
-        yield json.dumps(piece.text, ensure_ascii=False)[1:-1]
-        yield json.dumps(piece.text)[1:-1]
+    yield text
+    if not verbatim:
+        yield json.dumps(text, ensure_ascii=False)[1:-1]
+        yield json.dumps(text)[1:-1]
 
 
-def _changed(message: Message, text: str) -> Malformed:
-    return Malformed(f"the chat template changes {message}, so it cannot be located: {text!r:.200}")
+def _changed(talk: Conversation, piece: Piece) -> Malformed:
+    return Malformed(f"the chat template changes {talk.messages[piece.message]}, so it cannot be located: {piece.text!r:.200}")

@@ -12,10 +12,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from mmap import MADV_DONTNEED, mmap
 from multiprocessing import get_context
 from pathlib import Path
@@ -63,6 +64,7 @@ class TokenizedSource:
     record_indices: np.ndarray  # (documents,) int64, index of each document's record in the source, for messages
     skipped: int  # malformed records left out
     content_hash: str  # of tokens, kinds and offsets
+    left_out: dict[str, int] = field(default_factory=dict)  # times: fields of data.ignore; what a chat template drops by design
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -92,22 +94,25 @@ def load_or_tokenize(
     cache_dir: Path,
     skip_malformed: bool = False,
     workers: int | None = None,
+    ignore: Sequence[str] = (),
 ) -> TokenizedSource:
     """The source's documents, from the cache if it holds them; otherwise they are rendered, tokenised and cached first.
 
-    `workers`: processes that tokenise; None: one a core. Raises UserError for a malformed record, with its source, number and
-    reason (with skip_malformed the record is left out and counted instead), and for a source without a usable record.
+    `workers`: processes that tokenise; None: one a core. `ignore`: fields of messages, or `tools`, to leave out. Raises UserError
+    for a malformed record, with its source, number and reason (with skip_malformed the record is left out and counted instead), and for a source without a usable record.
     """
-    key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed)
+    key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed, ignore)
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
         records = open_records(name, source, cache_dir)
-        chunks = render_all(name, source, records, tokenizer, cache_dir, skip_malformed, workers)
+        chunks = render_all(name, source, records, tokenizer, cache_dir, skip_malformed, workers, ignore)
         make_folder(folder, lambda scratch: _write(scratch, name, source, chunks, _token_dtype(tokenizer)))
     return _open(name, folder)
 
 
-def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, skip_malformed: bool) -> str:
+def _key(
+    source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, skip_malformed: bool, ignore: Sequence[str]
+) -> str:
     inputs = [
         FORMAT_VERSION,
         chat_format(tokenizer).version,
@@ -117,6 +122,7 @@ def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, s
         source.part,
         tokenizer.fingerprint(),
         skip_malformed,
+        *([sorted(ignore)] if ignore else []),  # so that caches of data without it keep their keys
     ]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
 
@@ -124,13 +130,15 @@ def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, s
 def _open(name: str, folder: Path) -> TokenizedSource:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {field: np.load(folder / f"{file}.npy", mmap_mode="r") for field, file in ARRAYS.items()}
-    return TokenizedSource(name=name, skipped=meta["skipped"], content_hash=meta["content_hash"], **arrays)
+    counts = {"skipped": meta["skipped"], "left_out": meta.get("left_out", {})}
+    return TokenizedSource(name=name, content_hash=meta["content_hash"], **counts, **arrays)
 
 
 def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
     """Write a cache folder. What there is of each token goes to disk chunk by chunk, so that memory does not grow with the
     source."""
     skipped, reasons, content_hash = 0, [], hashlib.sha256()
+    left_out: Counter[str] = Counter()
     lengths, counts, record_indices = [0], [], []
     files = {name: (folder / f"{name}.raw") for name in ("tokens", "kinds", "turns")}
     with ExitStack() as stack:
@@ -145,6 +153,7 @@ def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk
             counts += chunk.counts
             record_indices += chunk.record_indices
             skipped += len(chunk.malformed)
+            left_out += chunk.left_out
             reasons = (reasons + chunk.malformed)[:3]
     if not record_indices:
         raise UserError(
@@ -157,11 +166,12 @@ def _write(folder: Path, name: str, source: SourceConfig, chunks: Iterator[Chunk
     _raw_to_npy(folder / "kinds", np.dtype(np.uint8), int(offsets[-1]))
     _raw_to_npy(folder / "turns", np.dtype(np.uint16), int(offsets[-1]))
     np.save(folder / f"{ARRAYS['offsets']}.npy", offsets)
-    for field, column in zip(("num_assistant", "num_last_assistant", "num_off"), np.array(counts, dtype=np.int64).T, strict=True):
-        np.save(folder / f"{ARRAYS[field]}.npy", column)
+    for count, column in zip(("num_assistant", "num_last_assistant", "num_off"), np.array(counts, dtype=np.int64).T, strict=True):
+        np.save(folder / f"{ARRAYS[count]}.npy", column)
     np.save(folder / f"{ARRAYS['record_indices']}.npy", np.array(record_indices, dtype=np.int64))
     meta = {
         "skipped": skipped,
+        "left_out": dict(left_out),
         "content_hash": content_hash.hexdigest()[:24],
         "source": source.path,
         "documents": len(record_indices),
@@ -194,6 +204,7 @@ class Chunk:
     counts: list[tuple[int, int, int]]  # of each document: assistant tokens, those of its last reply, tokens flagged off
     record_indices: list[int]
     malformed: list[tuple[int, str]]  # (index of the record, reason)
+    left_out: Counter[str]
 
     @property
     def loss_mask(self) -> bytes:
@@ -209,6 +220,7 @@ def render_all(
     cache_dir: Path,
     skip_malformed: bool,
     workers: int | None,
+    ignore: Sequence[str] = (),
 ) -> Iterator[Chunk]:
     """Chunks in the order of the records, made by this process or a pool of them. Shows a progress bar on a terminal."""
     from rich.progress import track
@@ -228,13 +240,13 @@ def render_all(
 
     if processes == 1 or len(records) < PARALLEL_RECORDS:
         yield from with_progress_bar(
-            _render(name, source, records.read(s, s + CHUNK_RECORDS), tokenizer, skip_malformed) for s in starts
+            _render(name, source, records.read(s, s + CHUNK_RECORDS), tokenizer, skip_malformed, ignore) for s in starts
         )
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            work = ((name, source, cache_dir, folder, s, skip_malformed) for s in starts)
+            work = ((name, source, cache_dir, folder, s, skip_malformed, ignore) for s in starts)
             yield from with_progress_bar(pool.map(_render_in_worker, work))
 
 
@@ -248,24 +260,32 @@ def _stderr_console():
 _opened: dict[str, tuple[Records, AnyTokenizer]] = {}
 
 
-def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool]) -> Chunk:
-    name, source, cache_dir, folder, start, skip_malformed = work
+def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool, Sequence[str]]) -> Chunk:
+    name, source, cache_dir, folder, start, skip_malformed, ignore = work
     if folder not in _opened:
         _opened.clear()
         _opened[folder] = open_records(name, source, cache_dir), Tokenizer.load(folder)
     records, tokenizer = _opened[folder]
-    return _render(name, source, records.read(start, start + CHUNK_RECORDS), tokenizer, skip_malformed)
+    return _render(name, source, records.read(start, start + CHUNK_RECORDS), tokenizer, skip_malformed, ignore)
 
 
 def _render(
-    name: str, source: SourceConfig, records: Iterator[tuple[int, dict]], tokenizer: AnyTokenizer, skip_malformed: bool
+    name: str,
+    source: SourceConfig,
+    records: Iterator[tuple[int, dict]],
+    tokenizer: AnyTokenizer,
+    skip_malformed: bool,
+    ignore: Sequence[str],
 ) -> Chunk:
     documents, record_indices, malformed = [], [], []
+    left_out: Counter[str] = Counter()
     form = chat_format(tokenizer)
     for i, record in records:
         try:
-            documents.append(record_to_segments(record, source.schema.name, form))
+            of_record: Counter[str] = Counter()
+            documents.append(record_to_segments(record, source.schema.name, form, ignore, of_record))
             record_indices.append(i)
+            left_out += of_record
         except Malformed as error:
             if not skip_malformed:
                 raise UserError(
@@ -283,6 +303,7 @@ def _render(
         counts=[_count(r) for r in rendered],
         record_indices=record_indices,
         malformed=malformed,
+        left_out=left_out,
     )
 
 

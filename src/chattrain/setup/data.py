@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from chattrain.chat.format import DROPPED_THOUGHTS
 from chattrain.config import Config
 from chattrain.config.collator import CollatorConfig
 from chattrain.config.data import DataConfig, SourceConfig
@@ -150,7 +151,9 @@ def _open_mixture(
             raise UserError(f"this data has no test part: give {key} in its YAML file, or data.test_path with data=local")
         raise UserError(f"{key} has no source; name one, or use eval=none for no validation")
     cache, skip = cache_dir(data), data.on_malformed == OnMalformed.skip
-    tokenized = [load_or_tokenize(name, source, tokenizer, cache, skip, data.workers) for name, source in sources.items()]
+    tokenized = [
+        load_or_tokenize(name, source, tokenizer, cache, skip, data.workers, data.ignore) for name, source in sources.items()
+    ]
     return Mixture(tokenized, list(sources.values()), seed, folder=cache / "rows", loss=loss, shares=shares)
 
 
@@ -206,6 +209,12 @@ def report_counts(collator: Collator, num_steps: int) -> None:
         log.warning(
             "data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped, cache.skipped + len(cache)
         )
+    for cache in collator.mixture.caches:
+        for what, times in cache.left_out.items():
+            if what == DROPPED_THOUGHTS:
+                log.info("data source %s: %d %s are left out, as its chat template does", cache.name, times, what)
+            else:
+                log.info("data source %s: `%s` is left out %d times, as data.ignore asks for", cache.name, what, times)
     if counts.truncated:
         log.warning(
             "%d documents are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens

@@ -57,19 +57,19 @@ def _train_tokenizer(data: DataConfig, stage: str, vocab_size: int, train_chars:
     }
     cache = cache_dir(data)
     identities = [identity(name, source, cache) for name, source in sources.values()]
-    inputs = [FORMAT_VERSION, identities, list(sources), vocab_size, train_chars]
+    inputs = [FORMAT_VERSION, identities, list(sources), vocab_size, train_chars, *([sorted(data.ignore)] if data.ignore else [])]
     folder = cache / "tokenizers" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
     if not (folder / "encoding.json").is_file():
         log.info("training a tokenizer of %d tokens on this data", vocab_size)
         opened = [(source, open_records(name, source, cache)) for name, source in sources.values()]
-        trained = Tokenizer.train(_texts(opened, train_chars), vocab_size)
+        trained = Tokenizer.train(_texts(opened, train_chars, data.ignore), vocab_size)
         if trained.vocab_size < vocab_size:
             log.warning("the data gives only %d tokens, not tokenizer.vocab_size=%d", trained.vocab_size, vocab_size)
         make_folder(folder, trained.save)
     return folder
 
 
-def _texts(opened: list[tuple[SourceConfig, Records]], max_chars: int) -> Iterator[str]:
+def _texts(opened: list[tuple[SourceConfig, Records]], max_chars: int, ignore: list[str]) -> Iterator[str]:
     """The texts of all sources; each source gives about max_chars / number of sources characters at most."""
     for source, records in opened:
         left = max_chars // len(opened)
@@ -78,7 +78,8 @@ def _texts(opened: list[tuple[SourceConfig, Records]], max_chars: int) -> Iterat
                 if source.schema == Schema.multiple_choice:
                     texts = [multiple_choice.tokenizer_text(record)]
                 else:
-                    texts = [segment.text for segment in record_to_segments(record, source.schema.name) if not segment.special]
+                    segments = record_to_segments(record, source.schema.name, ignore=ignore)
+                    texts = [segment.text for segment in segments if not segment.special]
             except (ValueError, KeyError, TypeError):  # malformed; tokenising the record reports it
                 continue
             yield from texts

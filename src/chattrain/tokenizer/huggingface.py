@@ -77,7 +77,7 @@ class HFTokenizer:
         """Finds texts that are encoded as a token that controls a conversation: special tokens, and those that the chat template
         writes although the tokenizer does not call them special, such as DeepSeek's `<｜User｜>`."""
         added = [str(token) for token in self.backend.added_tokens_decoder.values()]
-        controls = {token for token in added if CONTROL.fullmatch(token) and token in (self.chat_template or "")}
+        controls = {token for token in added if CONTROL.fullmatch(token) and token in str(self.chat_template or "")}
         texts = sorted(controls | set(self.special_texts), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
