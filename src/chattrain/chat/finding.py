@@ -15,7 +15,7 @@ from chattrain.chat.fields import THOUGHTS, refused_field
 from chattrain.chat.format import Malformed
 from chattrain.chat.jinja import render_template
 from chattrain.chat.messages import Conversation, conversation
-from chattrain.chat.skeleton import FORMS, Form, Piece, Placeholders, as_dicts, locate, mark_for, tags_of
+from chattrain.chat.skeleton import FORMS, Form, Piece, Placeholders, as_dicts, locate, mark_for, spellings, tags_of
 from chattrain.tokenizer.huggingface import HFTokenizer
 
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}

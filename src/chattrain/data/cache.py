@@ -99,7 +99,8 @@ def load_or_tokenize(
     """The source's documents, from the cache if it holds them; otherwise they are rendered, tokenised and cached first.
 
     `workers`: processes that tokenise; None: one a core. `ignore`: fields of messages, or `tools`, to leave out. Raises UserError
-    for a malformed record, with its source, number and reason (with skip_malformed the record is left out and counted instead), and for a source without a usable record.
+    for a malformed record, with its source, number and reason (with skip_malformed the record is left out and counted instead),
+    and for a source without a usable record.
     """
     key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed, ignore)
     folder = cache_dir / "tokens" / key
