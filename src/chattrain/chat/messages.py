@@ -110,7 +110,8 @@ def _message(i: int, given: dict[str, Any]) -> Message:
     links = {"tool_call_id": rest.pop("tool_call_id")} if role == "tool" and "tool_call_id" in rest else {}
     content = message.get("content")
     if content is None and not calls and not thought[0]:
-        raise Malformed(f"message {i} needs `role` and `content`")
+        others = f"; it has {', '.join(f'`{name}`' for name in rest)}" if rest else ""
+        raise Malformed(f"message {i} needs `role` and `content`{others}")
     if not content and (calls or thought[0]):
         parts = []
     else:

@@ -2,8 +2,9 @@
 
     <|bos|> <|user_start|> ... <|user_end|> <|assistant_start|> ... <|assistant_end|> <|user_start|> ...
 
-A call of a tool is `<|python_start|>name({"argument": ...})<|python_end|>`, its result `<|output_start|>...<|output_end|>`, both
-within one assistant turn. Tools are JSON, one a line, behind the system text, which begins the first user turn.
+A call of a tool is `<|python_start|>name({"argument": ...})<|python_end|>`, and its result stands behind it, as
+`<|output_start|>...<|output_end|>`; all calls of a reply are in one assistant turn. Tools are JSON, one a line, behind the system
+text, which begins the first user turn.
 
 Supervised are the tokens that the model must generate itself: the assistant's text, its calls with their start and end tokens,
 and `<|assistant_end|>`. BOS, user turns, role tokens and tool output are context, so they carry no loss.
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import takewhile, zip_longest
 from typing import Any
 
 from chattrain.chat.fields import refused_field
 from chattrain.chat.format import ChatFormat, Encoded, Kind, Malformed, Segment, is_text
-from chattrain.chat.messages import Conversation, Message, conversation
+from chattrain.chat.messages import Conversation, Message, Part, conversation
 from chattrain.tokenizer import Tokenizer
 from chattrain.tokenizer.special_tokens import (
     ASSISTANT_END,
@@ -71,9 +73,10 @@ class NativeFormat(ChatFormat):
 
     def prompt(self, asked: dict[str, Any]) -> list[int]:
         segments = to_segments(asked)
+        if segments[-1].text == PYTHON_END:
+            raise Malformed("the last call has no result yet, so no reply to it can be asked for")
         ids = self.encode([segments])[0].ids
-        answers = segments[-1].text == OUTPUT_END  # the assistant goes on in its turn
-        return ids if answers else [*ids, self.tokenizer.special(ASSISTANT_START)]
+        return [*ids, self.tokenizer.special(ASSISTANT_START)] if segments[-1].text == USER_END else ids
 
     def choices(self, asked: dict[str, Any], replies: list[str]) -> tuple[list[int], list[int]]:
         tokens = self.tokenizer.encode_batch(replies)
@@ -135,31 +138,32 @@ def _user_segments(messages: list[Message], tools: list[dict[str, Any]]) -> list
 
 
 def _reply_segments(messages: list[Message]) -> list[Segment]:
-    """An assistant turn: one message, or several with the results of tools between them. [] for no message."""
+    """An assistant turn: one message, or several with the results of tools between them. [] for no message.
+
+    Each result stands right behind its call, as in a chat, where a tool is run as soon as it is called.
+    """
     if not messages:
         return []
     segments: list[Segment] = []
-    waiting = 0  # calls without a result
-    for message in messages:
+    for at, message in enumerate(messages):
         if message.role == "assistant":
-            new = _assistant_segments(message)
-            waiting = sum(s.text == PYTHON_START for s in new if s.special) - sum(s.text == OUTPUT_END for s in new if s.special)
-        elif waiting <= 0:
-            raise Malformed(f"message {message.index} is from 'tool', but no call before it waits for a result")
-        else:
-            new = [CONTEXT_TOKENS[OUTPUT_START], Segment(message.text, False, Kind.PROMPT), CONTEXT_TOKENS[OUTPUT_END]]
-            waiting -= 1
-        segments += _flagged(new, message.off)
+            results = list(takewhile(lambda following: following.role == "tool", messages[at + 1 :]))
+            segments += _flagged(_parts_segments(message.parts), message.off)
+            calls = [Part("python", f"{call.name}({call.as_text})") for call in message.calls]
+            waiting = len(calls) or sum({"python": 1, "python_output": -1}.get(part.kind, 0) for part in message.parts)
+            if len(results) > max(waiting, 0):
+                raise Malformed(f"message {results[0].index} is from 'tool', but no call before it waits for a result")
+            for call, result in zip_longest(calls, results):
+                segments += _flagged(_parts_segments([call]), message.off) if call else []
+                segments += _flagged(_parts_segments([Part("python_output", result.text)]), result.off) if result else []
     all_off = all(message.off for message in messages if message.role == "assistant")
     end = _flagged([TARGET_TOKENS[ASSISTANT_END]], messages[-1].off) if messages[-1].role == "assistant" else []
     return [*_flagged([CONTEXT_TOKENS[ASSISTANT_START]], all_off), *segments, *end]
 
 
-def _assistant_segments(message: Message) -> list[Segment]:
-    """The parts of a message and its calls."""
+def _parts_segments(parts: list[Part]) -> list[Segment]:
     segments = []
-    calls = [("python", f"{call.name}({call.as_text})") for call in message.calls]
-    for kind, text in [*message.parts, *calls]:
+    for kind, text in parts:
         if kind == "text":
             segments.append(Segment(text, False, Kind.ASSISTANT))
         elif kind == "python":
