@@ -154,6 +154,9 @@ def _open_mixture(
     tokenized = [
         load_or_tokenize(name, source, tokenizer, cache, skip, data.workers, data.ignore) for name, source in sources.items()
     ]
+    unused = [name for name in data.ignore if not any(name in source.left_out for source in tokenized)]
+    if unused and key.endswith(".train"):
+        log.warning("data.ignore=[%s] has no effect: no message of the training data has content there", ",".join(unused))
     return Mixture(tokenized, list(sources.values()), seed, folder=cache / "rows", loss=loss, shares=shares)
 
 
@@ -209,18 +212,24 @@ def report_counts(collator: Collator, num_steps: int) -> None:
         log.warning(
             "data source %s: %d of %d rows are malformed and left out", cache.name, cache.skipped, cache.skipped + len(cache)
         )
-    for cache in collator.mixture.caches:
-        for what, times in cache.left_out.items():
-            if what == DROPPED_THOUGHTS:
-                log.info("data source %s: %d %s are left out, as its chat template does", cache.name, times, what)
-            else:
-                log.info("data source %s: `%s` is left out %d times, as data.ignore asks for", cache.name, what, times)
+    for line in describe_left_out(collator):
+        log.info("%s", line)
     if counts.truncated:
         log.warning(
             "%d documents are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
         )
     if counts.left_out:
         log.warning("%d documents have no token that carries loss within train.seq_len and are left out", counts.left_out)
+
+
+def describe_left_out(collator: Collator) -> list[str]:
+    """A line for each kind of content that the user or a chat template leaves out of a source's conversations."""
+    lines = []
+    for cache in collator.mixture.caches:
+        for what, times in cache.left_out.items():
+            by_template = f"{times:,} {what} left out, as the chat template does"
+            lines.append(f"data source {cache.name}: " + (by_template if what == DROPPED_THOUGHTS else f"`{what}` left out {times:,} times (data.ignore)"))
+    return lines
 
 
 def describe_sources(collator: Collator) -> list[str]:
