@@ -85,7 +85,8 @@ def _npm_package(name: str, version: str) -> bytes:
 
 
 def _download(name: str, version: str) -> bytes:
-    registry = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY") or DEFAULT_REGISTRY
+    settings = {name.lower(): value for name, value in os.environ.items()}
+    registry = settings.get("npm_config_registry") or DEFAULT_REGISTRY
     with urlopen(f"{registry.rstrip('/')}/{name.replace('/', '%2f')}/{version}", timeout=TIMEOUT) as answer:
         tarball = json.load(answer)["dist"]["tarball"]
     with urlopen(tarball, timeout=TIMEOUT) as answer:

@@ -49,12 +49,12 @@ def smollm2() -> Path:
         pytest.skip(f"no real model: {error}")
 
 
-def train(folder: Path, file: Path, steps: int, *overrides: str) -> tuple[dict, list[float]]:
-    """(summary, loss of each step)."""
+def train(folder: Path, file: Path, steps: int, *overrides: str) -> list[float]:
+    """The loss of each step."""
     paths = [f"init.from={folder}", f"data.train_path={file}", f"data.val_path={file}", f"train.max_steps={steps}"]
     summary = chattrain.run([*SFT, *paths, *overrides])
     run_dir = Path(summary["checkpoint"]).parents[1]
-    return summary, [row["train/loss"] for row in metrics(run_dir) if "train/loss" in row]
+    return [row["train/loss"] for row in metrics(run_dir) if "train/loss" in row]
 
 
 def write(file: Path, conversations: list[list[dict]]) -> Path:
@@ -92,7 +92,7 @@ def test_the_first_loss_is_that_of_trl_on_the_same_targets(smollm2, workplace):
         ids, mask = render({"messages": talk}, tokenizer, None)
         more = [token for token, m, label in zip(ids, mask, prepared[tuple(ids)], strict=True) if m != (label != -100)]
         assert tokenizer.decode(more) == "\n"
-    _, losses = train(smollm2, file, 1, "data.schema=messages")
+    losses = train(smollm2, file, 1, "data.schema=messages")
     print(f"\nloss of the first step: {losses[0]:.6f}, TRL's {theirs['loss']:.6f}, over {theirs['targets']} targets")
     assert losses[0] == pytest.approx(theirs["loss"], abs=1e-4)
 
@@ -104,7 +104,7 @@ def test_four_steps_on_gsm8k_lower_the_loss_and_the_model_answers(smollm2, workp
     questions = load_dataset("parquet", data_files=str(next((SHARED_DATA / "gsm8k").rglob("train*.parquet"))), split="train")
     file = workplace / "gsm8k.jsonl"
     file.write_text("\n".join(json.dumps(questions[i]) for i in range(ROWS)) + "\n")
-    summary, losses = train(smollm2, file, 4, "data.schema=gsm8k", "run.dir=run")
+    losses = train(smollm2, file, 4, "data.schema=gsm8k", "run.dir=run")
     print(f"\nlosses on GSM8K: {losses}")
     assert len(losses) == 4 and losses == sorted(losses, reverse=True)
 

@@ -149,7 +149,7 @@ def test_deepseeks_template_takes_two_calls_of_a_reply_and_refuses_one_which_it_
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
         "<｜end▁of▁sentence｜>Done<｜end▁of▁sentence｜>"
     )
-    with pytest.raises(Malformed, match="assistant turn 1 has no end-of-turn token .* behind its calls"):
+    with pytest.raises(Malformed, match=r"assistant turn 1 has no end-of-turn token .* behind its calls"):
         render({"messages": [user("Hi"), assistant(None, tool_calls=calls[:1])]}, tokenizer)
     with pytest.raises(Malformed, match="message 0 holds the text '<｜User｜>'"):
         render({"messages": [user("<｜User｜>")]}, tokenizer)
