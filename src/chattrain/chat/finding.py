@@ -114,9 +114,10 @@ class Finder:
         for piece, span in zip(placeholders.pieces, spans, strict=True):
             if span is None and not (piece.is_thought or piece.field in THOUGHTS):
                 raise self._left_out(talk, piece)
-        self._check_tools(talk, skeleton)
-        self._check_other_fields(talk, messages, whole, keep_null)
-        return Located(whole, messages, keep_null, placeholders.pieces, spans, dropped)
+        located = Located(whole, messages, keep_null, placeholders.pieces, spans, dropped)
+        self._check_tools(talk, located, skeleton)
+        self._check_other_fields(talk, located)
+        return located
 
     def _left_out(self, talk: Conversation, piece: Piece) -> LeftOut:
         message = talk.messages[piece.message]
@@ -165,20 +166,24 @@ class Finder:
         except Malformed:
             return False
 
-    def _check_tools(self, talk: Conversation, skeleton: str) -> None:
-        """Raises LeftOut unless the names and descriptions in `tools` are in the rendered text."""
-        for text in _names_and_descriptions(talk.tools):
-            if not any(spelled in skeleton for spelled in spellings(text)):
-                raise LeftOut(
-                    str(refused_field("the conversation", "tools", talk.tools, f"{PLACE}, which leaves out {text!r:.80},"))
-                )
+    def _check_tools(self, talk: Conversation, located: Located, skeleton: str) -> None:
+        """Raises LeftOut unless `tools` change the rendered text, and their names and descriptions are in it."""
+        if not talk.tools:
+            return
+        texts = [text for text in map(str.strip, _names_and_descriptions(talk.tools)) if text]
+        lost = [text for text in texts if not any(spelled in skeleton for spelled in spellings(text))]
+        without = render_template(self.tokenizer, located.messages, keep_null=located.keep_null)
+        if lost or without == located.whole:
+            where = PLACE + (f", which leaves out {lost[0]!r:.80}," if lost else "")
+            raise LeftOut(str(refused_field("the conversation", "tools", talk.tools, where)))
 
-    def _check_other_fields(self, talk: Conversation, messages: list[dict[str, Any]], whole: str, keep_null: bool) -> None:
+    def _check_other_fields(self, talk: Conversation, located: Located) -> None:
         """Raises LeftOut for a field that changes nothing in the rendered text."""
+        messages = located.messages
         for i, message in enumerate(talk.messages):
             for field, value in message.rest.items():
                 without = [*messages[:i], {k: v for k, v in messages[i].items() if k != field}, *messages[i + 1 :]]
-                if render_template(self.tokenizer, without, talk.tools, keep_null=keep_null) == whole:
+                if render_template(self.tokenizer, without, talk.tools, keep_null=located.keep_null) == located.whole:
                     raise LeftOut(str(refused_field(str(message), field, value, PLACE)))
 
 

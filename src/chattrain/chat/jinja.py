@@ -38,5 +38,5 @@ def render_template(
         return backend.apply_chat_template(
             messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise Malformed(f"the chat template refuses it: {error}") from None

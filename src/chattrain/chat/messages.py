@@ -183,7 +183,7 @@ def _call(i: int, given: Any) -> Call:
         known_object = False
     if not known_object:
         raise Malformed(f"message {i}: the arguments of its call of {name} are no JSON object: {arguments!r:.80}")
-    return Call(name, arguments, given.get("id"))
+    return Call(name, arguments, given.get("id") or None)
 
 
 def _tools(given: Any) -> list[dict[str, Any]]:

@@ -228,7 +228,10 @@ def describe_left_out(collator: Collator) -> list[str]:
     for cache in collator.mixture.caches:
         for what, times in cache.left_out.items():
             by_template = f"{times:,} {what} left out, as the chat template does"
-            lines.append(f"data source {cache.name}: " + (by_template if what == DROPPED_THOUGHTS else f"`{what}` left out {times:,} times (data.ignore)"))
+            lines.append(
+                f"data source {cache.name}: "
+                + (by_template if what == DROPPED_THOUGHTS else f"`{what}` left out {times:,} times (data.ignore)")
+            )
     return lines
 
 
