@@ -75,7 +75,7 @@ def _npm_package(name: str, version: str) -> bytes:
         if not shutil.which("npm"):
             return _download(name, version)
         with tempfile.TemporaryDirectory() as scratch:
-            command = ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", scratch]
+            command = ["npm", "pack", "--loglevel=error", f"{name}@{version}", "--pack-destination", scratch]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
             if done.returncode:
                 raise Unreachable(f"npm pack {name}@{version}: {(done.stderr.strip() or 'no reason').splitlines()[0]}")
