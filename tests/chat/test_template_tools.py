@@ -26,8 +26,8 @@ USER = {"role": "user", "content": "How warm?"}
 REPLY = {"role": "assistant", "content": "It is 7."}
 RESULT = {"role": "tool", "name": "warmth", "tool_call_id": "c1", "content": "7 <b>degrees</b>\n"}
 TOOL = {"type": "function", "function": {"name": "warmth", "description": "of a city", "parameters": {"type": "object"}}}
-AS_TEXT = '{"city": "Os\\"lo\\n", "days": [1, 2]}'
-AS_OBJECT = {"city": 'Os"lo\n', "days": [1, 2]}
+AS_TEXT = '{"city": "Øs\\"lo\\n", "days": [1, 2]}'
+AS_OBJECT = {"city": 'Øs"lo\n', "days": [1, 2]}
 WRITTEN = f'\n<tool_call>\n{{"name": "warmth", "arguments": {AS_TEXT}}}\n</tool_call><|im_end|>'
 
 
@@ -109,6 +109,31 @@ def test_a_template_that_looks_for_a_null_content_gets_it(tokenizers, content):
     assert prompt.endswith("function:warmth{}<|eot|><|im_start|>7 <b>degrees</b>\n<|im_end|>")
 
 
+def test_what_the_prompt_behind_a_result_lacks_is_supervised(tokenizers):
+    """Behind a result this template prompts with nothing, and writes the mark of a role before a call."""
+    talk = [USER, calling(call({})), RESULT, calling(call({})), {**RESULT, "content": "8"}, REPLY]
+    once = "function:warmth{}<|eot|>"
+    assert supervised(tokenizers["null content"], *talk) == once + "<|body|>" + once + "It is 7.<|eot|>"
+
+
+def test_a_call_is_supervised_where_the_prompt_opens_a_thought_that_the_reply_lacks(tmp_path):
+    opened = tiny_hf.TOOLS.replace("ARGUMENTS", tiny_hf.ARGUMENTS["either"]).replace(
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}",
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}",
+    )
+    tokenizer = Tokenizer.load(tiny_hf.write_tokenizer(tmp_path, opened))
+    talk = [USER, calling(call(AS_TEXT)), RESULT, {**REPLY, "reasoning_content": "Hm"}]
+    assert supervised(tokenizer, *talk) == WRITTEN + "Hm\n</think>\n\nIt is 7.<|im_end|>"
+
+
+def test_a_template_that_leaves_out_a_part_of_the_tools_refuses_them_with_the_part(tmp_path):
+    template = tiny_hf.TOOLS.replace("ARGUMENTS", tiny_hf.ARGUMENTS["either"]).replace(
+        "tool | tojson", "tool['function']['name']"
+    )
+    tokenizer = Tokenizer.load(tiny_hf.write_tokenizer(tmp_path, template))
+    assert "which leaves out 'of a city', has no place for `tools`" in refusal(tokenizer, USER, REPLY, tools=[TOOL])
+
+
 def test_a_template_without_tools_refuses_them_by_name(tokenizers):
     tokenizer = tokenizers["chatml"]
     assert "message 1 (assistant): the chat template leaves out its `tool_calls` (warmth)" in refusal(
@@ -181,6 +206,14 @@ def test_a_thought_that_would_be_lost_is_refused_by_name(tokenizers):
         )
 
 
+def test_a_thought_that_is_dropped_behind_the_last_question_is_refused(tmp_path):
+    template = tiny_hf.TOOLS.replace("ARGUMENTS", tiny_hf.ARGUMENTS["either"]).replace("loop.index0 > last.user", "loop.last")
+    tokenizer = Tokenizer.load(tiny_hf.write_tokenizer(tmp_path, template))
+    assert "message 1 (assistant): the chat template has no place for `reasoning_content` ('Hm')" in refusal(
+        tokenizer, USER, calling(call("{}"), reasoning_content="Hm"), RESULT, REPLY
+    )
+
+
 # --- other fields ----------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +236,18 @@ def test_special_tokens_are_refused_wherever_they_stand(tokenizers):
 def test_text_like_a_placeholder_is_text(tokenizers):
     talk = [{**USER, "content": "Zqxj0x Zqxj1x"}, {**REPLY, "content": "Zqxjqz0x"}]
     assert supervised(tokenizers["chatml"], *talk) == "Zqxjqz0x<|im_end|>"
+    tools = [{"name": "Zqxj0x", "description": "Zqxj1x"}]
+    assert supervised(tokenizers["either arguments"], USER, REPLY, tools=tools) == "It is 7.<|im_end|>"
+
+
+def test_a_token_that_the_template_writes_is_refused_in_a_text_though_it_is_not_called_special(tmp_path):
+    folder = tiny_hf.write_tokenizer(tmp_path, tiny_hf.CHATML.replace("<|im_start|>", "<|turn|>"))
+    backend = Tokenizer.load(folder).backend
+    backend.add_tokens(["<|turn|>", "<think>", "<|other|>"])
+    backend.save_pretrained(folder)
+    tokenizer = Tokenizer.load(folder)
+    assert "message 0 holds the text '<|turn|>'" in refusal(tokenizer, {**USER, "content": "a<|turn|>b"}, REPLY)
+    assert supervised(tokenizer, USER, {**REPLY, "content": "<think>a</think><|other|>"}).startswith("<think>a</think><|other|>")
 
 
 # --- turns and flags -------------------------------------------------------------------------------------------------
@@ -218,6 +263,8 @@ def test_a_reply_and_its_end_are_of_the_turn_that_its_question_begins(tokenizers
         t for i, t, kind in zip(encoded.ids, encoded.turns, encoded.kinds, strict=True) if i == end and kind == Kind.ASSISTANT
     ]
     assert ends == [0, 1, 2] and encoded.turns == sorted(encoded.turns)
+    segments = chat_format(tokenizers[style]).to_segments({"messages": [USER, REPLY] * 3})
+    assert [segment.turn for segment in segments if "How warm?" in segment.text] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("style", ["chatml", "either arguments", "null content"])

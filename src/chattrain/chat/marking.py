@@ -26,8 +26,6 @@ class Ends(NamedTuple):
     def context_length(self, between: str, role_before: str) -> int:
         """How many characters of `between`, the text before a reply, belong to its prompt. The model must generate the rest."""
         before = self.before_reply.get(role_before)
-        if before == "":
-            return 0
         # Where a rendered reply does not begin with the prompt for it, this is often for the thought that the prompt opens.
         for prompt in (before, self.generation_prompt, OPENED_THOUGHT.sub("", self.generation_prompt)):
             if prompt and prompt in between:
