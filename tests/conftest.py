@@ -77,6 +77,7 @@ INTEGRATION = [
     "config/test_own.py::test_an_own_part_",
     "tasks/test_generated.py::test_rows_are_the_same_in_every_process",
     "test_torch_compat.py::test_compiling_",
+    "real/test_smollm2.py",
 ]
 
 

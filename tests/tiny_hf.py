@@ -37,6 +37,46 @@ THOUGHT = (
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Qwen 3: tools in the system turn, calls in tags, results in a user's turn, thoughts of the replies to the last user alone.
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (messages[0]['content'] + '\n' if messages[0]['role'] == 'system' else '') }}"
+    "{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% elif messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set last.user = loop.index0 %}"
+    "{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>user\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% elif m['role'] == 'tool' %}{% if messages[loop.index0 - 1]['role'] != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + m['content'] + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif m['role'] == 'assistant' %}{% set thought = m['reasoning_content'] or '' %}{% set content = m['content'] %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>assistant\n' }}{% if loop.index0 > last.user and thought %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ content }}"
+    "{% for call in m['tool_calls'] or [] %}{% set call = call['function'] or call %}"
+    "{{ '\n<tool_call>\n{\"name\": \"' + call['name'] + '\", \"arguments\": ' }}"
+    "{{ ARGUMENTS }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# What stands for ARGUMENTS there, by the form in which the template wants them.
+ARGUMENTS = {
+    "either": "call['arguments'] if call['arguments'] is string else call['arguments'] | tojson",
+    "object": "call['arguments'] | tojson",
+    "text": "'' + call['arguments']",
+    "printed": "call['arguments']",
+}
+# DeepSeek V3: calls where the content is null alone, and another prompt of a reply behind a result.
+NULL_CONTENT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|head|>' + m['content'] }}"
+    "{% elif m['role'] == 'tool' %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}"
+    "{% elif m['content'] is none %}{{ '<|body|>' }}{% for call in m['tool_calls'] %}"
+    "{{ call['type'] + ':' + call['function']['name'] + call['function']['arguments'] }}{% endfor %}{{ '<|eot|>' }}"
+    "{% elif loop.index0 and messages[loop.index0 - 1]['role'] == 'tool' %}{{ m['content'] + '<|eot|>' }}"
+    "{% else %}{{ '<|body|>' + m['content'] + '<|eot|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1]['role'] != 'tool' %}{{ '<|body|>' }}{% endif %}"
+)
+# DeepSeek R1: the thought of every reply is taken away.
+NO_THOUGHTS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|body|>", "<|eot|>")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,21 @@ def test_a_home_folder_is_understood_where_the_shell_leaves_it_alone(place, caps
     monkeypatch.setenv("HOME", str(place))
     done = command_line(capsys, *TINY, "stage=base", "data.train_path=~/talk.jsonl", "command=inspect")
     assert done.status == 0, done.err
+
+
+def test_a_field_that_would_be_lost_is_refused_with_its_row_and_what_is_ignored_is_counted(place, capsys):
+    talk = [{"role": "user", "content": "Hi", "name": "Ann"}, {"role": "assistant", "content": "WRONG", "weight": 0}]
+    talk += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "RIGHT"}]
+    (place / "named.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
+    asked = [*TINY, "stage=sft", "data.train_path=named.jsonl", "data.schema=messages", "inspect.rows=1", "command=inspect"]
+    refused = command_line(capsys, *asked)
+    assert refused.status == 2 and "row 0: message 0 (user)" in refused.err and "data.ignore=[name]" in refused.err
+    done = command_line(capsys, *asked, "data.ignore=[name,nmae]")
+    assert done.status == 0, done.err
+    assert "`name` left out 19 times" in done.out and "data.ignore=[nmae] has no effect" in done.err
+    shown = "".join(re.findall(r"\[(.*?)\]", next(line for line in done.out.splitlines() if "<|bos|>" in line)))
+    assert shown == "RIGHT<|assistant_end|>"
+    assert "data.ignore=['content']" in command_line(capsys, *asked, "data.ignore=[content]").err
 
 
 # --- as the shell sees it --------------------------------------------------------------------------------------------

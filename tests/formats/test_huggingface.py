@@ -190,6 +190,48 @@ def test_rendered_ids_and_masks_are_those_of_the_chat_template(chatty, tokenizer
         assert there["assistant_masks"] == ours.loss_mask, messages
 
 
+def with_tools(seed: int) -> dict:
+    """A conversation with tools, of which some replies call some, also in the names that the roles have elsewhere."""
+    rng = random.Random(seed)
+    messages = [{"role": "developer", "content": text_of(rng)}] if rng.random() < 0.4 else []
+    for _ in range(rng.randint(1, 3)):
+        messages.append({"role": "user", "content": [{"type": "text", "text": text_of(rng)} for _ in range(2)]})
+        for step in range(rng.randint(0, 2)):
+            calls = [
+                {"name": f"f{k}", "arguments": {"text": text_of(rng), "n": [k, None, True]}} for k in range(rng.randint(1, 3))
+            ]
+            given = [{"id": f"c{step}{k}", "type": "function", "function": call} for k, call in enumerate(calls)]
+            messages.append({"role": "assistant", "content": rng.choice([None, "", text_of(rng)]), "tool_calls": given})
+            results = [{"role": "tool", "tool_call_id": call["id"], "content": text_of(rng)} for call in given]
+            messages += rng.sample(results, len(results))
+        if rng.random() < 0.2:
+            call = {"name": "g", "arguments": json.dumps({"x": text_of(rng)})}
+            messages.append({"role": "assistant", "content": None, "function_call": call})
+            messages.append({"role": "function", "name": "g", "content": text_of(rng)})
+        messages.append({"role": "assistant", "content": text_of(rng)})
+    tools = [{"type": "function", "function": {"name": f"f{k}", "description": text_of(rng)}} for k in range(rng.randint(0, 2))]
+    return {"messages": messages[: rng.randint(max(2, len(messages) - 2), len(messages))], "tools": tools}
+
+
+def ends_within_results(messages: list[dict]) -> bool:
+    """Whether some calls of the last reply have results and others have none: that is no prompt, and no whole conversation."""
+    last = max((i for i, message in enumerate(messages) if message.get("tool_calls")), default=len(messages))
+    return last + 1 < len(messages) < last + 1 + len(messages[last]["tool_calls"])
+
+
+def test_tools_calls_and_results_are_rendered_as_the_chat_template_renders_them(chatty, tokenizer):
+    whole = [talk for talk in map(with_tools, range(200)) if not ends_within_results(talk["messages"])]
+    for talk in whole:
+        ours = render(talk, tokenizer, max_tokens=None)
+        how = {"tools": talk["tools"] or None, "return_dict": True}
+        there = chatty.apply_chat_template(talk["messages"], return_assistant_tokens_mask=True, **how)
+        assert there["input_ids"] == ours.ids, talk
+        assert there["assistant_masks"] == ours.loss_mask, talk
+        if talk["messages"][-1]["role"] != "assistant":
+            there = chatty.apply_chat_template(talk["messages"], add_generation_prompt=True, **how)
+            assert there["input_ids"] == render_prompt(talk, tokenizer), talk
+
+
 def test_the_generation_prompt_is_the_prompt_of_a_chat(chatty, tokenizer):
     ended_by_user = [m for m in map(conversation, range(300)) if m[-1]["role"] == "user"]
     assert len(ended_by_user) > 100
@@ -241,10 +283,14 @@ MALFORMED = {
     "a late system message": ([USER, REPLY, {"role": "system", "content": "x"}], "message 2 is from .*system.* where"),
     "a lonely system message": ([{"role": "system", "content": "x"}], "a system message must be followed by a user message"),
     "the assistant after the system": ([{"role": "system", "content": "x"}, REPLY], "must be followed by a user message"),
-    "a system message of parts": ([{"role": "system", "content": [{"type": "text", "text": "x"}]}, USER], "must be strings"),
-    "a user's parts": ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "message 0: .* user.* must be a string"),
-    "a user's number": ([{"role": "user", "content": 7}], "message 0: .* user.* must be a string"),
+    "a system message of a number": (
+        [{"role": "system", "content": 7}, USER],
+        "message 0: .* must be a string or a list of parts",
+    ),
+    "a user's image": ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], "message 0: unknown part type"),
+    "a user's number": ([{"role": "user", "content": 7}], "message 0: .* must be a string or a list of parts"),
     "an assistant's number": ([USER, {"role": "assistant", "content": 7}], "message 1: .* must be a string or a list of parts"),
+    "a result without a call": ([USER, REPLY, {"role": "tool", "content": "x"}], "message 2 is from .*tool.*, but no call"),
     "no parts": ([USER, {"role": "assistant", "content": []}], "message 1: .* must be a string or a list of parts"),
     "one part without a list": ([USER, {"role": "assistant", "content": {"type": "text", "text": "x"}}], "or a list of parts"),
     "a part that is text": ([USER, {"role": "assistant", "content": ["x"]}], "message 1: a part must"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from enum import IntFlag
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ class Kind(IntFlag):
     PROMPT = 0  # user turns, role tokens, tool output, BOS
     ASSISTANT = 1  # what the model must generate itself: replies with their end tokens, calls; a plain text
     OFF = 2  # of a message that is flagged off: never a target, whether it is ASSISTANT or not
+
+
+DROPPED_THOUGHTS = "thoughts of earlier turns"  # what a chat template leaves out by design, where it is counted
 
 
 class Encoded(NamedTuple):
@@ -58,42 +62,37 @@ class ChatFormat(ABC):
         """Tokens that end a reply."""
 
     @abstractmethod
-    def to_segments(self, document: dict[str, Any]) -> list[Segment]:
-        """The segments of a conversation `{"messages": [...]}` or a text `{"text": ...}`, in order. Raises Malformed."""
+    def to_segments(self, document: dict[str, Any], left_out: Counter[str] | None = None) -> list[Segment]:
+        """The segments of a conversation `{"messages": [...], "tools": [...]}` or a text `{"text": ...}`, in order.
+
+        What is left out by design is counted in `left_out`. Raises Malformed, also for content that would be left out otherwise.
+        """
 
     @abstractmethod
     def encode(self, documents: list[list[Segment]]) -> list[Encoded]:
         """The tokens of each document. All texts are tokenised in one batch."""
 
     @abstractmethod
-    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of the messages, up to where the model's reply begins."""
+    def prompt(self, asked: dict[str, Any]) -> list[int]:
+        """Token ids of a conversation, up to where the model's reply begins."""
 
     @abstractmethod
-    def choices(self, messages: list[dict[str, Any]], replies: list[str]) -> tuple[list[int], list[int]]:
-        """(token ids that all replies to the messages share, the one token in which each reply differs).
+    def choices(self, asked: dict[str, Any], replies: list[str]) -> tuple[list[int], list[int]]:
+        """(token ids that all replies to the conversation share, the one token in which each reply differs).
 
         Raises Malformed if a reply is not a single token.
         """
 
 
 def messages_of(conversation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a conversation. Raises Malformed if there are none, or one lacks its role or content."""
+    """The messages of a conversation. Raises Malformed if there are none, or one has no role."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise Malformed("a conversation needs a non-empty list `messages`")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or message.get("content") is None:
+        if not isinstance(message, dict) or "role" not in message:
             raise Malformed(f"message {i} needs `role` and `content`")
     return messages
-
-
-def check_turns(turns: list[dict[str, Any]], first: int) -> None:
-    """Raises Malformed unless user and assistant alternate, the user first. `first`: index of the first turn, for messages."""
-    for i, message in enumerate(turns, first):
-        expected = "user" if (i - first) % 2 == 0 else "assistant"
-        if message["role"] != expected:
-            raise Malformed(f"message {i} is from {message['role']!r} where {expected!r} must speak")
 
 
 def is_text(document: Any) -> bool:

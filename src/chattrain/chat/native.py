@@ -2,15 +2,24 @@
 
     <|bos|> <|user_start|> ... <|user_end|> <|assistant_start|> ... <|assistant_end|> <|user_start|> ...
 
-Supervised are the tokens that the model must generate itself: the assistant's text, its Python calls with their start and end
-tokens, and `<|assistant_end|>`. BOS, user turns, role tokens and tool output are context, so they carry no loss.
+A call of a tool is `<|python_start|>name({"argument": ...})<|python_end|>`, and its result stands behind it, as
+`<|output_start|>...<|output_end|>`; all calls of a reply are in one assistant turn. Tools are JSON, one a line, behind the system
+text, which begins the first user turn.
+
+Supervised are the tokens that the model must generate itself: the assistant's text, its calls with their start and end tokens,
+and `<|assistant_end|>`. BOS, user turns, role tokens and tool output are context, so they carry no loss.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from itertools import takewhile, zip_longest
 from typing import Any
 
-from chattrain.chat.format import ChatFormat, Encoded, Kind, Malformed, Segment, check_turns, is_text, messages_of
+from chattrain.chat.fields import refused_field
+from chattrain.chat.format import ChatFormat, Encoded, Kind, Malformed, Segment, is_text
+from chattrain.chat.messages import Conversation, Message, Part, conversation
 from chattrain.tokenizer import Tokenizer
 from chattrain.tokenizer.special_tokens import (
     ASSISTANT_END,
@@ -24,9 +33,11 @@ from chattrain.tokenizer.special_tokens import (
     USER_END,
     USER_START,
 )
+from chattrain.tokenizer.unicode import well_formed
 
 CONTEXT_TOKENS = {name: Segment(name, special=True, kind=Kind.PROMPT) for name in SPECIAL_TOKENS}
 TARGET_TOKENS = {name: Segment(name, special=True, kind=Kind.ASSISTANT) for name in SPECIAL_TOKENS}  # the model generates them
+PLACE = "the format of this tokenizer"
 
 
 class NativeFormat(ChatFormat):
@@ -41,7 +52,7 @@ class NativeFormat(ChatFormat):
     def stop_ids(self) -> set[int]:
         return {self.tokenizer.special(ASSISTANT_END)}
 
-    def to_segments(self, document: dict[str, Any]) -> list[Segment]:
+    def to_segments(self, document: dict[str, Any], left_out: Counter[str] | None = None) -> list[Segment]:
         return to_segments(document)
 
     def encode(self, documents: list[list[Segment]]) -> list[Encoded]:
@@ -60,66 +71,107 @@ class NativeFormat(ChatFormat):
             rendered.append(Encoded(ids, kinds, turns))
         return rendered
 
-    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        ids = self.encode([to_segments({"messages": messages})])[0].ids
-        return [*ids, self.tokenizer.special(ASSISTANT_START)]
+    def prompt(self, asked: dict[str, Any]) -> list[int]:
+        segments = to_segments(asked)
+        if segments[-1].text == PYTHON_END:
+            raise Malformed("the last call has no result yet, so no reply to it can be asked for")
+        ids = self.encode([segments])[0].ids
+        return [*ids, self.tokenizer.special(ASSISTANT_START)] if segments[-1].text == USER_END else ids
 
-    def choices(self, messages: list[dict[str, Any]], replies: list[str]) -> tuple[list[int], list[int]]:
+    def choices(self, asked: dict[str, Any], replies: list[str]) -> tuple[list[int], list[int]]:
         tokens = self.tokenizer.encode_batch(replies)
         if any(len(ids) != 1 for ids in tokens) or len({ids[0] for ids in tokens}) != len(replies):
             raise Malformed(f"each of {replies} must be one token of the tokenizer")
-        return self.prompt(messages), [ids[0] for ids in tokens]
+        return self.prompt(asked), [ids[0] for ids in tokens]
 
 
 def to_segments(document: dict[str, Any]) -> list[Segment]:
-    """The segments of a conversation, or of a text `{"text": ...}`, of which all but BOS is supervised. Raises Malformed."""
+    """The segments of a conversation, or of a text `{"text": ...}`, of which all but BOS is supervised. Raises Malformed.
+
+    A conversation that ends with the result of a call ends within the assistant's turn.
+    """
     if is_text(document):
-        return [CONTEXT_TOKENS[BOS], Segment(document["text"], special=False, kind=Kind.ASSISTANT)]
+        return [CONTEXT_TOKENS[BOS], Segment(well_formed(document["text"]), special=False, kind=Kind.ASSISTANT)]
+    talk = conversation(document)
+    for message in talk.messages:
+        _check(message)
     segments = [CONTEXT_TOKENS[BOS]]
-    messages = messages_of(document)
-    turns = _merge_system(messages)
-    first = len(messages) - len(turns)  # so that errors count messages as they were given, the system message included
-    check_turns(turns, first)
-    for i, message in enumerate(turns, first):
-        role, content = message["role"], message["content"]
-        if role == "user":
-            if not isinstance(content, str):
-                raise Malformed(f"message {i}: a user's content must be a string, not {type(content).__name__}")
-            new = [CONTEXT_TOKENS[USER_START], Segment(content, False, Kind.PROMPT), CONTEXT_TOKENS[USER_END]]
-        else:
-            new = [CONTEXT_TOKENS[ASSISTANT_START], *_assistant_segments(content, i), TARGET_TOKENS[ASSISTANT_END]]
-        segments += [segment._replace(turn=(i - first) // 2) for segment in new]
+    for turn, messages in enumerate(_turns(talk)):
+        user = [message for message in messages if message.role in ("system", "user")]
+        new = _user_segments(user, talk.tools if turn == 0 else []) + _reply_segments(messages[len(user) :])
+        segments += [segment._replace(turn=turn) for segment in new]
     return segments
 
 
-def _assistant_segments(content: Any, i: int) -> list[Segment]:
-    if isinstance(content, str):
-        return [Segment(content, False, Kind.ASSISTANT)]
-    if not isinstance(content, list) or not content:
-        raise Malformed(f"message {i}: an assistant's content must be a string or a list of parts")
+def _check(message: Message) -> None:
+    """Raises Malformed for content that the format has no place for."""
+    if message.thought:
+        raise refused_field(str(message), message.thought_field, message.thought, PLACE)
+    for field, value in message.rest.items():
+        raise refused_field(str(message), field, value, PLACE)
+
+
+def _turns(talk: Conversation) -> list[list[Message]]:
+    """The messages of each turn: a user's, the first with the system's before it, and the replies to it."""
+    turns: list[list[Message]] = []
+    for message in talk.messages:
+        if not turns or (message.role == "user" and turns[-1][-1].role != "system"):
+            turns.append([])
+        turns[-1].append(message)
+    if turns[-1][-1].role == "system":
+        raise Malformed("a system message must be followed by a user message")
+    return turns
+
+
+def _user_segments(messages: list[Message], tools: list[dict[str, Any]]) -> list[Segment]:
+    """A user turn; `messages`: the user's, or the system's and the user's."""
+    texts = [message.text for message in messages]
+    if tools:
+        texts.insert(-1, "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    system, user, off = "".join(text + "\n\n" for text in texts[:-1]), texts[-1], messages[-1].off
+    if messages[0].off == off:
+        content = _flagged([Segment(system + user, False, Kind.PROMPT)], off)
+    else:
+        system_segments = _flagged([Segment(system, False, Kind.PROMPT)], messages[0].off)
+        content = [*system_segments, *_flagged([Segment(user, False, Kind.PROMPT)], off)]
+    return [*_flagged([CONTEXT_TOKENS[USER_START]], off), *content, *_flagged([CONTEXT_TOKENS[USER_END]], off)]
+
+
+def _reply_segments(messages: list[Message]) -> list[Segment]:
+    """An assistant turn: one message, or several with the results of tools between them. [] for no message.
+
+    Each result stands right behind its call, as in a chat, where a tool is run as soon as it is called.
+    """
+    if not messages:
+        return []
+    segments: list[Segment] = []
+    for at, message in enumerate(messages):
+        if message.role == "assistant":
+            results = list(takewhile(lambda following: following.role == "tool", messages[at + 1 :]))
+            segments += _flagged(_parts_segments(message.parts), message.off)
+            calls = [Part("python", f"{call.name}({call.as_text})") for call in message.calls]
+            waiting = len(calls) or sum({"python": 1, "python_output": -1}.get(part.kind, 0) for part in message.parts)
+            if len(results) > max(waiting, 0):
+                raise Malformed(f"message {results[0].index} is from 'tool', but no call before it waits for a result")
+            for call, result in zip_longest(calls, results):
+                segments += _flagged(_parts_segments([call]), message.off) if call else []
+                segments += _flagged(_parts_segments([Part("python_output", result.text)]), result.off) if result else []
+    all_off = all(message.off for message in messages if message.role == "assistant")
+    end = _flagged([TARGET_TOKENS[ASSISTANT_END]], messages[-1].off) if messages[-1].role == "assistant" else []
+    return [*_flagged([CONTEXT_TOKENS[ASSISTANT_START]], all_off), *segments, *end]
+
+
+def _parts_segments(parts: list[Part]) -> list[Segment]:
     segments = []
-    for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-        if not isinstance(text, str):
-            raise Malformed(f"message {i}: a part must be {{'type': ..., 'text': str}}, not {part!r:.80}")
+    for kind, text in parts:
         if kind == "text":
             segments.append(Segment(text, False, Kind.ASSISTANT))
         elif kind == "python":
             segments += [TARGET_TOKENS[PYTHON_START], Segment(text, False, Kind.ASSISTANT), TARGET_TOKENS[PYTHON_END]]
-        elif kind == "python_output":
-            segments += [CONTEXT_TOKENS[OUTPUT_START], Segment(text, False, Kind.PROMPT), CONTEXT_TOKENS[OUTPUT_END]]
         else:
-            raise Malformed(f"message {i}: unknown part type {kind!r}; known are text, python, python_output")
+            segments += [CONTEXT_TOKENS[OUTPUT_START], Segment(text, False, Kind.PROMPT), CONTEXT_TOKENS[OUTPUT_END]]
     return segments
 
 
-def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with a leading system message merged into the first user turn. The argument is not modified."""
-    if messages[0]["role"] != "system":
-        return messages
-    if len(messages) < 2 or messages[1]["role"] != "user":
-        raise Malformed("a system message must be followed by a user message")
-    texts = [messages[0]["content"], messages[1]["content"]]
-    if not all(isinstance(text, str) for text in texts):
-        raise Malformed("system and first user message must be strings")
-    return [{"role": "user", "content": "\n\n".join(texts)}, *messages[2:]]
+def _flagged(segments: list[Segment], off: bool) -> list[Segment]:
+    return [segment._replace(kind=segment.kind | Kind.OFF) for segment in segments] if off else segments

@@ -23,9 +23,9 @@ def chat_format(tokenizer: AnyTokenizer) -> ChatFormat:
 def render(conversation: dict[str, Any], tokenizer: AnyTokenizer, max_tokens: int | None = 2048) -> Rendered:
     """Token ids and loss mask of `{"messages": [{"role", "content"}, ...]}`, cut after `max_tokens` (None: not cut).
 
-    A system message is merged into the first user turn. Content is a string or, for the assistant, a list of parts
-    `{"type": "text" | "python" | "python_output", "text": ...}`. A conversation may end with a user turn. Raises Malformed
-    if the roles do not alternate, starting with user, or if content has another type.
+    docs/data.md lists the roles and fields of a message; `tools` may stand beside `messages`. Content is a string or a list of
+    parts `{"type": "text", "text": ...}`; those of the assistant may also be `python` and `python_output`. A conversation may end
+    with a user turn. Raises Malformed if the roles do not take turns, and for content that has another type or would be left out.
     """
     form = chat_format(tokenizer)
     encoded = form.encode([form.to_segments(conversation)])[0]
@@ -35,7 +35,8 @@ def render(conversation: dict[str, Any], tokenizer: AnyTokenizer, max_tokens: in
 def render_prompt(conversation: dict[str, Any], tokenizer: AnyTokenizer) -> list[int]:
     """Token ids up to where the model's next reply begins. A final assistant turn is left out. Raises Malformed."""
     messages = messages_of(conversation)
-    return chat_format(tokenizer).prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return chat_format(tokenizer).prompt({**conversation, "messages": asked})
 
 
 def render_choices(conversation: dict[str, Any], replies: list[str], tokenizer: AnyTokenizer) -> tuple[list[int], list[int]]:
@@ -44,4 +45,4 @@ def render_choices(conversation: dict[str, Any], replies: list[str], tokenizer: 
     In chattrain's own format that is the prompt, and the token of each reply. A chat template renders the turns as in training,
     with everything that it puts before a reply. Raises Malformed if a reply is not a single token.
     """
-    return chat_format(tokenizer).choices(messages_of(conversation)[:-1], replies)
+    return chat_format(tokenizer).choices({**conversation, "messages": messages_of(conversation)[:-1]}, replies)

@@ -13,7 +13,7 @@ from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.parallel import launch
 from chattrain.setup.data import RunData, open_data
-from chattrain.setup.report_data import describe_sources, report_notes
+from chattrain.setup.report_data import describe_left_out, describe_sources, report_notes
 from chattrain.setup.start import find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tokenizer import AnyTokenizer
@@ -50,6 +50,8 @@ def main(cfg: Config) -> dict:
     print("\nan epoch holds")
     for line in describe_sources(data.train):
         print(f"  {line}")
+    for line in describe_left_out(data.train):
+        print(line)
     close_log()
     return facts
 

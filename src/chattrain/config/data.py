@@ -42,6 +42,7 @@ class MixtureConfig:
 class DataConfig:
     cache_dir: str | None = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
     on_malformed: OnMalformed = OnMalformed.refuse
+    ignore: list[str] = field(default_factory=list)  # fields of messages, or `tools`, to leave out instead of refusing the row
     workers: int | None = None  # processes that tokenise; null: one for each core
     weight_by: WeightBy = WeightBy.documents  # what the weights of sources are shares of: an epoch's documents or its tokens
     replay: float = 0.0  # share of an epoch's tokens, below 1, that comes from base text: the training sources of the base stage
@@ -71,6 +72,11 @@ class DataConfig:
             raise UserError(f"data.replay={self.replay} must be a share of the tokens, from 0 to below 1")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"data.workers={self.workers} must be 1 or more")
+        needed = [name for name in self.ignore if name in ("messages", "role", "content")]
+        if needed:
+            raise UserError(
+                f"data.ignore={self.ignore}: a conversation needs {needed[0]}; name other fields of messages, or tools"
+            )
         for stage, mixture in self.stages.items():
             _check_sources(f"data.stages.{stage}.train", mixture.train)
             _check_sources(f"data.stages.{stage}.val", mixture.val)

@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chattrain.chat import Encoded, Kind, chat_format
+from chattrain.chat import Encoded, Kind, Segment, chat_format
 from chattrain.config.data import SourceConfig
 from chattrain.data.loss_weights import last_turn
 from chattrain.data.malformed import MalformedRows
@@ -33,7 +34,7 @@ from chattrain.storage.files import make_folder
 from chattrain.tasks import record_to_segments
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Field of TokenizedSource -> name of its .npy file.
 ARRAYS = {
     "tokens": "tokens",
@@ -65,6 +66,7 @@ class TokenizedSource:
     record_indices: np.ndarray  # (documents,) int64, index of each document's record in the source, for messages
     skipped: int  # malformed records left out
     content_hash: str  # of tokens, kinds and offsets
+    left_out: dict[str, int] = field(default_factory=dict)  # times: fields of data.ignore; what a chat template drops by design
     malformed: MalformedRows = field(default_factory=MalformedRows)  # what was skipped, by reason
     places: Places = field(default_factory=Places)  # of all records of the source, for messages
 
@@ -96,23 +98,27 @@ def load_or_tokenize(
     cache_dir: Path,
     skip_malformed: bool = False,
     workers: int | None = None,
+    ignore: Sequence[str] = (),
 ) -> TokenizedSource:
     """The source's documents, from the cache if it holds them; otherwise they are rendered, tokenised and cached first.
 
-    `workers`: processes that tokenise; None: one a core. Raises UserError for a malformed record, with its source, number and
-    reason (with skip_malformed the record is left out and counted instead), and for a source without a usable record.
+    `workers`: processes that tokenise; None: one a core. `ignore`: fields of messages, or `tools`, to leave out. Raises UserError
+    for a malformed record, with its source, number and reason (with skip_malformed the record is left out and counted instead),
+    and for a source without a usable record.
     """
     source = with_schema(name, source, cache_dir)
-    key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed)
+    key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed, ignore)
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
         records = open_records(name, source, cache_dir)
-        chunks = render_all(name, source, records, tokenizer, cache_dir, skip_malformed, workers)
+        chunks = render_all(name, source, records, tokenizer, cache_dir, skip_malformed, workers, ignore)
         make_folder(folder, lambda scratch: _write(scratch, records, chunks, _token_dtype(tokenizer)))
     return _open(name, folder)
 
 
-def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, skip_malformed: bool) -> str:
+def _key(
+    source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, skip_malformed: bool, ignore: Sequence[str]
+) -> str:
     inputs = [
         FORMAT_VERSION,
         chat_format(tokenizer).version,
@@ -122,6 +128,7 @@ def _key(source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, s
         source.part,
         tokenizer.fingerprint(),
         skip_malformed,
+        *([sorted(ignore)] if ignore else []),  # so that caches of data without it keep their keys
     ]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
 
@@ -130,15 +137,15 @@ def _open(name: str, folder: Path) -> TokenizedSource:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {field: np.load(folder / f"{file}.npy", mmap_mode="r") for field, file in ARRAYS.items()}
     malformed, places = MalformedRows(meta["malformed"]), Places.load(folder)
-    return TokenizedSource(
-        name=name, skipped=malformed.count, content_hash=meta["content_hash"], malformed=malformed, places=places, **arrays
-    )
+    noted = {"left_out": meta["left_out"], "malformed": malformed, "skipped": malformed.count, "places": places}
+    return TokenizedSource(name=name, content_hash=meta["content_hash"], **noted, **arrays)
 
 
 def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
     """Write a cache folder. What there is of each token goes to disk chunk by chunk, so that memory does not grow with the
     source."""
     malformed, content_hash = MalformedRows(), hashlib.sha256()
+    left_out: Counter[str] = Counter()
     lengths, counts, record_indices = [0], [], []
     files = {name: (folder / f"{name}.raw") for name in ("tokens", "kinds", "turns")}
     with ExitStack() as stack:
@@ -153,6 +160,7 @@ def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dt
             counts += chunk.counts
             record_indices += chunk.record_indices
             malformed.merge(chunk.malformed)
+            left_out += chunk.left_out
     if not record_indices:
         raise records.nothing_usable(malformed)
     records.places.save(folder)
@@ -163,11 +171,12 @@ def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dt
     _raw_to_npy(folder / "turns", np.dtype(np.uint16), int(offsets[-1]))
     np.save(folder / f"{ARRAYS['offsets']}.npy", offsets)
     columns = np.array(counts, dtype=np.int64).T
-    for name, column in zip(("num_assistant", "num_last_assistant", "num_off"), columns, strict=True):
-        np.save(folder / f"{ARRAYS[name]}.npy", column)
+    for count, column in zip(("num_assistant", "num_last_assistant", "num_off"), columns, strict=True):
+        np.save(folder / f"{ARRAYS[count]}.npy", column)
     np.save(folder / f"{ARRAYS['record_indices']}.npy", np.array(record_indices, dtype=np.int64))
     meta = {
         "malformed": malformed.reasons,
+        "left_out": dict(left_out),
         "content_hash": content_hash.hexdigest()[:24],
         "source": records.path,
         "documents": len(record_indices),
@@ -200,6 +209,7 @@ class Chunk:
     counts: list[tuple[int, int, int]]  # of each document: assistant tokens, those of its last reply, tokens flagged off
     record_indices: list[int]
     malformed: MalformedRows
+    left_out: Counter[str]
 
     @property
     def loss_mask(self) -> bytes:
@@ -215,6 +225,7 @@ def render_all(
     cache_dir: Path,
     skip_malformed: bool,
     workers: int | None,
+    ignore: Sequence[str] = (),
 ) -> Iterator[Chunk]:
     """Chunks in the order of the records, made by this process or a pool of them. Shows a progress bar on a terminal."""
     from rich.progress import track
@@ -233,12 +244,12 @@ def render_all(
         )
 
     if processes == 1 or len(records) < PARALLEL_RECORDS:
-        yield from with_progress_bar(_render(source, records, s, tokenizer, skip_malformed) for s in starts)
+        yield from with_progress_bar(_render(source, records, s, tokenizer, skip_malformed, ignore) for s in starts)
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            work = ((name, source, cache_dir, folder, s, skip_malformed) for s in starts)
+            work = ((name, source, cache_dir, folder, s, skip_malformed, ignore) for s in starts)
             yield from with_progress_bar(pool.map(_render_in_worker, work))
 
 
@@ -252,26 +263,31 @@ def _stderr_console():
 _opened: dict[str, tuple[Records, AnyTokenizer]] = {}
 
 
-def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool]) -> Chunk:
-    name, source, cache_dir, folder, start, skip_malformed = work
+def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool, Sequence[str]]) -> Chunk:
+    name, source, cache_dir, folder, start, skip_malformed, ignore = work
     if folder not in _opened:
         _opened.clear()
         _opened[folder] = open_records(name, source, cache_dir), Tokenizer.load(folder)
     records, tokenizer = _opened[folder]
-    return _render(source, records, start, tokenizer, skip_malformed)
+    return _render(source, records, start, tokenizer, skip_malformed, ignore)
 
 
-def _render(source: SourceConfig, records: Records, start: int, tokenizer: AnyTokenizer, skip_malformed: bool) -> Chunk:
-    form, malformed = chat_format(tokenizer), MalformedRows()
-    documents, record_indices = [], []
-    for i, segments in records.convert(
-        lambda record: record_to_segments(record, source.schema.name, form),
-        start,
-        start + CHUNK_RECORDS,
-        malformed if skip_malformed else None,
-    ):
+def _render(
+    source: SourceConfig, records: Records, start: int, tokenizer: AnyTokenizer, skip_malformed: bool, ignore: Sequence[str]
+) -> Chunk:
+    documents, record_indices, malformed = [], [], MalformedRows()
+    left_out: Counter[str] = Counter()
+    form = chat_format(tokenizer)
+
+    def segments_of(record: dict) -> tuple[list[Segment], Counter[str]]:
+        of_record: Counter[str] = Counter()
+        return record_to_segments(record, source.schema.name, form, ignore, of_record), of_record
+
+    refused = malformed if skip_malformed else None
+    for i, (segments, of_record) in records.convert(segments_of, start, start + CHUNK_RECORDS, refused):
         documents.append(segments)
         record_indices.append(i)
+        left_out += of_record
     rendered = form.encode(documents)
     dtype = _token_dtype(tokenizer)
     return Chunk(
@@ -282,6 +298,7 @@ def _render(source: SourceConfig, records: Records, start: int, tokenizer: AnyTo
         counts=[_count(r) for r in rendered],
         record_indices=record_indices,
         malformed=malformed,
+        left_out=left_out,
     )
 
 

@@ -94,11 +94,15 @@ class Opening:
         tokenized, settled = [], []
         for name, given in sources.items():
             source = with_schema(name, given, cache)
-            tokenized.append(load_or_tokenize(name, source, self.tokenizer, cache, skip, data.workers))
+            tokenized.append(load_or_tokenize(name, source, self.tokenizer, cache, skip, data.workers, data.ignore))
             settled.append(source)
             if source.schema != given.schema:
                 self._note(logging.INFO, f"data source {name}: its columns are those of data.schema={source.schema.name}")
             self._note_malformed(name, len(tokenized[-1]), tokenized[-1].malformed)
+        unused = [name for name in data.ignore if not any(name in source.left_out for source in tokenized)]
+        if unused and key.endswith(".train"):
+            names = ",".join(unused)
+            self._note(logging.WARNING, f"data.ignore=[{names}] has no effect: no message of the training data has content there")
         return Mixture(tokenized, settled, seed, folder=cache / "rows", loss=loss, shares=shares)
 
     def question_sets(self) -> dict[str, list[Question]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from chattrain.chat.format import DROPPED_THOUGHTS
 from chattrain.data.collators import Collator
 from chattrain.setup.data import EvalData, RunData
 
@@ -35,12 +36,25 @@ def report_data(data: RunData) -> None:
                 f"{exact:,}",
                 f"{near:,}",
             )
+    for line in describe_left_out(data.train):
+        log.info("%s", line)
     if counts.truncated:
         log.warning(
             "%d documents are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
         )
     if counts.left_out:
         log.warning("%d documents have no token that carries loss within train.seq_len and are left out", counts.left_out)
+
+
+def describe_left_out(collator: Collator) -> list[str]:
+    """A line for each kind of content that the user or a chat template leaves out of a source's conversations."""
+    lines = []
+    for cache in collator.mixture.caches:
+        for what, times in cache.left_out.items():
+            by_template = f"{times:,} {what} left out, as the chat template does"
+            by_user = f"`{what}` left out {times:,} times (data.ignore)"
+            lines.append(f"data source {cache.name}: {by_template if what == DROPPED_THOUGHTS else by_user}")
+    return lines
 
 
 def describe_sources(collator: Collator) -> list[str]:

@@ -59,19 +59,20 @@ def _train_tokenizer(data: DataConfig, stage: str, vocab_size: int, train_chars:
     }
     cache = cache_dir(data)
     identities = [identity(name, source, cache) for name, source in sources.values()]
-    inputs = [FORMAT_VERSION, identities, list(sources), vocab_size, train_chars]
+    inputs = [FORMAT_VERSION, identities, list(sources), vocab_size, train_chars, *([sorted(data.ignore)] if data.ignore else [])]
     folder = cache / "tokenizers" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
     if not (folder / "encoding.json").is_file():
         log.info("training a tokenizer of %d tokens on this data", vocab_size)
         opened = [open_records(name, source, cache) for name, source in sources.values()]
-        trained = Tokenizer.train(_texts(opened, train_chars, data.on_malformed == OnMalformed.skip), vocab_size)
+        skip = data.on_malformed == OnMalformed.skip
+        trained = Tokenizer.train(_texts(opened, train_chars, data.ignore, skip), vocab_size)
         if trained.vocab_size < vocab_size:
             log.warning("the data gives only %d tokens, not tokenizer.vocab_size=%d", trained.vocab_size, vocab_size)
         make_folder(folder, trained.save)
     return folder
 
 
-def _texts(opened: list[Records], max_chars: int, skip_malformed: bool) -> Iterator[str]:
+def _texts(opened: list[Records], max_chars: int, ignore: list[str], skip_malformed: bool) -> Iterator[str]:
     """The texts of all sources; each source gives about max_chars / number of sources characters at most.
 
     Raises UserError for a malformed record; with skip_malformed it is left out, and counted where its source is tokenised.
@@ -79,7 +80,8 @@ def _texts(opened: list[Records], max_chars: int, skip_malformed: bool) -> Itera
     for records in opened:
         left = max_chars // len(opened)
         for _, texts in records.convert(
-            lambda record, schema=records.schema: _texts_of(record, schema), malformed=MalformedRows() if skip_malformed else None
+            lambda record, schema=records.schema: _texts_of(record, schema, ignore),
+            malformed=MalformedRows() if skip_malformed else None,
         ):
             yield from texts
             left -= sum(len(text) for text in texts)
@@ -87,8 +89,8 @@ def _texts(opened: list[Records], max_chars: int, skip_malformed: bool) -> Itera
                 break
 
 
-def _texts_of(record: dict, schema: str) -> list[str]:
-    segments = record_to_segments(record, schema)
+def _texts_of(record: dict, schema: str, ignore: list[str]) -> list[str]:
+    segments = record_to_segments(record, schema, ignore=ignore)
     if schema == Schema.multiple_choice.name:
         return [multiple_choice.tokenizer_text(record)]
     return [segment.text for segment in segments if not segment.special]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
+from chattrain.chat.fields import without_fields
 from chattrain.chat.format import ChatFormat, Malformed, Segment
 from chattrain.chat.native import to_segments
 from chattrain.tasks.columns import check_characters, with_lists
@@ -25,13 +29,22 @@ def record_to_document(record: dict, schema: str) -> dict:
     return document
 
 
-def record_to_segments(record: dict, schema: str, chat_format: ChatFormat | None = None) -> list[Segment]:
+def record_to_segments(
+    record: dict,
+    schema: str,
+    chat_format: ChatFormat | None = None,
+    ignore: Sequence[str] = (),
+    left_out: Counter[str] | None = None,
+) -> list[Segment]:
     """The segments of one record in a chat format. None: chattrain's own format, which needs no tokenizer for this.
 
-    Raises Malformed with the reason if the record does not fit the schema.
+    `ignore`: fields of messages, or `tools`, to leave out. These, and what the chat format leaves out by design, are counted in
+    `left_out`. Raises Malformed with the reason if the record does not fit the schema.
     """
     document = record_to_document(record, schema)
     try:
-        return to_segments(document) if chat_format is None else chat_format.to_segments(document)
+        counts = Counter() if left_out is None else left_out
+        document = without_fields(document, ignore, counts)
+        return to_segments(document) if chat_format is None else chat_format.to_segments(document, counts)
     except (TypeError, ValueError, AttributeError) as error:
         raise error if isinstance(error, Malformed) else Malformed(f"does not fit schema {schema}: {error}") from None

@@ -2,9 +2,10 @@
 
 
 def conversation(record: dict) -> dict:
-    """The conversation of a record; other columns are dropped.
+    """The conversation of a record, with its `tools` if it has any; other columns are dropped.
 
     >>> conversation({"messages": [{"role": "user", "content": "hi"}], "source": "x"})
     {'messages': [{'role': 'user', 'content': 'hi'}]}
     """
-    return {"messages": record["messages"]}
+    tools = {"tools": record["tools"]} if record.get("tools") is not None else {}
+    return {"messages": record["messages"], **tools}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from chattrain.errors import UserError
 from chattrain.storage.files import read_json
+from chattrain.tokenizer.unicode import well_formed
 
 # The files that AutoTokenizer reads. It takes the class from config.json if tokenizer_config.json does not name it.
 FILES = (
@@ -30,6 +33,7 @@ FILES = (
 )
 
 
+CONTROL = re.compile(r"<[^\w\s/].*>")  # <|im_start|> and the like, but no tag such as <think>
 FINGERPRINT_VERSION = 1  # raised when the ids of a text change; the mask belongs to the version of chat/template.py
 
 
@@ -62,6 +66,21 @@ class HFTokenizer:
         """Tokens that end a text: the tokenizer's own, and those of generation_config.json."""
         return {self.backend.eos_token_id, *_eos_of_generation(self.source)} - {None}
 
+    @property
+    def eos_texts(self) -> list[str]:
+        """The texts of `eos_ids`, those that are special tokens."""
+        texts = [self.backend.convert_ids_to_tokens(i) for i in sorted(self.eos_ids)]
+        return [text for text in texts if text in self.special_texts]
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Finds texts that are encoded as a token that controls a conversation: special tokens, and those that the chat template
+        writes although the tokenizer does not call them special, such as DeepSeek's `<｜User｜>`."""
+        added = [str(token) for token in self.backend.added_tokens_decoder.values()]
+        controls = {token for token in added if CONTROL.fullmatch(token) and token in str(self.chat_template or "")}
+        texts = sorted(controls | set(self.special_texts), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
     def special(self, name: str) -> int:
         """Id of a special token. Raises KeyError for any other text."""
         if name not in self.special_texts:
@@ -73,10 +92,14 @@ class HFTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        texts = list(map(well_formed, texts))
         return self.backend(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
     def encode_rendered(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, character offsets (begin, end) of each token) of rendered texts, in which special tokens are encoded as such."""
+        """(ids, character offsets (begin, end) of each token) of rendered texts, in which special tokens are encoded as such.
+
+        The texts must be well-formed (`well_formed`).
+        """
         return [(e.ids, e.offsets) for e in self._plain.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -17,6 +17,7 @@ from chattrain.storage.files import read_json
 from chattrain.tokenizer import tokenizer_json
 from chattrain.tokenizer.huggingface import HFTokenizer
 from chattrain.tokenizer.special_tokens import ASSISTANT_END, SPECIAL_TOKENS, require_special_tokens
+from chattrain.tokenizer.unicode import well_formed
 
 # GPT-4's split pattern with numbers in groups of at most two digits, as nanochat has it.
 SPLIT_PATTERN = (
@@ -160,7 +161,7 @@ class Tokenizer:
                 f"special tokens need {256 + len(SPECIAL_TOKENS)}"
             )
         trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-        trainer.train_from_iterator(iter(texts), ordinary, pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(map(well_formed, texts), ordinary, pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         return cls(_encoding(ranks, SPLIT_PATTERN, special))
