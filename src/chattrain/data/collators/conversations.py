@@ -30,10 +30,15 @@ class Conversations(Collator):
         mixture = mixture.weighed(self.supervises)
         usable = _has_targets(mixture, seq_len + 1)
         if not usable.any():
+            supervised = f"that carries loss (loss.supervise={mixture.weights.supervise.name})"
+            if not mixture.worth_a_row.any():
+                raise UserError(
+                    f"no conversation has a token {supervised}: none has such a reply, or all are flagged off; choose another "
+                    "loss.supervise, or look at the data with command=inspect loss=all"
+                )
             raise UserError(
-                f"no conversation has a token that carries loss (loss.supervise={mixture.weights.supervise.name}) within "
-                f"train.seq_len={seq_len} tokens; the shortest has {int(mixture.lengths.min())} tokens in all. Raise "
-                "train.seq_len"
+                f"no conversation has a token {supervised} within train.seq_len={seq_len} tokens; the shortest has "
+                f"{int(mixture.lengths.min())} tokens in all. Raise train.seq_len"
             )
         self.mixture = mixture.restricted(usable, seq_len + 1)
         excess = mixture.lengths[usable] - (seq_len + 1)
