@@ -24,12 +24,12 @@ EMPTY = -1
 
 @dataclass
 class Counts:
-    """Documents of an epoch, and what their rows leave out. For the log and summary.json."""
+    """Documents of the first epoch, and what their rows leave out. For the log and summary.json."""
 
     documents: int = 0
     truncated: int = 0  # documents cut at seq_len
     truncated_tokens: int = 0
-    left_out: int = 0  # documents without a token that carries loss within seq_len, which have no row
+    left_out: int = 0  # documents of the sources without a token that carries loss within seq_len, which have no row
 
 
 @dataclass(frozen=True)

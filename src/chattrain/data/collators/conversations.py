@@ -41,7 +41,7 @@ class Conversations(Collator):
                 f"{int(mixture.lengths.min())} tokens in all. Raise train.seq_len"
             )
         self.mixture = mixture.restricted(usable, seq_len + 1)
-        excess = mixture.lengths[usable] - (seq_len + 1)
+        excess = mixture.lengths[self.mixture.order(0)] - (seq_len + 1)
         self.counts = Counts(
             documents=self.mixture.epoch_size,
             truncated=int((excess > 0).sum()),
