@@ -192,7 +192,7 @@ def test_a_field_that_would_be_lost_is_refused_with_its_row_and_what_is_ignored_
     (place / "named.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
     asked = [*TINY, "stage=sft", "data.train_path=named.jsonl", "data.schema=messages", "inspect.rows=1", "command=inspect"]
     refused = command_line(capsys, *asked)
-    assert refused.status == 2 and "row 0: message 0 (user)" in refused.err and "data.ignore=[name]" in refused.err
+    assert refused.status == 2 and "line 1: message 0 (user)" in refused.err and "data.ignore=[name]" in refused.err
     done = command_line(capsys, *asked, "data.ignore=[name,nmae]")
     assert done.status == 0, done.err
     assert "`name` left out 19 times" in done.out and "data.ignore=[nmae] has no effect" in done.err

@@ -88,17 +88,19 @@ def nats(model, ids: list[int]) -> list[float]:
 
 def test_bits_per_byte_and_loss_of_answers_are_those_of_transformers(place, theirs):
     model, tokenizer = theirs
-    total = counted = tokens = size = 0
+    total = tokens = total_all = tokens_all = counted = size = 0
     for line in (place / "talk.jsonl").read_text().splitlines():
         messages = json.loads(line)["messages"]
         seen = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         losses = nats(model, list(seen["input_ids"]))
         for token, loss, supervised in zip(seen["input_ids"][1:], losses, seen["assistant_masks"][1:], strict=True):
             total, tokens = total + loss * supervised, tokens + supervised
-            counted += loss * (supervised and token not in tokenizer.all_special_ids)
-        size += sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+            total_all, tokens_all = total_all + loss, tokens_all + 1
+            counted += loss * (token not in tokenizer.all_special_ids)
+        size += len(tokenizer.decode(seen["input_ids"], skip_special_tokens=True).encode())
     measured = evaluate("sft", "data.val_path=talk.jsonl")
     assert measured["val/loss"] == pytest.approx(total / tokens, rel=1e-6)
+    assert measured["val/loss_all"] == pytest.approx(total_all / tokens_all, rel=1e-6)
     assert measured["val/bpb"] == pytest.approx(counted / math.log(2) / size, rel=1e-6)
 
 

@@ -258,7 +258,7 @@ def test_a_bad_conversation_is_refused_at_the_start_with_the_turn(talk, folder, 
             + "\n"
         )
     message = refused(capsys, f"init.from={folder}")
-    assert "row 60" in message and "<|im_end|>" in message and not Path("runs").exists()
+    assert "line 61" in message and "<|im_end|>" in message and not Path("runs").exists()
 
 
 def test_missing_weights_and_broken_files_are_refused(talk, tmp_path_factory, capsys):

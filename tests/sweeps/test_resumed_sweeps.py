@@ -124,7 +124,7 @@ def test_what_a_run_began_with_counts_not_what_is_newest_when_it_resumes(place, 
 def test_a_run_that_resumed_under_other_settings_is_the_answer_to_neither(place, name, capsys):
     typed = [*SFT, "train.max_steps=4", f"run.name={name}"]
     command_line(capsys, *typed, "train.stop_after=0.5")
-    assert command_line(capsys, *typed, "optimizer.lr_scale=3").status == 0
+    assert command_line(capsys, *typed, "optimizer.lr_scale=3", "run.allow_change=[optimizer]").status == 0
     assert "3.0" in json.loads((place / f"runs/sft/{name}/summary.json").read_text())["changes"]
     for again in ([], ["optimizer.lr_scale=3"]):
         refused = command_line(capsys, *typed, *again)
