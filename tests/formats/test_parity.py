@@ -96,8 +96,8 @@ def test_bits_per_byte_and_loss_of_answers_are_those_of_transformers(place, thei
         for token, loss, supervised in zip(seen["input_ids"][1:], losses, seen["assistant_masks"][1:], strict=True):
             total, tokens = total + loss * supervised, tokens + supervised
             total_all, tokens_all = total_all + loss, tokens_all + 1
-            counted += loss * (token not in tokenizer.all_special_ids)
-        size += len(tokenizer.decode(seen["input_ids"], skip_special_tokens=True).encode())
+            counted += loss * (token not in tokenizer.added_tokens_decoder)
+        size += len(tokenizer.decode([i for i in seen["input_ids"] if i not in tokenizer.added_tokens_decoder]).encode())
     measured = evaluate("sft", "data.val_path=talk.jsonl")
     assert measured["val/loss"] == pytest.approx(total / tokens, rel=1e-6)
     assert measured["val/loss_all"] == pytest.approx(total_all / tokens_all, rel=1e-6)
