@@ -1,5 +1,7 @@
 """Errors whose message names the problem, the value, and the way out."""
 
+from chattrain.redact import redact
+
 # Seconds that the first rank to fail waits after it has told the others: if it hosts the store, the store ends with it.
 REPORT_DELAY_S = 1.5
 
@@ -23,5 +25,5 @@ class OtherRankFailed(RunFailed):
 
 
 def describe_error(error: BaseException) -> str:
-    """The error as summary.json records it: `<type>: <message>`."""
-    return f"{'RunFailed' if isinstance(error, RunFailed) else type(error).__name__}: {error}"
+    """The error as summary.json records it: `<type>: <message>`, without passwords."""
+    return redact(f"{'RunFailed' if isinstance(error, RunFailed) else type(error).__name__}: {error}")
