@@ -54,7 +54,10 @@ def main(cfg: Config) -> dict:
 
 
 def _sync(cfg: Config, folder: Path, named: bool) -> str:
-    """Sync one folder and say what was sent. Returns sent, complete or going_on. Raises UserError for a named one that goes on."""
+    """Sync one folder, and say what was sent. Returns sent, complete or going_on.
+
+    Raises UserError where a named one goes on.
+    """
     try:
         missing = sync(folder, *mlflow_target(cfg), to=(cfg.tracking.uri, cfg.tracking.experiment), restore=named)
     except Busy as busy:

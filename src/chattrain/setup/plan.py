@@ -70,9 +70,8 @@ def setup_run(cfg: Config, world_size: int) -> tuple[RunSetup, RunData]:
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / "config.yaml", to_yaml(cfg))
     if overrides := current_job().overrides:
-        replace_text(
-            run_dir / "overrides.yaml", yaml.safe_dump(redact_tree(overrides), width=1000)
-        )  # the command, as Hydra's own file
+        command = yaml.safe_dump(redact_tree(overrides), width=1000)
+        replace_text(run_dir / "overrides.yaml", command)  # as Hydra's own file
     (resumed(read_identity(run_dir, resume), identity) if resume else identity).write(run_dir)
     (run_dir / "summary.json").unlink(missing_ok=True)  # of the part of the run before this one
     return setup, data

@@ -134,9 +134,8 @@ class Delivery:
         for killed in [k for k in self.state.killed if k["uri"] == self.copy.uri]:
             if store.find_run(client, killed["run_id"], restore=True) is not None:
                 client.set_terminated(killed["run_id"], killed["status"], killed["time"])
-            with self.lock:
-                self.state.killed.remove(killed)
-                self.state.write(self.folder)
+            self.state.killed.remove(killed)
+            self._note()
 
     def _describe(self, client: MlflowClient) -> None:
         with self.lock:

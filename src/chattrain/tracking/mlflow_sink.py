@@ -22,8 +22,9 @@ from chattrain.tracking.provenance import git_tags
 
 DRAIN_SECONDS = 60  # longest wait for a slow store at the end of a run
 PATIENCE = 10.0  # seconds at the end of a run in which a store must take something
-SHORT_PATIENCE = 3.0  # the same, of a store that has failed before, or where the run was interrupted
-PAUSES = (1, 60)  # seconds between two tries: the first and the longest
+SHORT_PATIENCE = 3.0  # the same, of a store that has failed before, and of a server where the run was interrupted
+LONGEST_PAUSE = 60.0  # seconds between two tries; the first pause is a second, each other twice the one before
+LAST_PAUSE = 0.5  # the same at the end of a run
 
 log = logging.getLogger("chattrain")
 
@@ -51,6 +52,7 @@ class MLflowSink:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._wake, self._ending, self._done, self._tried = (threading.Event() for _ in range(4))
         self._warned, self._monitor, self._moved_at = False, None, 0.0
+        self._lock, self._locked = ExitStack(), False
         state, copy = _begin(self._folder, uri, experiment, about, resume, run_id)
         self._delivery = Delivery(self._folder, state, copy, uri, live=True, progressed=self._progressed)
         with self._delivery.lock:
@@ -94,7 +96,9 @@ class MLflowSink:
             ended = {"status": status, "time": int(time.time() * 1000), "result": result, "metrics": metrics or {}}
             self._delivery.state.ended = ended
             self._delivery.state.write(self._folder)
-        patience = min(self._patience, SHORT_PATIENCE) if self._warned or status == "KILLED" else self._patience
+        remote = not self._delivery.uri.startswith("sqlite")  # making the tables of a file takes seconds
+        quick = self._warned or (status == "KILLED" and remote)
+        patience = min(self._patience, SHORT_PATIENCE) if quick else self._patience
         self._moved_at = began = time.monotonic()
         self._ending.set()
         self._wake.set()
@@ -104,44 +108,40 @@ class MLflowSink:
                 self._warn(TimeoutError(f"no answer for {now - self._moved_at:.0f} seconds"))
                 break
         self._delivery.abandoned.set()
+        self._lock.close()
         if not self._done.is_set() and self._monitor:
             threading.Thread(target=self._monitor.finish, daemon=True).start()  # it joins a thread that may wait as well
         self._say_what_is_missing()
 
     def _work(self) -> None:
         """Send, again after a pause where it fails, until the run has ended and everything is sent or nothing can be."""
-        failures, described = 0, False
-        with ExitStack() as at_end:
-            at_end.callback(self._done.set)
-            locked = False
-            while not self._delivery.abandoned.is_set():
-                ending = self._ending.is_set()
-                self._wake.clear()
-                try:
-                    if not locked:
-                        at_end.enter_context(sending(self._folder))
-                        locked = True
-                    self._send(ending, recovered=failures > 0)
-                    failures = 0
-                    if ending:
-                        return
-                except Exception as error:
-                    failures += 1
-                    if failures > 1 or ending:
-                        self._warn(error)
-                    if ending and failures > 1:
-                        return
+        failures = 0
+        while not self._delivery.abandoned.is_set():
+            ending = self._ending.is_set()
+            self._wake.clear()
+            try:
+                self._send(ending, recovered=failures > 0)
+                failures = 0
+            except Exception as error:
+                failures += 1
+                if failures > 1:
+                    self._warn(error)
+            if ending and failures != 1:
+                break
+            if not self._tried.is_set():
                 self._tried.set()
-                if not described:
-                    described = True
-                    self.describe({}, git_tags())  # it may take seconds in a large repository
-                if failures:
-                    self._ending.wait(0.5 if ending else min(PAUSES[0] * 2 ** (failures - 1), PAUSES[1]))
-                else:
-                    self._wake.wait()
+                self.describe({}, git_tags())  # it may take seconds in a large repository
+            if failures:
+                time.sleep(LAST_PAUSE) if ending else self._ending.wait(min(2.0 ** (failures - 1), LONGEST_PAUSE))
+            else:
+                self._wake.wait()
+        self._done.set()
 
     def _send(self, ending: bool, recovered: bool) -> None:
         opened = self._tried.is_set() and not recovered
+        if not self._locked:
+            self._lock.enter_context(sending(self._folder))
+            self._locked = True
         self._delivery.send()
         if not opened:
             where = redact(self._delivery.uri), self.experiment, self.run_id
