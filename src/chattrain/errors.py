@@ -6,14 +6,19 @@ from chattrain.redact import redact
 REPORT_DELAY_S = 1.5
 
 
-class UserError(Exception):
+class _WithoutCredentials(Exception):
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
+
+class UserError(_WithoutCredentials):
     """A mistake of the user. The program prints this one message on stderr, without a traceback, and exits with status 2."""
 
     exit_status = 2
     reported_here = False  # True on the rank that told the others of the failure; it prints the message, whatever its rank
 
 
-class RunFailed(Exception):
+class RunFailed(_WithoutCredentials):
     """The run itself failed, for example with a non-finite loss: one message, status `failed` in summary.json, exit status 1."""
 
     exit_status = 1

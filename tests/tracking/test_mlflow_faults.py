@@ -297,12 +297,12 @@ def test_ctrl_c_ends_a_run_at_once_while_the_server_hangs(server):
 # --- sweeps --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["refuse", "hang"])
-def test_a_sweep_survives_its_server_and_sync_nests_its_runs(server, capsys, fault):
+@pytest.mark.parametrize("fault", ["refuse", pytest.param("hang", marks=pytest.mark.slow)])
+def test_a_sweep_survives_its_server_and_sync_nests_its_runs(server, capsys, caplog, fault):
     server.stop() if fault == "refuse" else setattr(server, "fault", "hang")
     typed = [*TINY, *TRACKED, "stage=mid", "sweep.name=try", f"tracking.uri={server.uri}", "run.seed=1,2"]
     done = command_line(capsys, "-m", *typed)
-    assert done.status == 0, done.err
+    assert done.status == 0 and len(warnings(caplog)) == 1, done.err
     server.start() if fault == "refuse" else setattr(server, "fault", None)
     for sent in (3, 0):
         assert len(sync()["sent"]) == sent
@@ -310,7 +310,7 @@ def test_a_sweep_survives_its_server_and_sync_nests_its_runs(server, capsys, fau
     assert set(runs) == {"sweep try", "seed=1 mid", "seed=2 mid"}
     parents = {runs[name].data.tags["mlflow.parentRunId"] for name in ("seed=1 mid", "seed=2 mid")}
     assert parents == {runs["sweep try"].info.run_id}
-    assert {found.info.status for found in runs.values()} == {"FINISHED"} and "best/val/loss" in runs["sweep try"].data.metrics
+    assert {found.info.status for found in runs.values()} == {"FINISHED"} and "best/val/bpb" in runs["sweep try"].data.metrics
 
 
 # --- credentials ---------------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_credentials_reach_the_server_and_nothing_else(server, tmp_path, capfd, 
         if state == "down":
             server.stop()
         host = server.uri.removeprefix("http://")
-        secret = "tr0ub4dor&3"
+        secret = "tr0ub4dor-3"
         write_talk(tmp_path, f"{SECRETS['HF_TOKEN']}.jsonl")
         typed = [f"tracking.uri=http://me:{secret}@{host}", f"data.train_path={SECRETS['HF_TOKEN']}.jsonl"]
         typed += [f"+tracking.tags.{name}={value}" for name, value in SECRETS.items()]

@@ -315,5 +315,6 @@ def test_a_store_that_breaks_during_the_run_warns_once_and_training_goes_on(stor
 
 def test_a_store_that_hangs_does_not_keep_the_run_from_ending(store, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(type(store.client), "log_batch", lambda *args, **kwargs: time.sleep(2))
-    train(tracked(tmp_path, store.uri, "chattrain", patience=0.1))
+    monkeypatch.setattr("chattrain.tracking.mlflow_sink.PATIENCE", 0.1)
+    train(tracked(tmp_path, store.uri, "chattrain"))
     assert_one_warning(caplog)

@@ -26,7 +26,7 @@ def report_error(error: BaseException) -> int:
         return error.exit_status
     if isinstance(error, UserError | RunFailed):
         if is_main_process() or error.reported_here:
-            print(f"chattrain: {redact(str(error))}", file=sys.stderr)
+            print(f"chattrain: {error}", file=sys.stderr)
         else:
             time.sleep(SPEAK_FIRST_S)
         return error.exit_status

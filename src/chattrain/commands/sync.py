@@ -35,6 +35,8 @@ def main(cfg: Config) -> dict:
         for folder in folders:
             try:
                 result[_sync(cfg, folder, named is not None)].append(str(folder))
+            except UserError:
+                raise
             except Exception as error:
                 reason = store.reason_of(error)
                 if isinstance(error, store.Deleted):

@@ -10,7 +10,7 @@ from chattrain.setup.job import current_job
 from chattrain.setup.mlflow_target import given_run_id, mlflow_target
 from chattrain.setup.plan import RunSetup
 from chattrain.storage.checkpoint import CheckpointState
-from chattrain.tracking.mlflow_sink import PATIENCE, SHORT_PATIENCE, MLflowSink
+from chattrain.tracking.mlflow_sink import MLflowSink
 from chattrain.tracking.mlflow_state import About
 from chattrain.tracking.tracker import NullTracker, Tracker
 
@@ -39,8 +39,6 @@ def _build_sink(cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointSt
         start=str(setup.start.checkpoint) if setup.start.checkpoint and not setup.resume else None,
         sweep=job.sweep.folder if job.sweep else None,
     )
-    # The sweep has waited for this store before, in vain: its jobs do not.
-    unreached = job.sweep is not None and job.sweep.mlflow_run_id is None
     return MLflowSink(
         setup.run_dir,
         uri,
@@ -49,5 +47,5 @@ def _build_sink(cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointSt
         resume=setup.resume is not None,
         run_id=given_run_id(saved.mlflow_run_id if saved else None, job),
         system_metrics=cfg.tracking.system_metrics,
-        patience=SHORT_PATIENCE if unreached else PATIENCE,
+        failed_before=job.sweep is not None and job.sweep.mlflow_run_id is None,  # the sweep has waited for it in vain
     )

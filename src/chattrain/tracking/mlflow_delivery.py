@@ -118,7 +118,7 @@ class Delivery:
             store.logger.warning(
                 "MLflow's store has no run %s to go on with (was it moved?); this run gets a new one", self.copy.run_id
             )
-            self._note(run_id=None, lines=0, described="", inputs=False, models={}, files={}, status=None)
+            self._note(run_id=None, lines=0, described={}, inputs=False, models={}, files={}, status=None)
         if found is not None:
             self._existed = True
             if self._live:
@@ -146,10 +146,11 @@ class Delivery:
             tags.setdefault("mlflow.note.content", "\n\n".join(filter(None, [result, about.note])))
         if parent := self._parent():
             tags[PARENT_TAG] = parent
-        described = store.hash_of([params, tags])
-        if described != self.copy.described:
-            store.describe_run(client, self.copy.run_id or "", params, tags)
-            self._note(described=described)
+        said = {"params": store.hash_of(params), "tags": store.hash_of(tags)}
+        if said != self.copy.described:
+            news = params if said["params"] != self.copy.described.get("params") else {}
+            store.describe_run(client, self.copy.run_id or "", news, tags)
+            self._note(described=said)
 
     def _parent(self) -> str | None:
         """The run of the sweep in this store."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from chattrain.redact import redact, without_user
@@ -45,18 +45,17 @@ class MLflowSink:
         resume: bool = False,  # go on with the run that this folder has in MLflow
         run_id: str | None = None,  # of a run to go on with, where the folder knows none
         system_metrics: bool = False,
-        patience: float = PATIENCE,
+        failed_before: bool = False,  # this store has failed, and that was said: no warning, no long wait
     ):
         store.import_mlflow()  # here: two threads that import at once may meet half of a module
-        self._folder, self._patience, self._watches = Path(folder), patience, system_metrics
+        self._folder, self._watches = Path(folder), system_metrics
         self._folder.mkdir(parents=True, exist_ok=True)
         self._wake, self._ending, self._done, self._tried = (threading.Event() for _ in range(4))
-        self._warned, self._monitor, self._moved_at = False, None, 0.0
+        self._warned, self._monitor, self._moved_at = failed_before, None, 0.0
         self._lock, self._locked = ExitStack(), False
         state, copy = _begin(self._folder, uri, experiment, about, resume, run_id)
         self._delivery = Delivery(self._folder, state, copy, uri, live=True, progressed=self._progressed)
-        with self._delivery.lock:
-            state.write(self._folder)
+        self._save()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     @property
@@ -83,6 +82,7 @@ class MLflowSink:
         with self._delivery.lock:
             about = self._delivery.state.about
             about.params, about.tags = about.params | params, about.tags | (tags or {})
+        self._save()
         self.send()
 
     def send(self) -> None:
@@ -92,13 +92,12 @@ class MLflowSink:
     def close(self, status: str = "FINISHED", result: str = "", metrics: dict[str, float] | None = None) -> None:
         """End the run (FINISHED, FAILED, KILLED) with its result in a line, once everything is stored. Waits as long as the store
         takes something, at most DRAIN_SECONDS."""
-        with self._delivery.lock:
-            ended = {"status": status, "time": int(time.time() * 1000), "result": result, "metrics": metrics or {}}
-            self._delivery.state.ended = ended
-            self._delivery.state.write(self._folder)
+        ended = {"status": status, "time": int(time.time() * 1000), "result": result, "metrics": metrics or {}}
+        self._delivery.state.ended = ended
+        self._save()
         remote = not self._delivery.uri.startswith("sqlite")  # making the tables of a file takes seconds
         quick = self._warned or (status == "KILLED" and remote)
-        patience = min(self._patience, SHORT_PATIENCE) if quick else self._patience
+        patience = min(PATIENCE, SHORT_PATIENCE) if quick else PATIENCE
         self._moved_at = began = time.monotonic()
         self._ending.set()
         self._wake.set()
@@ -117,8 +116,8 @@ class MLflowSink:
         """Send, again after a pause where it fails, until the run has ended and everything is sent or nothing can be."""
         failures = 0
         while not self._delivery.abandoned.is_set():
-            ending = self._ending.is_set()
             self._wake.clear()
+            ending = self._ending.is_set()
             try:
                 self._send(ending, recovered=failures > 0)
                 failures = 0
@@ -155,12 +154,21 @@ class MLflowSink:
 
     def _watch_system(self) -> None:
         """Have MLflow's own thread measure the machine (system/*) every 10 seconds. It ends when the store fails."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
         if self._monitor:
             self._monitor.finish()
-        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._delivery.uri)
-        self._monitor.start()
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._delivery.uri)
+            self._monitor.start()
+        except ImportError as error:  # of psutil
+            self._watches = False
+            log.warning("MLflow does not measure the machine: %s", error)
+
+    def _save(self) -> None:
+        """Write mlflow.json, from the run's own thread, which no full disk may end for that."""
+        with suppress(OSError), self._delivery.lock:
+            self._delivery.state.write(self._folder)
 
     def _progressed(self) -> None:
         self._moved_at = time.monotonic()

@@ -64,7 +64,7 @@ class Copy:
     run_id: str | None = None  # None: not reached yet
     experiment_id: str | None = None
     lines: int = 0  # of metrics.jsonl
-    described: str = ""  # hash of params and tags
+    described: dict[str, str] = field(default_factory=dict)  # hashes of params and tags
     inputs: bool = False  # data sets and start
     models: dict[str, str] = field(default_factory=dict)  # checkpoints that have a LoggedModel: name of the folder -> hash
     files: dict[str, str] = field(default_factory=dict)  # name -> hash
