@@ -63,7 +63,7 @@ class Server:
 
         shutil.copy(empty, folder / "server.db")
         handlers._tracking_store = None
-        store = f"sqlite:///{folder / 'server.db'}"
+        store = self.store = f"sqlite:///{folder / 'server.db'}"
         handlers.initialize_backend_stores(store, store, (folder / "server-artifacts").as_uri())
         self.fault: str | Callable[[str], str | None] | None = None
         self.requests: list[str] = []

@@ -49,7 +49,10 @@ def main(cfg: Config) -> dict:
             _label(named) if named else f"{len(folders)} runs and sweeps in {Path(cfg.run.root).resolve()}",
         )
         if failed:
-            raise RunFailed("MLflow did not take everything; the same command goes on. " + "\n".join(failed))
+            raise RunFailed(
+                "MLflow did not take everything; the same command goes on (user and password of a store are not kept: give them "
+                "by the environment or tracking.uri). " + "\n".join(failed)
+            )
         return result
     finally:
         close_log()

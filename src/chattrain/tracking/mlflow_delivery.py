@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chattrain.redact import redact
 from chattrain.storage.files import replace_text
 from chattrain.tracking import mlflow_store as store
 from chattrain.tracking.metrics import parse_row
@@ -57,9 +56,21 @@ class Delivery:
         self._existed = False  # the store has had the run before this object
         self._had: dict[str, set[tuple[int, float | None]]] = {}  # metric -> (step, value) that an existing run has
 
+    def open(self) -> MlflowClient:
+        """The store's client, with the run made there."""
+        if self._client is None:
+            self.action = f"use {self.uri}"
+            client, experiment_id = store.open_store(self.uri, self.copy.experiment, self._restore)
+            run = self._find(client, experiment_id) or self._create(client, experiment_id)
+            if run.experiment_id != experiment_id:
+                self.copy.experiment = client.get_experiment(run.experiment_id).name
+            self._note(run_id=run.run_id, experiment_id=run.experiment_id)
+            self._client = client
+        return self._client
+
     def send(self) -> None:
         """Everything that the store lacks, but for the end of the run."""
-        client = self._opened()
+        client = self.open()
         self.action = "end an earlier run"
         self._close_killed(client)
         self.action = "set params and tags"
@@ -77,7 +88,7 @@ class Delivery:
         ended, run_id = self.state.ended, self.copy.run_id or ""
         if ended is None:
             return
-        client = self._opened()
+        client = self.open()
         self.action = "store files"
         for name, value in ended["metrics"].items():
             client.log_metric(run_id, store.valid_name(name), float(value), timestamp=ended["time"])
@@ -92,18 +103,6 @@ class Delivery:
             self._note(status=ended["status"])
 
     # --- the run -----------------------------------------------------------------------------------------------------
-
-    def _opened(self) -> MlflowClient:
-        """The store's client, with the run made there."""
-        if self._client is None:
-            self.action = f"use {self.uri}"
-            client, experiment_id = store.open_store(self.uri, self.copy.experiment, self._restore)
-            run = self._find(client, experiment_id) or self._create(client, experiment_id)
-            if run.experiment_id != experiment_id:
-                self.copy.experiment = client.get_experiment(run.experiment_id).name
-            self._note(run_id=run.run_id, experiment_id=run.experiment_id)
-            self._client = client
-        return self._client
 
     def _find(self, client: MlflowClient, experiment_id: str) -> RunInfo | None:
         """The run in this store: by the id that is known, by that of another store (this one may be it, moved), by its key."""
@@ -127,7 +126,7 @@ class Delivery:
 
     def _create(self, client: MlflowClient, experiment_id: str) -> RunInfo:
         about, tags = self.state.about, {KEY_TAG: self.state.key}
-        return client.create_run(experiment_id, self.state.started_at, tags, redact(about.name)).info
+        return client.create_run(experiment_id, self.state.started_at, tags, about.name).info
 
     def _close_killed(self, client: MlflowClient) -> None:
         """End the runs that a killed process left behind in this folder."""
@@ -228,11 +227,11 @@ class Delivery:
         models = CheckpointModels(client, self.copy.experiment_id or "", self.copy.run_id or "")
         with self.lock:
             about = self.state.about
-            params, tags = dict(about.params), {k: redact(v) for k, v in about.tags.items() if k not in OF_RUNS}
+            params, tags = dict(about.params), {key: tag for key, tag in about.tags.items() if key not in OF_RUNS}
         for folder, held in there.items():
             if self.copy.models.get(folder.name) != held and folder.is_dir():
                 step = int(folder.name.removeprefix("step_"))
-                model_id = models.add(step, folder, f"{redact(about.name)} step {step}", params, tags)
+                model_id = models.add(step, folder, f"{about.name} step {step}", params, tags)
                 self._assign(client, step, model_id)
                 self._note(models={**self.copy.models, folder.name: held})
         models.keep(set(known.values()))

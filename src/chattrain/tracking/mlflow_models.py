@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chattrain.redact import redact
+from chattrain.redact import redact, redact_tree
 from chattrain.tracking.mlflow_store import Param, param_text, valid_name
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class DataSet:
     source_type: str = "local"  # or hugging_face
     profile: dict[str, int] = field(default_factory=dict)  # counts
 
+    def without_credentials(self) -> DataSet:
+        return replace(self, name=redact(self.name), source=redact_tree(self.source))
+
 
 def log_data_sets(client: MlflowClient, run_id: str, data_sets: list[DataSet]) -> None:
     """The run's inputs. Logging one again changes nothing."""
@@ -43,7 +46,7 @@ def log_data_sets(client: MlflowClient, run_id: str, data_sets: list[DataSet]) -
 
     inputs = [
         DatasetInput(
-            Dataset(redact(d.name), d.digest, d.source_type, redact(json.dumps(d.source)), profile=json.dumps(d.profile)),
+            Dataset(d.name, d.digest, d.source_type, json.dumps(d.source), profile=json.dumps(d.profile)),
             [InputTag("mlflow.data.context", d.context)],
         )
         for d in data_sets

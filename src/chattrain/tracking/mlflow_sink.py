@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from chattrain.redact import redact, without_user
+from chattrain.redact import redact, redact_tree, without_user
 from chattrain.tracking import mlflow_store as store
 from chattrain.tracking.metrics import read_metrics
 from chattrain.tracking.mlflow_delivery import Delivery
@@ -81,7 +81,7 @@ class MLflowSink:
         """Further params, known only once the model is built, and tags."""
         with self._delivery.lock:
             about = self._delivery.state.about
-            about.params, about.tags = about.params | params, about.tags | (tags or {})
+            about.params, about.tags = about.params | redact_tree(params), about.tags | redact_tree(tags or {})
         self._save()
         self.send()
 
@@ -188,9 +188,9 @@ class MLflowSink:
 
 def _begin(folder: Path, uri: str, experiment: str, about: About, resume: bool, run_id: str | None) -> tuple[MLflowState, Copy]:
     """The state of a run that begins or goes on, and what the store has of it."""
-    before, state = read_state(folder), MLflowState(about)
+    before, state = read_state(folder), MLflowState(about.without_credentials())
     if before and resume:
-        about.start = about.start or before.about.start
+        state.about.start = about.start or before.about.start
         state.key, state.started_at, state.copies, state.killed = before.key, before.started_at, before.copies, before.killed
     elif before:
         state.killed = [*before.killed, *_left_running(folder, before)]

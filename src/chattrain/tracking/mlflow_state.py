@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from chattrain.redact import redact_tree, without_user
@@ -37,7 +37,7 @@ class Busy(OSError):
 
 @dataclass
 class About:
-    """What MLflow is told, besides the numbers of metrics.jsonl and the checkpoints."""
+    """What MLflow is told, besides the numbers of metrics.jsonl and the checkpoints. A state has it without credentials."""
 
     name: str
     params: dict[str, Param] = field(default_factory=dict)
@@ -48,6 +48,12 @@ class About:
     start: str | None = None  # checkpoint that the run starts from
     sweep: str | None = None  # folder of the sweep that it is a job of
     files: tuple[str, ...] = RUN_FILES
+
+    def without_credentials(self) -> About:
+        name, params, tags, note = (redact_tree(value) for value in (self.name, self.params, self.tags, self.note))
+        measured_on = {begin: data.without_credentials() for begin, data in self.measured_on.items()}
+        data_sets = [data.without_credentials() for data in self.data_sets]
+        return replace(self, name=name, params=params, tags=tags, note=note, data_sets=data_sets, measured_on=measured_on)
 
     def data_set(self, metric: str) -> DataSet | None:
         """What a metric is measured on: the entry of `measured_on` that its name begins with, the longest of several."""
@@ -83,7 +89,7 @@ class MLflowState:
     killed: list[dict] = field(default_factory=list)  # runs of killed processes, begun in this folder: uri, run_id, status, time
 
     def write(self, folder: Path) -> None:
-        replace_text(folder / FILE, json.dumps(redact_tree(asdict(self)), indent=1) + "\n")
+        replace_text(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     def copy_in(self, uri: str, experiment: str | None = None) -> Copy | None:
         """What a store has; `experiment` None: in any experiment."""

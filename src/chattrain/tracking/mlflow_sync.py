@@ -38,7 +38,8 @@ def sync(folder: Path, uri: str, experiment: str, to: tuple[str | None, str | No
     """Send what the store lacks; returns that in words, empty where it had everything.
 
     uri, experiment: of a run that has no mlflow.json; of others the URI gives user and password. `to`: another store and
-    experiment than the run's own, which get a copy; None: its own. `restore`: bring back what was deleted there.
+    experiment than the run's own, which get a copy; None: its own. `restore`: look whether the store still has the run, and bring
+    back what was deleted there.
     Raises Busy where the run goes on, and what MLflow raises where it does not take something.
     """
     with sending(folder):
@@ -55,16 +56,26 @@ def sync(folder: Path, uri: str, experiment: str, to: tuple[str | None, str | No
         if copy.status != state.ended["status"]:
             copy.status = None  # a launcher has corrected summary.json
         missing = unsent(folder, state, copy)
-        if missing:
+        if missing or restore:
             store.import_mlflow()
             try:
-                Delivery(folder, state, copy, there, restore=restore).end()
+                missing = _deliver(Delivery(folder, state, copy, there, restore=restore))
             except store.Deleted:
                 raise
             except Exception:  # once more: a server may have dropped a connection
                 time.sleep(RETRY_SECONDS)
-                Delivery(folder, state, copy, there, restore=restore).end()
+                missing = _deliver(Delivery(folder, state, copy, there, restore=restore)) or missing
         return missing
+
+
+def _deliver(delivery: Delivery) -> str:
+    """Send everything; returns what was missing. A run that is gone from the store has lost all."""
+    before = unsent(delivery.folder, delivery.state, delivery.copy)
+    delivery.open()
+    missing = before or unsent(delivery.folder, delivery.state, delivery.copy)
+    if missing:
+        delivery.end()
+    return missing
 
 
 def how_it_ended(folder: Path, state: MLflowState) -> dict:
@@ -76,7 +87,8 @@ def how_it_ended(folder: Path, state: MLflowState) -> dict:
     if state.ended:
         return state.ended
     rows = read_metrics(folder / "metrics.jsonl")
-    at = int(rows[-1].get("time", 0) * 1000) if rows else state.started_at
+    times = [file.stat().st_mtime for file in (folder / "sweep.json", folder / FILE) if file.is_file()]
+    at = int((rows[-1].get("time", 0) if rows else min(times, default=0)) * 1000)
     return {"status": "KILLED", "time": at, "result": "killed", "metrics": {}}
 
 
