@@ -308,9 +308,10 @@ def test_ctrl_c_ends_a_run_at_once_while_the_server_hangs(server):
 
 
 @pytest.mark.parametrize("fault", ["refuse", pytest.param("hang", marks=pytest.mark.slow)])
-def test_a_sweep_survives_its_server_and_sync_nests_its_runs(server, capsys, caplog, fault):
+def test_a_sweep_survives_its_server_and_sync_nests_its_runs(server, tmp_path, capsys, caplog, fault):
     server.stop() if fault == "refuse" else setattr(server, "fault", "hang")
-    typed = [*TINY, *TRACKED, "stage=mid", "sweep.name=try", f"tracking.uri={server.uri}", "run.seed=1,2"]
+    with_password = server.uri.replace("://", "://me:tr0ub4dor-3@")
+    typed = [*TINY, *TRACKED, "stage=mid", "sweep.name=try", f"tracking.uri={with_password}", "run.seed=1,2"]
     done = command_line(capsys, "-m", *typed)
     assert done.status == 0 and len(warnings(caplog)) == 1, done.err
     server.start() if fault == "refuse" else setattr(server, "fault", None)
@@ -320,6 +321,7 @@ def test_a_sweep_survives_its_server_and_sync_nests_its_runs(server, capsys, cap
     assert set(runs) == {"sweep try", "seed=1 mid", "seed=2 mid"}
     parents = {runs[name].data.tags["mlflow.parentRunId"] for name in ("seed=1 mid", "seed=2 mid")}
     assert parents == {runs["sweep try"].info.run_id}
+    assert "tr0ub4dor-3" not in everything_below(tmp_path) + done.out + done.err
     assert {found.info.status for found in runs.values()} == {"FINISHED"} and "best/val/bpb" in runs["sweep try"].data.metrics
 
 

@@ -191,6 +191,19 @@ def test_console_off_leaves_stderr_alone_and_train_log_whole(tmp_path, capsys):
     assert "INFO step 1/2  train/loss 2" in first and second.endswith("WARNING careful")
 
 
+def test_passwords_are_in_no_message_and_no_traceback(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "battery-staple-2")
+    close = setup_logging(tmp_path, console=True, resume=False)
+    try:
+        raise OSError("https://me:correct-horse-1@host refused battery-staple-2")
+    except OSError as error:
+        logging.getLogger("chattrain").error("at step %d: %s", 3, error, exc_info=True)
+    close()
+    written = (tmp_path / "train.log").read_text() + capsys.readouterr().err
+    assert written.count("https://me:***@host refused ***") == 4  # message and traceback, twice
+    assert "correct-horse-1" not in written and "battery-staple-2" not in written
+
+
 def test_setting_up_logging_again_duplicates_nothing_and_resume_appends(tmp_path, capsys, caplog):
     stale = setup_logging(tmp_path / "a", console=True, resume=False)
     for resume in (False, True):
