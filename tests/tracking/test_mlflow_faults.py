@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -145,6 +146,14 @@ def test_a_resumed_run_that_was_offline_sends_what_is_missing(server):
     assert_delivered(server, summary["run_dir"])
 
 
+def test_steps_that_a_resumed_run_makes_again_are_one_point_each(server):
+    first = run(server, "again")
+    shutil.rmtree(Path(first["run_dir"]) / "checkpoints" / "step_000006")  # as if it had been killed before
+    assert run(server, "again")["mlflow_run_id"] == first["mlflow_run_id"]
+    points = [(row["step"], row["train/loss"]) for row in metrics(first["run_dir"]) if "train/loss" in row]
+    assert history(server.client, first["mlflow_run_id"], "train/loss") == points and len(points) == 6
+
+
 def test_an_experiment_that_was_deleted_costs_one_warning_and_sync_restores_it(server, caplog):
     experiment = server.client.create_experiment("chattrain")
     server.client.delete_experiment(experiment)
@@ -207,6 +216,8 @@ def test_another_store_gets_a_copy_of_its_own(server, tmp_path, empty):
     assert there.info.run_id != summary["mlflow_run_id"] and there.info.status == "FINISHED"
     recorded = [(row["step"], row["train/loss"]) for row in metrics(summary["run_dir"]) if "train/loss" in row]
     assert history(client, there.info.run_id, "train/loss") == recorded
+    sync("run.name=copied", "tracking.experiment=third")  # another experiment of the same store
+    assert len(server.runs("third")) == 1
     assert sync()["sent"] == []  # its own has everything
     assert_delivered(server, summary["run_dir"])
 

@@ -10,6 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ class Delivery:
 
     def _find(self, client: MlflowClient, experiment_id: str) -> RunInfo | None:
         """The run in this store: by the id that is known, by that of another store (this one may be it, moved), by its key."""
-        others = [c.run_id for c in self.state.copies if c.run_id]
+        others = [c.run_id for c in self.state.copies if c.uri != self.copy.uri]
         found = None
         for run_id in dict.fromkeys([self.copy.run_id, *others]):
             found = found or (store.find_run(client, run_id, self._restore) if run_id else None)
@@ -131,8 +132,9 @@ class Delivery:
     def _close_killed(self, client: MlflowClient) -> None:
         """End the runs that a killed process left behind in this folder."""
         for killed in [k for k in self.state.killed if k["uri"] == self.copy.uri]:
-            if store.find_run(client, killed["run_id"], restore=True) is not None:
-                client.set_terminated(killed["run_id"], killed["status"], killed["time"])
+            with suppress(store.Deleted):
+                if store.find_run(client, killed["run_id"]) is not None:
+                    client.set_terminated(killed["run_id"], killed["status"], killed["time"])
             self.state.killed.remove(killed)
             self._note()
 

@@ -20,6 +20,7 @@ from chattrain.tracking.mlflow_state import FILE, About, Busy, Copy, MLflowState
 from chattrain.tracking.mlflow_store import Param
 from chattrain.tracking.provenance import git_tags
 
+SEND_SECONDS = 2.0  # between two calls of a run that logs often: each takes 20 ms of this process, for one point as for many
 DRAIN_SECONDS = 60  # longest wait for a slow store at the end of a run
 PATIENCE = 10.0  # seconds at the end of a run in which a store must take something
 SHORT_PATIENCE = 3.0  # the same, of a store that has failed before, and of a server where the run was interrupted
@@ -134,6 +135,7 @@ class MLflowSink:
                 time.sleep(LAST_PAUSE) if ending else self._ending.wait(min(2.0 ** (failures - 1), LONGEST_PAUSE))
             else:
                 self._wake.wait()
+                self._ending.wait(SEND_SECONDS)
         self._done.set()
 
     def _send(self, ending: bool, recovered: bool) -> None:
