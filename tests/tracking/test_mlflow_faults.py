@@ -116,6 +116,15 @@ def test_a_server_that_fails_at_each_third_request_gets_everything_once(server, 
     assert_delivered(server, summary["run_dir"])
 
 
+@pytest.mark.parametrize("path", ["experiments/create", "runs/create", "runs/log-inputs", "logged-models", "runs/outputs"])
+def test_what_was_done_and_not_confirmed_is_not_done_twice(server, path):
+    server.fault = lambda asked: "lost" if asked == path and server.requests.count(path) == 1 else None
+    summary = run(server, "lost")
+    assert path in server.requests
+    assert_delivered(server, summary["run_dir"])
+    assert len(server.client.get_run(summary["mlflow_run_id"]).inputs.dataset_inputs) == 2
+
+
 @pytest.mark.parametrize("path", ["runs/update", "artifacts", "logged-models"])
 def test_a_server_that_fails_at_the_end_gets_the_end_by_sync(server, caplog, path):
     server.fault = lambda asked: "500" if asked.startswith(path) else None
