@@ -54,6 +54,7 @@ class MLflowSink:
         self._wake, self._ending, self._done, self._tried = (threading.Event() for _ in range(4))
         self._warned, self._monitor, self._moved_at = failed_before, None, 0.0
         self._lock, self._locked = ExitStack(), False
+        self._is_file = uri.startswith("sqlite")  # to make its tables takes seconds, in which other processes wait
         state, copy = _begin(self._folder, uri, experiment, about, resume, run_id)
         self._delivery = Delivery(self._folder, state, copy, uri, live=True, progressed=self._progressed)
         self._save()
@@ -75,8 +76,8 @@ class MLflowSink:
         self._thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Until the store has answered or failed."""
-        self._tried.wait(seconds)
+        """Until the store has answered or failed; longer for a file."""
+        self._tried.wait(DRAIN_SECONDS if self._is_file else seconds)
 
     def describe(self, params: dict[str, Param], tags: dict[str, str] | None = None) -> None:
         """Further params, known only once the model is built, and tags."""
@@ -96,15 +97,15 @@ class MLflowSink:
         ended = {"status": status, "time": int(time.time() * 1000), "result": result, "metrics": metrics or {}}
         self._delivery.state.ended = ended
         self._save()
-        remote = not self._delivery.uri.startswith("sqlite")  # making the tables of a file takes seconds
-        quick = self._warned or (status == "KILLED" and remote)
+        quick = self._warned or (status == "KILLED" and not self._is_file)
         patience = min(PATIENCE, SHORT_PATIENCE) if quick else PATIENCE
         self._moved_at = began = time.monotonic()
         self._ending.set()
         self._wake.set()
         while not self._done.wait(0.05):
             now = time.monotonic()
-            if now - self._moved_at > patience or now - began > DRAIN_SECONDS:
+            opening = self._is_file and not self._warned and self.run_id is None
+            if (now - self._moved_at > patience and not opening) or now - began > DRAIN_SECONDS:
                 self._warn(TimeoutError(f"no answer for {now - self._moved_at:.0f} seconds"))
                 break
         self._delivery.abandoned.set()
