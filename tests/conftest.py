@@ -63,6 +63,7 @@ INTEGRATION = [
     "test_equivalence.py",
     "storage/test_checkpoint.py",
     "tracking/test_tracker.py",
+    "tracking/test_mlflow_faults.py",
     "tracking/test_mlflow_run.py",
     "tracking/test_mlflow_sink.py",
     "formats/test_mlflow_model.py",

@@ -1,17 +1,24 @@
 """Errors whose message names the problem, the value, and the way out."""
 
+from chattrain.redact import redact
+
 # Seconds that the first rank to fail waits after it has told the others: if it hosts the store, the store ends with it.
 REPORT_DELAY_S = 1.5
 
 
-class UserError(Exception):
+class _WithoutCredentials(Exception):
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
+
+class UserError(_WithoutCredentials):
     """A mistake of the user. The program prints this one message on stderr, without a traceback, and exits with status 2."""
 
     exit_status = 2
     reported_here = False  # True on the rank that told the others of the failure; it prints the message, whatever its rank
 
 
-class RunFailed(Exception):
+class RunFailed(_WithoutCredentials):
     """The run itself failed, for example with a non-finite loss: one message, status `failed` in summary.json, exit status 1."""
 
     exit_status = 1
@@ -23,5 +30,5 @@ class OtherRankFailed(RunFailed):
 
 
 def describe_error(error: BaseException) -> str:
-    """The error as summary.json records it: `<type>: <message>`."""
-    return f"{'RunFailed' if isinstance(error, RunFailed) else type(error).__name__}: {error}"
+    """The error as summary.json records it: `<type>: <message>`, without passwords."""
+    return redact(f"{'RunFailed' if isinstance(error, RunFailed) else type(error).__name__}: {error}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,28 +12,15 @@ import pytest
 
 from chattrain.commands.execute import execute
 from chattrain.config.compose import compose
-from chattrain.setup.job import JOB_VARIABLE, Job, SweepMember, set_job
+from chattrain.setup.job import Job, SweepMember
 from chattrain.storage import checkpoint
-from chattrain.tracking.mlflow_parent import close_parent, open_parent
+from chattrain.tracking.mlflow_parent import open_parent
 from chattrain.tracking.mlflow_store import connect
 from tests.helpers import TINY, standing_in, train, write_talk
+from tests.tracking.stores import environment
 
 SAVES = ["tracking=mlflow", "train.max_steps=6", "eval.every=2", "checkpoint.every=2", "checkpoint.keep=2"]
 CHOICES = {"stage": "sft", "model": "tiny", "tracking": "mlflow", "experiment": "null", "hydra/launcher": "basic"}
-
-
-@contextmanager
-def environment(job: Job | None = None, **variables: str):
-    """MLflow's variables as given, all others of it unset; the process works on `job`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", JOB_VARIABLE):
-            patch.delenv(name, raising=False)
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        if job:
-            patch.setenv(JOB_VARIABLE, "")
-            set_job(job)
-        yield
 
 
 def member(parent: str | None, lr_scale: str) -> Job:
@@ -51,14 +37,16 @@ def place(tmp_path_factory, cache):
         write_talk(folder)
         uri = f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
         base, mid = train("base", "chain", *SAVES, "init.from=scratch"), train("mid", "chain", *SAVES)
-        parent = open_parent(uri, "chattrain", "try", ["-m", "stage=sft", "optimizer.lr_scale=1,3"], ["optimizer.lr_scale"])
+        command = ["-m", "stage=sft", "optimizer.lr_scale=1,3"]
+        sweep = open_parent(folder / "runs" / "sweeps" / "try", uri, "chattrain", command, ["optimizer.lr_scale"])
+        parent = sweep.run_id
         jobs = []
         for lr_scale in ("1", "3"):
             with environment(member(parent, lr_scale), MLFLOW_RUN_ID=parent or ""):
                 typed = [*TINY, *SAVES, "stage=sft", f"run.name=try{lr_scale}", f"optimizer.lr_scale={lr_scale}", "run.seed=3"]
                 jobs.append(execute(compose(typed)))  # chattrain.run would be a job of its own
-        (folder / "table.txt").write_text("the table")
-        close_parent(uri, parent, {"val/bpb (best)": 1.25}, [folder / "table.txt"])
+        (folder / "runs" / "sweeps" / "try" / "table.md").write_text("the table")
+        sweep.close(metrics={"val/bpb (best)": 1.25})
         yield SimpleNamespace(folder=folder, client=connect(uri), base=base, mid=mid, parent=parent, jobs=jobs)
 
 
@@ -105,10 +93,11 @@ def test_jobs_of_a_sweep_are_nested_and_named_by_what_was_swept(place):
 
 def test_the_run_of_a_sweep_has_its_command_and_its_result(place):
     run = place.client.get_run(place.parent)
-    assert (run.info.run_name, run.info.status) == ("try", "FINISHED") and run.data.params == {"swept": "optimizer.lr_scale"}
+    assert (run.info.run_name, run.info.status) == ("sweep try", "FINISHED")
+    assert run.data.params == {"swept": "optimizer.lr_scale"}
     assert "optimizer.lr_scale=1,3" in run.data.tags["mlflow.source.name"]
     assert [value for name, value in run.data.metrics.items() if name.startswith("val/bpb _best_")] == [1.25]
-    assert [item.path for item in place.client.list_artifacts(place.parent)] == ["table.txt"]
+    assert [item.path for item in place.client.list_artifacts(place.parent)] == ["table.md"]
 
 
 def test_data_sets_have_a_digest_counts_and_a_context(place):
@@ -206,13 +195,16 @@ def test_a_resumed_run_keeps_its_own_run_and_its_models(place):
 
 def test_a_sweep_whose_store_does_not_answer_gets_one_warning_and_no_run(tmp_path, caplog):
     (tmp_path / "mlflow.db").mkdir()
-    parent = open_parent(f"sqlite:///{tmp_path / 'mlflow.db'}", "chattrain", "try", [], [])
-    close_parent(f"sqlite:///{tmp_path / 'mlflow.db'}", parent, {}, [])
-    assert parent is None and len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
+    sweep = open_parent(tmp_path / "try", f"sqlite:///{tmp_path / 'mlflow.db'}", "chattrain", [], [])
+    assert sweep.run_id is None
+    sweep.close()
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
 
 
-def test_the_run_of_a_sweep_goes_on_under_the_id_that_is_given(place):
-    again = open_parent(f"sqlite:///{place.folder / 'runs' / 'mlflow.db'}", "chattrain", "x", ["-m"], ["a"], run_id=place.parent)
-    assert again == place.parent and place.client.get_run(again).info.status == "RUNNING"
-    close_parent(f"sqlite:///{place.folder / 'runs' / 'mlflow.db'}", again, {}, [], "FAILED")
-    assert place.client.get_run(again).info.status == "FAILED"
+def test_the_run_of_a_sweep_goes_on_under_the_id_that_it_had_or_is_given(place):
+    uri = f"sqlite:///{place.folder / 'runs' / 'mlflow.db'}"
+    for folder in ("try", "copied"):
+        again = open_parent(place.folder / "runs" / "sweeps" / folder, uri, "chattrain", ["-m"], ["a"], run_id=place.parent)
+        assert again.run_id == place.parent and place.client.get_run(again.run_id).info.status == "RUNNING"
+        again.close("FAILED")
+        assert place.client.get_run(again.run_id).info.status == "FAILED"

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 
 from chattrain.tracking.console import setup_logging
-from chattrain.tracking.mlflow_sink import MLflowSink
+from chattrain.tracking.mlflow_store import connect
 from chattrain.tracking.tracker import NullTracker, Tracker
+from tests.tracking.stores import finish, history, tracked
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -60,8 +61,10 @@ def test_each_log_is_one_line_in_order_with_its_step_and_time(tmp_path):
 
 def test_a_sink_that_raises_costs_no_line(tmp_path):
     class Broken:
-        def log(self, step, metrics):
-            assert lines(tmp_path)[-1]["step"] == step  # the line was there first
+        def start(self): ...
+
+        def send(self):
+            assert lines(tmp_path)[-1]["step"] == len(lines(tmp_path))  # the line was there first
             raise OSError("disk full")
 
     tracker = Tracker(tmp_path, num_steps=2, mlflow=Broken(), console=False)
@@ -188,6 +191,19 @@ def test_console_off_leaves_stderr_alone_and_train_log_whole(tmp_path, capsys):
     assert "INFO step 1/2  train/loss 2" in first and second.endswith("WARNING careful")
 
 
+def test_passwords_are_in_no_message_and_no_traceback(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "battery-staple-2")
+    close = setup_logging(tmp_path, console=True, resume=False)
+    try:
+        raise OSError("https://me:correct-horse-1@host refused battery-staple-2")
+    except OSError as error:
+        logging.getLogger("chattrain").error("at step %d: %s", 3, error, exc_info=True)
+    close()
+    written = (tmp_path / "train.log").read_text() + capsys.readouterr().err
+    assert written.count("https://me:***@host refused ***") >= 4  # message and traceback, twice
+    assert "correct-horse-1" not in written and "battery-staple-2" not in written
+
+
 def test_setting_up_logging_again_duplicates_nothing_and_resume_appends(tmp_path, capsys, caplog):
     stale = setup_logging(tmp_path / "a", console=True, resume=False)
     for resume in (False, True):
@@ -207,69 +223,67 @@ def test_setting_up_logging_again_duplicates_nothing_and_resume_appends(tmp_path
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory):
+def store(tmp_path_factory):
     """A store with one finished run of two steps, and its client. Making a store takes seconds, so it is made once."""
     folder = tmp_path_factory.mktemp("mlflow store")
     run_dir, store = folder / "run #1", folder / "new" / "mlflow.db"
     params = {"train.seq_len": 2048, "init.from": "auto", "run.name": None, "long": "x" * 7000}
     params |= {f"many.{i}": i for i in range(150)}
-    sink = MLflowSink(f"sqlite:///{store}", "chattrain", "first", params, {"stage": "sft"})
-    tracker = Tracker(run_dir, num_steps=2, mlflow=sink, console=False)
+    tracker = tracked(run_dir, f"sqlite:///{store}", "chattrain", 2, name="first", params=params, tags={"stage": "sft"})
     for step in (1, 2):
         tracker.log(step, {"train/loss": 3.0 - step, "lr/matrix": 0.02, "train/grad_norm": math.nan})
     for name in ("config.yaml", "summary.json"):  # and no report.html
-        (run_dir / name).write_text(name)
-    tracker.finish({"status": "interrupted"})
-    return SimpleNamespace(store=store, uri=f"sqlite:///{store}", run_id=sink.run_id, client=sink._client)
+        (run_dir / name).write_text("{}")
+    run_id = finish(tracker, "interrupted")
+    return SimpleNamespace(path=store, uri=f"sqlite:///{store}", run_id=run_id, client=connect(f"sqlite:///{store}"))
 
 
-def test_the_store_holds_params_metrics_artifacts_and_how_the_run_ended(tracked):
-    run = tracked.client.get_run(tracked.run_id)
+def test_the_store_holds_params_metrics_artifacts_and_how_the_run_ended(store):
+    run = store.client.get_run(store.run_id)
     assert run.info.run_name == "first" and run.info.status == "KILLED" and run.data.tags["stage"] == "sft"
     assert run.data.params["train.seq_len"] == "2048" and run.data.params["run.name"] == "null"
     assert len(run.data.params["long"]) == 6000 and len(run.data.params) == 154
-    history = tracked.client.get_metric_history(tracked.run_id, "train/loss")
-    assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
+    assert history(store.client, store.run_id, "train/loss") == [(1, 2.0), (2, 1.0)]
     assert run.data.metrics["lr/matrix"] == 0.02 and math.isnan(run.data.metrics["train/grad_norm"])
-    assert {item.path for item in tracked.client.list_artifacts(tracked.run_id)} == {"config.yaml", "summary.json"}
-    assert Path(tracked.store.parent / "mlartifacts" / tracked.run_id / "artifacts" / "config.yaml").exists()
+    assert {item.path for item in store.client.list_artifacts(store.run_id)} == {"config.yaml", "summary.json"}
+    assert (store.path.parent / "mlartifacts" / store.run_id / "artifacts" / "config.yaml").exists()
 
 
-def test_a_second_run_joins_the_experiment_and_a_continued_one_goes_on(tracked, caplog):
+def test_a_second_run_joins_the_experiment_and_a_continued_one_goes_on(store, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="chattrain")
-    second = MLflowSink(tracked.uri, "chattrain", "second", {"a": 1}, {})
-    third = MLflowSink(tracked.uri, "chattrain", "third", {"a": 1}, {})
-    for sink in (second, third):
-        sink.log(1, {"val/bpb": 1.0})
-    second.close("FAILED")
-    third.close("FINISHED")
-    again = MLflowSink(tracked.uri, "chattrain", "second", {"a": 2, "b": 3}, {}, run_id=second.run_id)
-    assert again.run_id == second.run_id and tracked.client.get_run(again.run_id).info.status == "RUNNING"
+    ids = []
+    for name, status in (("second", "failed"), ("third", "completed")):
+        tracker = tracked(tmp_path / name, store.uri, "chattrain", params={"a": 1})
+        tracker.log(1, {"val/bpb": 1.0})
+        ids.append(finish(tracker, status))
+    again = tracked(tmp_path / "second", store.uri, "chattrain", start_step=1, params={"a": 2, "b": 3})
+    while store.client.get_run(ids[0]).info.status != "RUNNING":
+        time.sleep(0.01)
     again.log(2, {"val/bpb": 0.5})
-    again.close("FINISHED")
-    runs = [tracked.client.get_run(run_id) for run_id in (tracked.run_id, second.run_id, third.run_id)]
+    assert finish(again) == ids[0]
+    runs = [store.client.get_run(run_id) for run_id in (store.run_id, *ids)]
     assert len({run.info.experiment_id for run in runs}) == 1
     assert [run.info.status for run in runs] == ["KILLED", "FINISHED", "FINISHED"]
-    assert len(tracked.client.get_metric_history(second.run_id, "val/bpb")) == 2
+    assert history(store.client, ids[0], "val/bpb") == [(1, 1.0), (2, 0.5)]
     assert runs[1].data.params == {"a": "1", "b": "3"}  # MLflow lets no param change
-    assert caplog.messages == ["MLflow keeps the first values of changed params: a"]
+    assert [m for m in caplog.messages if "changed" in m] == ["MLflow keeps the first values of changed params: a"]
 
 
-def test_a_run_that_the_store_does_not_know_becomes_a_new_one_with_a_warning(tracked, caplog):
-    sink = MLflowSink(tracked.uri, "chattrain", "moved", {}, {}, run_id="0" * 32)
-    sink.close()
-    assert sink.run_id not in (None, "0" * 32) and "has no run 0000" in caplog.text
+def test_a_run_that_the_store_does_not_know_becomes_a_new_one_with_a_warning(store, tmp_path, caplog):
+    run_id = finish(tracked(tmp_path, store.uri, "chattrain", run_id="0" * 32))
+    assert run_id not in ("", "0" * 32) and "has no run 0000" in caplog.text
 
 
 @pytest.mark.slow
 def test_processes_that_make_one_store_at_the_same_moment_all_get_in(tmp_path):
     code = (
-        "import sys; from chattrain.tracking.mlflow_sink import MLflowSink\n"
-        "sink = MLflowSink(sys.argv[1], 'sweep', 'run', {}, {}); sink.log(1, {'val/bpb': 1.0}); sink.close()\n"
-        "sys.exit(sink.run_id is None)"
+        "import sys; from pathlib import Path; from tests.tracking.stores import finish, tracked\n"
+        "tracker = tracked(Path(sys.argv[2]), sys.argv[1], 'sweep'); tracker.log(1, {'val/bpb': 1.0})\n"
+        "sys.exit(not finish(tracker))"
     )
     command = [sys.executable, "-c", code, f"sqlite:///{tmp_path / 'mlflow.db'}"]
-    processes = [subprocess.Popen(command, env={"PYTHONPATH": ":".join(sys.path)}) for _ in range(3)]
+    path = {"PYTHONPATH": ":".join(["", *sys.path])}
+    processes = [subprocess.Popen([*command, str(tmp_path / name)], env=path) for name in "abc"]
     assert [process.wait() for process in processes] == [0, 0, 0]
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("select count(*) from metrics").fetchone() == (3,)
@@ -279,39 +293,41 @@ def test_processes_that_make_one_store_at_the_same_moment_all_get_in(tmp_path):
 def train(tracker: Tracker) -> None:
     for step in (1, 2, 3):
         tracker.log(step, {"train/loss": 1.0})
-    tracker.finish({"status": "completed"})
+    finish(tracker)
 
 
 def assert_one_warning(caplog) -> None:
     [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "metrics.jsonl stays whole" in record.getMessage() and "tracking=none" in record.getMessage()
+    text = record.getMessage()
+    assert "metrics.jsonl stays whole" in text and "tracking=none" in text and "command=sync" in text
 
 
 def test_a_store_that_cannot_be_opened_warns_once_and_training_goes_on(tmp_path, caplog):
     (tmp_path / "mlflow.db").mkdir()
     started = time.monotonic()
-    sink = MLflowSink(f"sqlite:///{tmp_path / 'mlflow.db'}", "chattrain", "run", {}, {})
-    train(Tracker(tmp_path, num_steps=3, mlflow=sink, console=False))
-    assert sink.run_id is None and time.monotonic() - started < 30  # MLflow itself would take 100 s to give up
+    tracker = tracked(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", "chattrain")
+    train(tracker)
+    assert tracker.mlflow_run_id is None and time.monotonic() - started < 30  # MLflow itself would take 100 s to give up
     assert len(lines(tmp_path)) == 3
     assert_one_warning(caplog)
 
 
-def test_a_store_that_breaks_during_the_run_warns_once_and_training_goes_on(tracked, tmp_path, caplog, capfd):
-    shutil.copy(tracked.store, tmp_path / "mlflow.db")
-    sink = MLflowSink(f"sqlite:///{tmp_path / 'mlflow.db'}", "chattrain", "run", {}, {})
+def test_a_store_that_breaks_during_the_run_warns_once_and_training_goes_on(store, tmp_path, caplog, capfd):
+    shutil.copy(store.path, tmp_path / "mlflow.db")
+    tracker = tracked(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", "chattrain")
+    while tracker.mlflow_run_id is None:
+        time.sleep(0.01)
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         database.execute("drop table metrics")
         database.execute("drop table runs")
-    train(Tracker(tmp_path, num_steps=3, mlflow=sink, console=False))
+    train(tracker)
     assert len(lines(tmp_path)) == 3
     assert_one_warning(caplog)
     assert capfd.readouterr().err == ""  # no noise of MLflow's own
 
 
-def test_a_store_that_hangs_does_not_keep_the_run_from_ending(tracked, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("chattrain.tracking.mlflow_sink.DRAIN_SECONDS", 0.1)
-    sink = MLflowSink(tracked.uri, "chattrain", "hangs", {}, {})
-    monkeypatch.setattr(sink._client, "log_batch", lambda *args, **kwargs: time.sleep(2))
-    train(Tracker(tmp_path, num_steps=3, mlflow=sink, console=False))
+def test_a_store_that_hangs_does_not_keep_the_run_from_ending(store, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(type(store.client), "log_batch", lambda *args, **kwargs: time.sleep(2))
+    monkeypatch.setattr("chattrain.tracking.mlflow_sink.PATIENCE", 0.1)
+    train(tracked(tmp_path, store.uri, "chattrain"))
     assert_one_warning(caplog)

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from chattrain.config.compose import explain
 from chattrain.errors import REPORT_DELAY_S, OtherRankFailed, RunFailed, UserError
+from chattrain.redact import redact
 from chattrain.setup.names import is_main_process
 
 SPEAK_FIRST_S = 2.0  # seconds that a silent rank waits before it ends: torchrun ends all ranks with it, and one must print first
@@ -29,5 +30,5 @@ def report_error(error: BaseException) -> int:
         else:
             time.sleep(SPEAK_FIRST_S)
         return error.exit_status
-    traceback.print_exception(error)
+    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return 1

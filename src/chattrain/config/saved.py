@@ -15,7 +15,7 @@ from chattrain.config.compose import LOCAL_KEYS, LOCAL_TO_COMPOSE, conf_dir, key
 from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.root import Config
-from chattrain.config.schema import to_yaml
+from chattrain.config.schema import with_credentials
 from chattrain.config.targets import current_target
 from chattrain.errors import UserError
 
@@ -30,7 +30,7 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
     not the saved one brings its collator and its choice of evaluation; eval.also goes with the stage and the data. Keys that an
     earlier version did not have get their defaults. Raises UserError for a typed key that the saved part does not have.
     """
-    saved, now = yaml.safe_load(config_yaml), yaml.safe_load(to_yaml(cfg))
+    saved, now = yaml.safe_load(config_yaml), yaml.safe_load(with_credentials(cfg))
     typed = {key_of(override): override.partition("=")[2] for override in overrides if override != LOCAL_TO_COMPOSE}
     stage = saved.get("stage", cfg.stage)
     other_stage = "stage" in typed and typed["stage"] != stage

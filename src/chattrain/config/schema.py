@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, Node, OmegaConf, open_dict
 
 from chattrain.config import own
@@ -18,6 +19,7 @@ from chattrain.config.root import Config
 from chattrain.config.schedule import DecayScheduleConfig, ShapedScheduleConfig
 from chattrain.config.targets import current_target
 from chattrain.errors import UserError
+from chattrain.redact import redact_tree
 
 # Choices whose keys differ from those of other choices of the group.
 VARIANTS = {
@@ -106,5 +108,13 @@ def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def to_yaml(cfg: Config) -> str:
-    """The content of config.yaml: all keys, resolved."""
+    """The content of config.yaml: all keys, resolved, without passwords and tokens."""
+    text = with_credentials(cfg)
+    tree = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    hidden = redact_tree(tree)
+    return text if hidden == tree else yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def with_credentials(cfg: Config) -> str:
+    """The same as the process needs it. It goes into no file."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)

@@ -20,9 +20,10 @@ Command = Enum(
         "report": "report",
         "import": "import",
         "export": "export",
+        "sync": "sync",
     },
 )
-READING = (Command.chat, Command.evaluate, Command.export, Command.report)  # commands that read a run
+READING = (Command.chat, Command.evaluate, Command.export, Command.report, Command.sync)  # commands that read a run
 
 
 class Format(Enum):

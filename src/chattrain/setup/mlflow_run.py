@@ -22,7 +22,7 @@ from chattrain.evals.validation import metric_names
 from chattrain.setup.data import EvalData, RunData
 from chattrain.setup.job import Job
 from chattrain.tracking.mlflow_models import DataSet
-from chattrain.tracking.mlflow_parent import PARENT_TAG
+from chattrain.tracking.mlflow_state import PARENT_TAG
 from chattrain.tracking.mlflow_store import Param
 from chattrain.tracking.provenance import command_text, source_tags
 
@@ -99,9 +99,8 @@ def model_params(model: nn.Module, learning_rates: dict[str, float]) -> dict[str
 
 
 def run_tags(cfg: Config, run_dir: Path, job: Job) -> dict[str, str]:
-    """Who, what, where, and the sweep's run as parent. The user's own tags win."""
+    """Who, what, where. The user's own tags win."""
     tags = {**source_tags(job.overrides), "stage": cfg.stage, "run_dir": str(run_dir)}
-    tags["mlflow.note.content"] = note(run_dir, job)
     if job.sweep:
         tags["sweep"] = job.sweep.name
         if job.sweep.mlflow_run_id:
@@ -109,9 +108,9 @@ def run_tags(cfg: Config, run_dir: Path, job: Job) -> dict[str, str]:
     return {**tags, **cfg.tracking.tags}
 
 
-def note(run_dir: Path, job: Job, result: str = "") -> str:
-    """The run's description in Markdown: result, command, folder."""
-    return "\n\n".join([*([result] if result else []), f"```\n{command_text(job.overrides)}\n```", f"Run folder: `{run_dir}`"])
+def note(run_dir: Path, job: Job) -> str:
+    """The run's description in Markdown: command and folder."""
+    return f"```\n{command_text(job.overrides)}\n```\n\nRun folder: `{run_dir}`"
 
 
 def data_sets(cfg: Config, data: RunData) -> tuple[list[DataSet], dict[str, DataSet]]:

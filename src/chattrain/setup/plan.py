@@ -20,6 +20,7 @@ from chattrain.config.words import Resume
 from chattrain.device import pick_device
 from chattrain.model import fp8
 from chattrain.parallel import launch
+from chattrain.redact import redact_tree
 from chattrain.setup.compilation import Compilation, decide
 from chattrain.setup.data import RunData, open_data
 from chattrain.setup.identity import differences, identify, read_identity, resumed
@@ -81,7 +82,8 @@ def setup_run(cfg: Config, world_size: int, lock: RunLock | None = None) -> tupl
     checkpoint.remove_leftovers(run_dir / "checkpoints")
     replace_text(run_dir / "config.yaml", to_yaml(cfg))
     if overrides := current_job().overrides:
-        replace_text(run_dir / "overrides.yaml", yaml.safe_dump(overrides, width=1000))  # the command, as Hydra's own file
+        command = yaml.safe_dump(redact_tree(overrides), width=1000)
+        replace_text(run_dir / "overrides.yaml", command)  # as Hydra's own file
     (resumed(read_identity(run_dir, resume), identity) if resume else identity).write(run_dir)
     (run_dir / "summary.json").unlink(missing_ok=True)  # of the part of the run before this one
     return setup, data

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from chattrain.config import Config
 from chattrain.parallel.ranks import Ranks
 from chattrain.setup import mlflow_run
@@ -13,10 +11,8 @@ from chattrain.setup.mlflow_target import given_run_id, mlflow_target
 from chattrain.setup.plan import RunSetup
 from chattrain.storage.checkpoint import CheckpointState
 from chattrain.tracking.mlflow_sink import MLflowSink
-from chattrain.tracking.provenance import without_passwords
+from chattrain.tracking.mlflow_state import About
 from chattrain.tracking.tracker import NullTracker, Tracker
-
-log = logging.getLogger("chattrain")
 
 
 def build_tracker(
@@ -30,23 +26,26 @@ def build_tracker(
 
 
 def _build_sink(cfg: Config, setup: RunSetup, data: RunData, saved: CheckpointState | None, world_size: int) -> MLflowSink:
-    """Open the store, say where numbers go, and describe the run there."""
+    """What MLflow is to be told of the run, and the thread that tells it."""
     job, (uri, experiment) = current_job(), mlflow_target(cfg)
     data_sets, measured_on = mlflow_run.data_sets(cfg, data)
-    sink = MLflowSink(
+    about = About(
+        name=mlflow_run.run_name(cfg.stage, setup.run_dir.name, job),
+        params=mlflow_run.chosen_params(cfg, job) | mlflow_run.derived_params(cfg, data, world_size),
+        tags=mlflow_run.run_tags(cfg, setup.run_dir, job),
+        note=mlflow_run.note(setup.run_dir, job),
+        data_sets=data_sets,
+        measured_on=measured_on,
+        start=str(setup.start.checkpoint) if setup.start.checkpoint and not setup.resume else None,
+        sweep=job.sweep.folder if job.sweep else None,
+    )
+    return MLflowSink(
+        setup.run_dir,
         uri,
         experiment,
-        mlflow_run.run_name(cfg.stage, setup.run_dir.name, job),
-        mlflow_run.chosen_params(cfg, job) | mlflow_run.derived_params(cfg, data, world_size),
-        mlflow_run.run_tags(cfg, setup.run_dir, job),
-        given_run_id(saved.mlflow_run_id if saved else None, job),
-        measured_on,
-        lambda result: mlflow_run.note(setup.run_dir, job, result),
+        about,
+        resume=setup.resume is not None,
+        run_id=given_run_id(saved.mlflow_run_id if saved else None, job),
+        system_metrics=cfg.tracking.system_metrics,
+        failed_before=job.sweep is not None and job.sweep.mlflow_run_id is None,  # the sweep has waited for it in vain
     )
-    if sink.run_id:
-        where = without_passwords(uri), sink.experiment, sink.run_id
-        log.info("numbers go to metrics.jsonl and to MLflow: %s, experiment %s, run %s", *where)
-        sink.inputs(data_sets, None if setup.resume else setup.start.checkpoint)
-        if cfg.tracking.system_metrics:
-            sink.watch_system()
-    return sink

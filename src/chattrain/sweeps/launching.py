@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from chattrain.commands.exit import report_error
 from chattrain.config import Config
 from chattrain.errors import RunFailed, UserError
+from chattrain.redact import redact, redact_tree
 from chattrain.setup.mlflow_target import mlflow_target
 from chattrain.setup.names import is_main_process, run_folder
 from chattrain.sweeps.overrides import command_alone, shared_settings
@@ -29,6 +30,7 @@ from chattrain.tracking.sweep_record import JobRecord, SweepRecord
 
 if TYPE_CHECKING:
     from chattrain.sweeps.live import LiveTable
+    from chattrain.tracking.mlflow_sink import MLflowSink
 
 _current: Launch | None = None
 
@@ -75,7 +77,7 @@ class Launch(Bystander):
         self.jobs: dict[int, JobRecord] = {}
         self.results: list[dict] = []  # what the jobs' commands returned
         self.table: LiveTable | None = None
-        self.mlflow_uri = ""
+        self.mlflow: MLflowSink | None = None  # the sweep's run there
         self.started_at: dict[int, float] = {}  # of running jobs, seconds since the epoch
 
     @contextmanager
@@ -117,11 +119,10 @@ class Launch(Bystander):
         from chattrain.tracking.mlflow_parent import open_parent  # imports mlflow, for seconds
 
         before = read_record(folder)
-        self.mlflow_uri, experiment = mlflow_target(cast(Config, config))  # the same keys
+        uri, experiment = mlflow_target(cast(Config, config))  # the same keys
         run_id = (before.mlflow_run_id if before else None) or os.environ.get("MLFLOW_RUN_ID")
-        self.sweep.mlflow_run_id = open_parent(
-            self.mlflow_uri, experiment, f"sweep {folder.name}", self.command, self.sweep.swept, run_id
-        )
+        self.mlflow = open_parent(folder, uri, experiment, self.command, self.sweep.swept, run_id)
+        self.sweep.mlflow_run_id = self.mlflow.run_id
 
     # --- called by our launcher --------------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Launch(Bystander):
         for num, config in configs.items():
             overrides = list(config.hydra.overrides.task)
             values = self.sweep.values(overrides)
-            record = JobRecord(num, config.stage, values, command_alone(self.command, overrides))
+            record = JobRecord(num, config.stage, values, redact_tree(command_alone(self.command, overrides)))
             if self.sweep.trains:
                 name = self.sweep.name_of_run(config.run.name, values)
                 record.run_dir = config.run.dir or str(run_folder(config.run.root, config.stage, name))
@@ -157,7 +158,7 @@ class Launch(Bystander):
         assert folder is not None
         if self.record is None:
             before = read_record(folder)
-            self.record = SweepRecord(folder.name, self.command, before.created_at if before else time.time())
+            self.record = SweepRecord(folder.name, redact_tree(self.command), before.created_at if before else time.time())
             self.record.mlflow_run_id = self.sweep.mlflow_run_id
             self.kept = [job for job in before.jobs if job.status == "completed"] if before else []
         self.jobs |= planned
@@ -262,17 +263,13 @@ class Launch(Bystander):
 
     def _close_parent(self, folder: Path) -> None:
         """End the sweep's run in MLflow with its result and its files."""
-        if self.sweep.mlflow_run_id is None:
+        if self.mlflow is None:
             return
         from chattrain.sweeps.results import read_answer
-        from chattrain.tracking.mlflow_parent import close_parent
 
-        answer = read_answer(folder)
         statuses = {job.status for job in self.jobs.values()}
         status = "KILLED" if self.status == 130 else "FAILED" if "failed" in statuses else "FINISHED"
-        files = [folder / name for name in ("sweep.json", "table.md", "answer.json", "report.html")]
-        files = [file for file in files if file.is_file()]
-        close_parent(self.mlflow_uri, self.sweep.mlflow_run_id, answer, files, status)
+        self.mlflow.close(status, metrics=read_answer(folder))
 
     def resume_with(self) -> str:
         """What the user types after Ctrl-C, to go on with a sweep."""
@@ -284,7 +281,7 @@ class Launch(Bystander):
 
     def explains(self, error: BaseException) -> bool:
         """Is this the error of a job, which was printed when the job failed? Hydra's sweepers raise it again."""
-        return str(error) in {job.error for job in self.jobs.values() if job.status in ("failed", "skipped")}
+        return redact(str(error)) in {job.error for job in self.jobs.values() if job.status in ("failed", "skipped")}
 
     def _note(self, outcome: JobOutcome) -> None:
         """Write the outcome into the job's record, print its error unless that was done, and raise the exit status."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chattrain.errors import UserError
+from chattrain.redact import redact, redact_tree
 from chattrain.storage.files import replace_text
 from chattrain.tracking.sweep_record import FILE, SweepRecord, shown
 
@@ -38,7 +39,7 @@ class JobOutcome:
         interrupted = isinstance(error, KeyboardInterrupt)
         self.status = "interrupted" if interrupted else "failed"
         self.exit_status = 130 if interrupted else getattr(error, "exit_status", 1)
-        self.error = None if interrupted else str(error) or type(error).__name__
+        self.error = None if interrupted else redact(str(error)) or type(error).__name__
 
     @property
     def label(self) -> str:
@@ -48,7 +49,7 @@ class JobOutcome:
 
     def write(self, folder: Path) -> None:
         (folder / "jobs").mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "jobs" / f"{self.num}.json", json.dumps(asdict(self), default=str))
+        replace_text(folder / "jobs" / f"{self.num}.json", json.dumps(redact_tree(asdict(self)), default=str))
 
 
 def read_outcome(folder: Path, num: int) -> JobOutcome | None:

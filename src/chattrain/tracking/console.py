@@ -6,9 +6,24 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from chattrain.redact import redact
+
 logger = logging.getLogger("chattrain")
+
+
+def _redacted(record: logging.LogRecord) -> bool:
+    """Take passwords and tokens out of a message, and of its traceback, before any handler sees it."""
+    with suppress(Exception):  # of arguments that do not fit the text: logging reports them itself
+        record.msg, record.args = redact(record.getMessage()), None
+    if record.exc_info and not record.exc_text:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    return True
+
+
+logger.addFilter(_redacted)
 
 QUIET_VARIABLE = "CHATTRAIN_QUIET"  # set for jobs side by side: their lines would mix, and the launching process shows a table
 

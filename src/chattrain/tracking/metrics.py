@@ -19,15 +19,17 @@ def is_detail(name: str) -> bool:
 
 def read_metrics(path: Path) -> list[dict]:
     """The complete lines of a metrics.jsonl, in order; [] where there is no file. A line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line, parse_constant=lambda word: None)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [row for line in lines if (row := parse_row(line)) is not None]
+
+
+def parse_row(line: str) -> dict | None:
+    """A line of a metrics.jsonl; None where it is none."""
+    try:
+        row = json.loads(line, parse_constant=lambda word: None)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def write_metrics(path: Path, rows: Iterable[dict]) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chattrain.redact import redact, redact_tree
 from chattrain.tracking.mlflow_store import Param, param_text, valid_name
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class DataSet:
     context: str  # training, validation or evaluation
     source_type: str = "local"  # or hugging_face
     profile: dict[str, int] = field(default_factory=dict)  # counts
+
+    def without_credentials(self) -> DataSet:
+        return replace(self, name=redact(self.name), source=redact_tree(self.source))
 
 
 def log_data_sets(client: MlflowClient, run_id: str, data_sets: list[DataSet]) -> None:
@@ -82,15 +86,15 @@ class CheckpointModels:
 
     def __init__(self, client: MlflowClient, experiment_id: str, run_id: str):
         self._client, self._experiment_id, self._run_id = client, experiment_id, run_id
-        self._folders: dict[str, Path] | None = None  # model id -> checkpoint; None: not read yet
+        found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+        self._models = {m.tags[DIGEST_TAG]: m for m in found if DIGEST_TAG in m.tags}  # those that the store has
 
     def add(self, step: int, folder: Path, name: str, params: dict[str, Param], tags: dict[str, str]) -> str:
-        """A LoggedModel for the checkpoint of this step; returns its id. Models of checkpoints that are gone are deleted."""
+        """The id of the LoggedModel of the checkpoint of this step, which is made unless the store has it."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-        folders = self._known()
         digest = checkpoint_digest(folder) or ""
-        model = self._client.create_logged_model(
+        model = self._models.get(digest) or self._client.create_logged_model(
             self._experiment_id,
             re.sub(r"[/:.%\"']", "_", name),  # what MLflow refuses in names of models
             self._run_id,
@@ -98,18 +102,15 @@ class CheckpointModels:
             params={valid_name(key): param_text(value) for key, value in params.items()},
             model_type="checkpoint",
         )
-        folders[model.model_id] = folder
-        self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step)])
-        for model_id, same in list(folders.items()):
-            if model_id != model.model_id and (same == folder or not same.exists()):
-                self._client.delete_logged_model(model_id)
-                del folders[model_id]
+        self._models[digest] = model
+        if model.status != LoggedModelStatus.READY:
+            self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        outputs = self._client.get_run(self._run_id).outputs
+        if model.model_id not in [o.model_id for o in (outputs.model_outputs if outputs else [])]:
+            self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step)])
         return model.model_id
 
-    def _known(self) -> dict[str, Path]:
-        """Those that the store has: a resumed run has made some before."""
-        if self._folders is None:
-            found = self._client.search_logged_models([self._experiment_id], f"source_run_id = '{self._run_id}'")
-            self._folders = {m.model_id: Path(m.tags[FOLDER_TAG]) for m in found if FOLDER_TAG in m.tags}
-        return self._folders
+    def keep(self, digests: set[str]) -> None:
+        """Delete the models of checkpoints that are gone: all but those of these digests."""
+        for digest in self._models.keys() - digests:
+            self._client.delete_logged_model(self._models.pop(digest).model_id)

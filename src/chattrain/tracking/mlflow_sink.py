@@ -1,195 +1,227 @@
-"""One MLflow run as a view of metrics.jsonl. MLflow's client runs on a thread of its own, so that training never waits for it."""
+"""MLflow while a run goes on: a thread sends what the run's folder holds, so that training never waits for a server.
+
+metrics.jsonl is the record and MLflow a view of it. What could not be sent is in the folder, and goes out with the next try, with
+the run's next part, or with `command=sync`.
+"""
 
 from __future__ import annotations
 
-import queue
+import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from chattrain.redact import redact, redact_tree, without_user
 from chattrain.tracking import mlflow_store as store
-from chattrain.tracking.mlflow_models import CheckpointModels, DataSet, log_data_sets, log_start
+from chattrain.tracking.metrics import read_metrics
+from chattrain.tracking.mlflow_delivery import Delivery
+from chattrain.tracking.mlflow_state import FILE, About, Busy, Copy, MLflowState, count_lines, read_state, sending, unsent
 from chattrain.tracking.mlflow_store import Param
 from chattrain.tracking.provenance import git_tags
 
+SEND_SECONDS = 2.0  # between two calls of a run that logs often: each takes 20 ms of this process, for one point as for many
 DRAIN_SECONDS = 60  # longest wait for a slow store at the end of a run
-BATCH = 1000  # metrics of one call, the most that MLflow takes
-WAITING = 100_000  # metrics that wait for a store that does not answer; the oldest are dropped beyond that
+PATIENCE = 10.0  # seconds at the end of a run in which a store must take something
+SHORT_PATIENCE = 3.0  # the same, of a store that has failed before, and of a server where the run was interrupted
+LONGEST_PAUSE = 60.0  # seconds between two tries; the first pause is a second, each other twice the one before
+LAST_PAUSE = 0.5  # the same at the end of a run
 
-OF_RUNS = ("mlflow.note.content", "mlflow.parentRunId")  # tags that models of checkpoints do not get
-
-Point = tuple[str, float, int, int]  # name, value, milliseconds, step
+log = logging.getLogger("chattrain")
 
 
 class MLflowSink:
-    """One MLflow run. Nothing here raises or makes the training wait: metrics.jsonl is the record, and this only a view of it.
+    """One run, or sweep, in MLflow. Nothing here raises or makes the training wait.
 
-    The constructor opens the store, or makes it, which takes seconds before step 0. Every later call goes through one thread.
-    The first failure is one warning; later calls are still tried, without a warning, as a locked store may open again.
-    A resumed run keeps the points that MLflow got after the checkpoint: MLflow's client cannot delete them.
+    The first failure that lasts is one warning. Tries go on in growing intervals. A resumed run keeps the points that MLflow got
+    after the checkpoint, as MLflow's client cannot delete them; steps that give the same values again are not sent again.
     """
 
     def __init__(
         self,
-        uri: str,  # sqlite:////abs/path/mlflow.db; artifacts go to mlartifacts/ beside it
+        folder: Path,
+        uri: str,  # sqlite:////abs/path/mlflow.db (artifacts go to mlartifacts/ beside it), or a server's
         experiment: str,
-        run_name: str,
-        params: dict[str, Param],
-        tags: dict[str, str],
-        run_id: str | None = None,  # resume this run
-        measured_on: dict[str, DataSet] | None = None,  # beginning of metrics' names -> the data they are measured on
-        note: Callable[[str], str] | None = None,  # how the run ended -> its description in Markdown
+        about: About,
+        resume: bool = False,  # go on with the run that this folder has in MLflow
+        run_id: str | None = None,  # of a run to go on with, where the folder knows none
+        system_metrics: bool = False,
+        failed_before: bool = False,  # this store has failed, and that was said: no warning, no long wait
     ):
-        self._warned = False
-        self._thread: threading.Thread | None = None
-        self._monitor = None
-        self._uri, self._run_name, self._measured_on = uri, run_name, measured_on or {}
-        self._params = dict(params)
-        self._model_tags = {key: str(value) for key, value in tags.items() if key not in OF_RUNS}
-        self._note = note
-        self._measured: tuple[int, list[tuple[Point, DataSet]]] = (-1, [])  # step of the newest evaluation, and its points
-        self.run_id: str | None = None
-        self.experiment = experiment
-        try:
-            self._client, experiment_id = store.open_store(uri, experiment)
-            info = store.begin_run(self._client, experiment_id, run_name, run_id)
-            if info.experiment_id != experiment_id:
-                self.experiment = self._client.get_experiment(info.experiment_id).name
-            self._experiment_id, self.run_id = info.experiment_id, info.run_id
-        except Exception as error:
-            self._warn(f"use {uri}", error)
-        if run := self.run_id:
-            self._models = CheckpointModels(self._client, self._experiment_id, run)
-            self._points: deque[Point] = deque(maxlen=WAITING)
-            self._queue: queue.SimpleQueue = queue.SimpleQueue()
-            self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-            self._thread.start()
-            self._later("set params and tags", lambda: store.describe_run(self._client, run, params, tags))
-            self._later("set tags of the code", lambda: store.describe_run(self._client, run, {}, git_tags()))
+        store.import_mlflow()  # here: two threads that import at once may meet half of a module
+        self._folder, self._watches = Path(folder), system_metrics
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._wake, self._ending, self._done, self._tried = (threading.Event() for _ in range(4))
+        self._warned, self._monitor, self._moved_at = failed_before, None, 0.0
+        self._lock, self._locked = ExitStack(), False
+        self._is_file = uri.startswith("sqlite")  # to make its tables takes seconds, in which other processes wait
+        state, copy = _begin(self._folder, uri, experiment, about, resume, run_id)
+        self._delivery = Delivery(self._folder, state, copy, uri, live=True, progressed=self._progressed)
+        self._save()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
-    def describe(self, params: dict[str, Param]) -> None:
-        """Further params, known only once the model is built. Models of checkpoints get those of the run."""
-        self._params |= params
-        if run := self.run_id:
-            self._later("set params", lambda: store.describe_run(self._client, run, params, {}))
+    @property
+    def run_id(self) -> str | None:
+        """None as long as the store has not answered."""
+        return self._delivery.copy.run_id
 
-    def inputs(self, data_sets: list[DataSet], start: Path | None) -> None:
-        """The data of the run, and the checkpoint that it starts from."""
-        if run := self.run_id:
-            self._later("store data sets", lambda: log_data_sets(self._client, run, data_sets))
-            if start:
-                self._later("store the start", lambda: log_start(self._client, self._experiment_id, run, start))
+    @property
+    def experiment(self) -> str:
+        return self._delivery.copy.experiment
 
-    def watch_system(self) -> None:
-        """Have MLflow's own thread measure the machine (system/*) every 10 seconds, until `close`."""
-        self._later("watch the system", self._start_monitor)
+    def start(self) -> None:
+        """Begin to send. metrics.jsonl must hold what the run keeps of it: a resumed one has cut it."""
+        copy = self._delivery.copy
+        copy.lines = min(copy.lines, count_lines(self._folder / "metrics.jsonl"))
+        self._thread.start()
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Send the metrics of a step; returns at once."""
-        if self._thread:
-            now = int(time.time() * 1000)  # MLflow's milliseconds
-            points = {name: (store.valid_name(name), float(value), now, step) for name, value in metrics.items()}
-            self._points.extend(points.values())
-            data_sets = {name: data for name in points if (data := self._data_set(name))}
-            if data_sets:
-                self._measured = step, [(points[name], data) for name, data in data_sets.items()]
-            self._later("log metrics", self._send_points)
+    def wait(self, seconds: float) -> None:
+        """Until the store has answered or failed; longer for a file."""
+        self._tried.wait(DRAIN_SECONDS if self._is_file else seconds)
 
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """A LoggedModel for a checkpoint that was written, with the metrics of the newest evaluation if it was at this step.
+    def describe(self, params: dict[str, Param], tags: dict[str, str] | None = None) -> None:
+        """Further params, known only once the model is built, and tags."""
+        with self._delivery.lock:
+            about = self._delivery.state.about
+            about.params, about.tags = about.params | redact_tree(params), about.tags | redact_tree(tags or {})
+        self._save()
+        self.send()
 
-        Models of checkpoints that are gone by now are deleted.
-        """
-        evaluated, measured = self._measured
-        name, params = f"{self._run_name} step {step}", dict(self._params)
+    def send(self) -> None:
+        """Something new is in the folder; returns at once."""
+        self._wake.set()
 
-        def send() -> None:
-            model_id = self._models.add(step, folder, name, params, self._model_tags)
-            self._send_points()
-            if evaluated == step:
-                self._assign(measured, model_id)
-
-        self._later("store the checkpoint", send)
-
-    def artifact(self, path: Path) -> None:
-        """Store a file of the run folder with the run."""
-        if run_id := self.run_id:
-            self._later(f"store {path.name}", lambda: self._client.log_artifact(run_id, str(path)))
-
-    def result(self, text: str) -> None:
-        """How the run ended, in a line; it becomes part of the run's description."""
-        if (run := self.run_id) and (note := self._note):
-            tags = {"mlflow.note.content": note(text)}
-            self._later("set the description", lambda: store.describe_run(self._client, run, {}, tags))
-
-    def close(self, status: str = "FINISHED") -> None:
-        """End the run (FINISHED, FAILED, KILLED) once everything sent is stored; waits at most DRAIN_SECONDS for that."""
-        if run_id := self.run_id:
-            self._later("stop watching the system", lambda: self._monitor and self._monitor.finish())
-            self._later("log metrics", self._send_points)
-            self._later("end the run", lambda: self._client.set_terminated(run_id, status))
-        if self._thread:
-            self._queue.put(None)
-            self._thread.join(DRAIN_SECONDS)
-            if self._thread.is_alive():
-                self._warn("end the run", TimeoutError(f"no answer from the store in {DRAIN_SECONDS} seconds"))
-            self._thread = None
-
-    def _later(self, action: str, call: Callable[[], object]) -> None:
-        """Make the call on the thread. `action` completes "MLflow could not ..."."""
-        if self._thread:
-            self._queue.put((action, call))
+    def close(self, status: str = "FINISHED", result: str = "", metrics: dict[str, float] | None = None) -> None:
+        """End the run (FINISHED, FAILED, KILLED) with its result in a line, once everything is stored. Waits as long as the store
+        takes something, at most DRAIN_SECONDS."""
+        ended = {"status": status, "time": int(time.time() * 1000), "result": result, "metrics": metrics or {}}
+        self._delivery.state.ended = ended
+        self._save()
+        quick = self._warned or (status == "KILLED" and not self._is_file)
+        patience = min(PATIENCE, SHORT_PATIENCE) if quick else PATIENCE
+        self._moved_at = began = time.monotonic()
+        self._ending.set()
+        self._wake.set()
+        while not self._done.wait(0.05):
+            now = time.monotonic()
+            opening = self._is_file and not self._warned and self.run_id is None
+            if (now - self._moved_at > patience and not opening) or now - began > DRAIN_SECONDS:
+                self._warn(TimeoutError(f"no answer for {now - self._moved_at:.0f} seconds"))
+                break
+        self._delivery.abandoned.set()
+        self._lock.close()
+        if not self._done.is_set() and self._monitor:
+            threading.Thread(target=self._monitor.finish, daemon=True).start()  # it joins a thread that may wait as well
+        self._say_what_is_missing()
 
     def _work(self) -> None:
-        for action, call in iter(self._queue.get, None):
+        """Send, again after a pause where it fails, until the run has ended and everything is sent or nothing can be."""
+        failures = 0
+        while not self._delivery.abandoned.is_set():
+            self._wake.clear()
+            ending = self._ending.is_set()
             try:
-                call()
+                self._send(ending, recovered=failures > 0)
+                failures = 0
             except Exception as error:
-                self._warn(action, error)
+                failures += 1
+                if failures > 1:
+                    self._warn(error)
+            if ending and failures != 1:
+                break
+            if not self._tried.is_set():
+                self._tried.set()
+                self.describe({}, git_tags())  # it may take seconds in a large repository
+            if failures:
+                time.sleep(LAST_PAUSE) if ending else self._ending.wait(min(2.0 ** (failures - 1), LONGEST_PAUSE))
+            else:
+                self._wake.wait()
+                self._ending.wait(SEND_SECONDS)
+        self._done.set()
 
-    def _warn(self, action: str, error: Exception) -> None:
+    def _send(self, ending: bool, recovered: bool) -> None:
+        opened = self._tried.is_set() and not recovered
+        if not self._locked:
+            self._lock.enter_context(sending(self._folder))
+            self._locked = True
+        self._delivery.send()
+        if not opened:
+            where = redact(self._delivery.uri), self.experiment, self.run_id
+            log.info("numbers go to metrics.jsonl and to MLflow: %s, experiment %s, run %s", *where)
+        if self._watches and not ending and (self._monitor is None or recovered):
+            self._watch_system()
+        if ending:
+            if self._monitor:
+                self._monitor.finish()
+            self._delivery.end()
+
+    def _watch_system(self) -> None:
+        """Have MLflow's own thread measure the machine (system/*) every 10 seconds. It ends when the store fails."""
+        if self._monitor:
+            self._monitor.finish()
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._delivery.uri)
+            self._monitor.start()
+        except ImportError as error:  # of psutil
+            self._watches = False
+            log.warning("MLflow does not measure the machine: %s", error)
+
+    def _save(self) -> None:
+        """Write mlflow.json, from the run's own thread, which no full disk may end for that."""
+        with suppress(OSError), self._delivery.lock:
+            self._delivery.state.write(self._folder)
+
+    def _progressed(self) -> None:
+        self._moved_at = time.monotonic()
+
+    def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            store.warn(action, error)
+            store.warn(self._delivery.action, error)
 
-    def _send_points(self) -> None:
-        """Send all waiting points, as many in a call as MLflow takes: a call costs 20 ms, so that a slow store catches up.
+    def _say_what_is_missing(self) -> None:
+        missing = unsent(self._folder, self._delivery.state, self._delivery.copy)
+        if missing:
+            log.info("MLflow lacks of this run: %s. Send it with: chattrain command=sync run.dir=%s", missing, self._folder)
+        elif self._warned:
+            log.info("MLflow has got everything in the end")
 
-        What a store did not take because it was away is sent with the next points.
-        """
-        from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
 
-        while self._points and self.run_id:
-            batch = [self._points[i] for i in range(min(BATCH, len(self._points)))]
-            try:
-                self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
-            except MlflowException as error:
-                if error.error_code == "INVALID_PARAMETER_VALUE":  # it would never be taken, nor anything behind it
-                    self._drop(len(batch))
-                raise
-            self._drop(len(batch))
+def _begin(folder: Path, uri: str, experiment: str, about: About, resume: bool, run_id: str | None) -> tuple[MLflowState, Copy]:
+    """The state of a run that begins or goes on, and what the store has of it."""
+    before, state = read_state(folder), MLflowState(about.without_credentials())
+    if before and resume:
+        state.about.start = about.start or before.about.start
+        state.key, state.started_at, state.copies, state.killed = before.key, before.started_at, before.copies, before.killed
+    elif before:
+        state.killed = [*before.killed, *_left_running(folder, before)]
+    elif aside := _moved_aside(folder):
+        state.killed = _left_running(*aside)
+    copy = state.copy_in(uri) or Copy(without_user(uri), experiment, run_id)
+    copy.status = None
+    state.copies = [copy, *(c for c in state.copies if c is not copy)]
+    return state, copy
 
-    def _drop(self, count: int) -> None:
-        for _ in range(count):
-            self._points.popleft()
 
-    def _assign(self, measured: list[tuple[Point, DataSet]], model_id: str) -> None:
-        """Log points once more, as those of a model. The run keeps one of each: name, value, time and step are the same."""
-        from mlflow.entities import Metric
+def _moved_aside(folder: Path) -> tuple[Path, MLflowState] | None:
+    """The newest folder that run.resume=never has moved aside from here, unless its process lives."""
+    old = sorted(folder.parent.glob(f"{folder.name}.old*"), key=lambda f: f.stat().st_mtime)
+    state = read_state(old[-1]) if old else None
+    if state is None:
+        return None
+    try:
+        with sending(old[-1]):
+            return old[-1], state
+    except Busy:
+        return None
 
-        metrics = [Metric(*p, model_id=model_id, dataset_name=d.name, dataset_digest=d.digest) for p, d in measured]
-        self._client.log_batch(self.run_id or "", metrics=metrics)
 
-    def _data_set(self, metric: str) -> DataSet | None:
-        """What a metric is measured on: the entry of `measured_on` that its name begins with, the longest of several."""
-        beginnings = [begin for begin in self._measured_on if metric.startswith(begin)]
-        return self._measured_on[max(beginnings, key=len)] if beginnings else None
-
-    def _start_monitor(self) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._uri)
-        self._monitor.start()
+def _left_running(folder: Path, before: MLflowState) -> list[dict]:
+    """The runs in MLflow of a process that was killed before its first checkpoint, and whose folder another run now takes."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    last = rows[-1].get("time", 0) if rows else (folder / FILE).stat().st_mtime
+    ended = before.ended or {"status": "KILLED", "time": int(last * 1000)}
+    left = [copy for copy in before.copies if copy.run_id and copy.status is None]
+    return [{"uri": c.uri, "run_id": c.run_id, "status": ended["status"], "time": ended["time"]} for c in left]

@@ -12,13 +12,13 @@ import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from chattrain.tracking.provenance import without_passwords
+from chattrain.redact import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import RunInfo
+    from mlflow.entities import Experiment, RunInfo
 
 logger = logging.getLogger("chattrain")
 
@@ -28,8 +28,8 @@ MAX_NAME = 250  # characters of the name of a metric, param or tag
 MAX_PARAMS = 100  # of one call
 SETTINGS = {  # environment variables of MLflow's client, where the user has not set them
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # less severe: lines about making tables, a traceback for each refused call
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's 7 take four minutes to tell that a server does not answer
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sink tries again by itself; MLflow's 7 take four minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for what commands return
 }
@@ -40,6 +40,10 @@ EXPERIMENT_TAGS = {  # of an experiment that we make
 }
 
 
+class Deleted(Exception):
+    """What a run belongs to was deleted in the store."""
+
+
 def set_environment() -> None:
     """Set what MLflow reads when it is imported; call it before the import."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -47,45 +51,57 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of this store, without global state, telemetry or log output."""
+def import_mlflow() -> type[MlflowClient]:
+    """MLflow's client, without telemetry or log output. The first import takes seconds."""
     set_environment()
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient
 
 
-def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+def connect(uri: str) -> MlflowClient:
+    """A client of this store, without global state. One of a file makes its tables where they are missing."""
+    return import_mlflow()(tracking_uri=uri)
+
+
+def open_store(uri: str, experiment: str, restore: bool = False) -> tuple[MlflowClient, str]:
     """A client of this store, and the id of the experiment; both are made where they are missing. It may take seconds.
 
     A lock lets one process in at a time: two that make the tables of a store at once fail ("duplicate column name").
+    `restore`: bring the experiment back if it was deleted. Raises Deleted otherwise.
     """
     if not uri.startswith("sqlite:///"):
         client = connect(uri)
-        return client, _experiment_id(client, experiment, artifacts=None)
+        return client, _experiment_id(client, experiment, None, restore)
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as lock, closing(sqlite3.connect(path)) as database:
         fcntl.flock(lock, fcntl.LOCK_EX)
         database.execute("PRAGMA schema_version").fetchone()  # raises at once; MLflow would try for 100 seconds
         client = connect(uri)  # makes the tables
-        return client, _experiment_id(client, experiment, (path.parent / "mlartifacts").as_uri())
+        return client, _experiment_id(client, experiment, (path.parent / "mlartifacts").as_uri(), restore)
 
 
-def begin_run(client: MlflowClient, experiment_id: str, name: str, run_id: str | None) -> RunInfo:
-    """A new run, or that of `run_id` again, which may be in another experiment. If the store does not know it: a warning and a
-    new run."""
+def find_run(client: MlflowClient, run_id: str, restore: bool = False) -> RunInfo | None:
+    """None: the store does not know it. `restore`: bring it, or its experiment, back if it was deleted. Raises Deleted
+    otherwise."""
     from mlflow.exceptions import MlflowException
 
     try:
-        if run_id:
-            client.update_run(run_id, status="RUNNING")
-            return client.get_run(run_id).info
+        info = client.get_run(run_id).info
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second: not shaped like an id
-            raise
-        logger.warning("MLflow's store has no run %s to resume (was it moved?); this run gets a new one", run_id)
-    return client.create_run(experiment_id, run_name=name).info
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second: not shaped like an id
+            return None
+        raise
+    if info.lifecycle_stage == "deleted":
+        _restore(client, client.get_experiment(info.experiment_id), restore)
+        info = client.get_run(run_id).info  # an experiment brings its runs back
+    if info.lifecycle_stage == "deleted":
+        if not restore:
+            raise Deleted(f"the run {run_id} is deleted there")
+        client.restore_run(run_id)
+        logger.info("the run %s was deleted in MLflow; it is restored", run_id)
+    return info
 
 
 def describe_run(client: MlflowClient, run_id: str, params: dict[str, Param], tags: dict[str, str]) -> None:
@@ -100,11 +116,15 @@ def describe_run(client: MlflowClient, run_id: str, params: dict[str, Param], ta
     new = [MLflowParam(key, text) for key, text in texts.items() if key not in stored]
     for start in range(0, len(new), MAX_PARAMS):
         client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
-    client.log_batch(run_id, tags=[RunTag(valid_name(key), str(value)) for key, value in tags.items()])
+    client.log_batch(run_id, tags=[RunTag(valid_name(key), redact(str(value))) for key, value in tags.items()])
 
 
 def param_text(value: Param) -> str:
-    return (value if isinstance(value, str) else json.dumps(value))[:MAX_VALUE]
+    return redact(value if isinstance(value, str) else json.dumps(value))[:MAX_VALUE]
+
+
+def hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def valid_name(name: str) -> str:
@@ -122,18 +142,24 @@ def valid_name(name: str) -> str:
 
 def warn(action: str, error: Exception) -> None:
     """One warning of a call that failed. `action` completes "MLflow could not ..."."""
-    reason = (str(error).splitlines() or [""])[0]
     logger.warning(
-        "MLflow could not %s (%s: %s). Training continues and metrics.jsonl stays whole; turn MLflow off with tracking=none",
-        *(without_passwords(action), type(error).__name__, without_passwords(reason)),
+        "MLflow could not %s (%s). Training continues and metrics.jsonl stays whole; what MLflow lacks is sent once it "
+        "answers, or later by command=sync. Turn MLflow off with tracking=none",
+        *(redact(action), reason_of(error)),
     )
 
 
-def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str:
+def reason_of(error: Exception) -> str:
+    """Kind and first line of an error, without credentials."""
+    return redact(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def _experiment_id(client: MlflowClient, name: str, artifacts: str | None, restore: bool) -> str:
     """Find the experiment or make it. If making it fails, another process may have made it in between: look again."""
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(name):
+        _restore(client, found, restore)
         return found.experiment_id
     try:
         return client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
@@ -141,3 +167,12 @@ def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> st
         if found := client.get_experiment_by_name(name):
             return found.experiment_id
         raise
+
+
+def _restore(client: MlflowClient, experiment: Experiment, restore: bool) -> None:
+    if experiment.lifecycle_stage != "deleted":
+        return
+    if not restore:
+        raise Deleted(f"the experiment {experiment.name} is deleted there")
+    client.restore_experiment(experiment.experiment_id)
+    logger.info("the experiment %s was deleted in MLflow; it is restored", experiment.name)

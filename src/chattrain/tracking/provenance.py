@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import getpass
-import re
 import shlex
 import subprocess
 from pathlib import Path
+
+from chattrain.redact import redact
 
 GIT_SECONDS = 10  # longest wait for one call of git
 
@@ -21,16 +22,7 @@ def source_tags(overrides: list[str]) -> dict[str, str]:
 
 
 def command_text(overrides: list[str]) -> str:
-    return without_passwords(f"chattrain {shlex.join(overrides)}") if overrides else "chattrain.run"
-
-
-def without_passwords(text: str) -> str:
-    """The text with the passwords of URIs hidden, for logs and tags, which others read.
-
-    >>> without_passwords("tracking.uri=postgresql://me:secret@host/db")
-    'tracking.uri=postgresql://me:***@host/db'
-    """
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
+    return redact(f"chattrain {shlex.join(overrides)}") if overrides else "chattrain.run"
 
 
 def git_tags() -> dict[str, str]:

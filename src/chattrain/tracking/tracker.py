@@ -16,12 +16,11 @@ from pathlib import Path
 from chattrain.tracking.console import is_quiet
 from chattrain.tracking.metrics import is_detail, read_metrics, write_metrics
 from chattrain.tracking.mlflow_sink import MLflowSink
+from chattrain.tracking.mlflow_state import RUN_STATUS, result_of
 from chattrain.tracking.mlflow_store import Param
 
 logger = logging.getLogger("chattrain")
 
-ARTIFACTS = ("config.yaml", "summary.json", "report.html")  # files of the run folder that MLflow gets
-RUN_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # status in summary.json -> MLflow's status
 PROGRESS = (  # columns of the progress line: key of `Tracker.update`, label, format
     ("loss", "train/loss", "{:.5g}"),
     ("lr", "lr", "{:.3g}"),  # of the matrices, else of the first group
@@ -52,6 +51,8 @@ class Tracker:
         kept = [row for row in read_metrics(path) if row["step"] <= start_step] if start_step else []
         write_metrics(path, kept)
         self._file = path.open("a", encoding="utf-8")
+        if mlflow:
+            mlflow.start()
         self.last: dict[str, float | None] = {}
         for row in kept:
             self.last |= {name: value for name, value in row.items() if name not in ("step", "time")}
@@ -62,6 +63,7 @@ class Tracker:
 
     @property
     def mlflow_run_id(self) -> str | None:
+        """None as long as MLflow has not answered."""
         return self._mlflow.run_id if self._mlflow else None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -73,7 +75,7 @@ class Tracker:
         self.last |= values
         self._show_line(step, metrics)
         if self._mlflow:
-            self._mlflow.log(step, metrics)
+            self._mlflow.send()
 
     def update(self, step: int, **shown: float | None) -> None:
         """Move the bar, after each step; `shown`: new values of loss, lr, tokens_per_second, mfu (None: n/a)."""
@@ -97,19 +99,19 @@ class Tracker:
     def checkpoint(self, step: int, folder: Path) -> None:
         """Tell MLflow of a checkpoint that was written."""
         if self._mlflow:
-            self._mlflow.checkpoint(step, folder)
+            self._mlflow.send()
 
     def finish(self, summary: dict) -> None:
-        """Stop the bar, send the run's files to MLflow and end its run with summary["status"]. Call it once, last."""
+        """Stop the bar, and end the run in MLflow with summary["status"]. Call it once, last, with summary.json written.
+
+        Adds the run's id in MLflow to the summary, in the file too, where MLflow answered only now.
+        """
         if self._bar:
             self._bar.stop()
         self._file.close()
         if self._mlflow:
-            for path in (self._run_dir / name for name in ARTIFACTS):
-                if path.exists():
-                    self._mlflow.artifact(path)
-            self._mlflow.result(_result(summary))
-            self._mlflow.close(RUN_STATUS[summary["status"]])
+            self._mlflow.close(RUN_STATUS[summary["status"]], result_of(summary))
+            summary["mlflow_run_id"] = self._mlflow.run_id
 
     def _show_line(self, step: int, metrics: dict[str, float]) -> None:
         """Log one line: always to train.log, and to stderr where no bar shows the same."""
@@ -155,17 +157,6 @@ class NullTracker:
     def checkpoint(self, step: int, folder: Path) -> None: ...
 
     def finish(self, summary: dict) -> None: ...
-
-
-def _result(summary: dict) -> str:
-    """How a run ended, in a line: `completed at step 20 of 20: val/bpb 1.25`."""
-    steps = f" at step {summary['steps']} of {summary['num_steps']}" if "steps" in summary else ""
-    measured = [f"{name} {value:.5g}" for name, value in summary.get("metrics", {}).items() if _is_measure(name, value)]
-    return f"{summary['status']}{steps}" + (": " + ", ".join(measured) if measured else "")
-
-
-def _is_measure(name: str, value: float | None) -> bool:
-    return value is not None and name.startswith(("val/", "eval/"))
 
 
 def _progress_bar(num_steps: int, start_step: int):
