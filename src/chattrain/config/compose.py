@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from chattrain.config.data import DataConfig, LocalDataConfig
@@ -45,6 +46,17 @@ def compose(overrides: list[str]) -> Config:
         raise explain(error) from error
     finally:
         GlobalHydra.instance().hydra = around
+
+
+def config_dirs(overrides: list[str]) -> list[str]:
+    """The user's own folders of choices that `hydra.searchpath` names, absolute.
+
+    >>> config_dirs(["stage=sft", "hydra.searchpath=[file:///home/me/conf]"])
+    ['/home/me/conf']
+    """
+    given = [override.partition("=")[2] for override in overrides if key_of(override) == "hydra.searchpath"]
+    paths = yaml.safe_load(given[-1]) if given else []
+    return [str(Path(path.removeprefix("file://")).resolve()) for path in paths if not path.startswith("pkg://")]
 
 
 def settle_alternatives(overrides: list[str]) -> list[str]:

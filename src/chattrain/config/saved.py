@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,30 +18,34 @@ from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.root import Config
 from chattrain.config.schema import to_yaml
 from chattrain.config.targets import current_target
+from chattrain.config.trusted import check_section
 from chattrain.errors import UserError
 
 SECTIONS = ("model", "data", "collator", "eval")  # what an evaluation depends on, besides the keys of train below
 TRAIN_KEYS = ("seq_len", "device_batch_size", "device_batch_tokens", "dtype")
 
 
-def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
-    """`cfg`, but stage, model, data, collator, evaluation and rows as in `config_yaml`, except what `overrides` give.
+def with_saved(cfg: Config, file: Path, overrides: list[str], config_dirs: list[str]) -> Config:
+    """`cfg`, but stage, model, data, collator, evaluation and rows as in the config.yaml `file`, except what `overrides` give.
 
     A group on the command line replaces the whole section, except `eval`: its choices set only some keys. A typed stage that is
     not the saved one brings its collator and its choice of evaluation; eval.also goes with the stage and the data. Keys that an
-    earlier version did not have get their defaults. Raises UserError for a typed key that the saved part does not have.
+    earlier version did not have get their defaults. `config_dirs`: of this call, whose parts may be built. Raises UserError for a
+    typed key that the saved part does not have, and for a part that is neither ours nor theirs.
     """
-    saved, now = yaml.safe_load(config_yaml), yaml.safe_load(to_yaml(cfg))
+    saved, now = yaml.safe_load(file.read_text()), yaml.safe_load(to_yaml(cfg))
     typed = {key_of(override): override.partition("=")[2] for override in overrides if override != LOCAL_TO_COMPOSE}
     stage = saved.get("stage", cfg.stage)
     other_stage = "stage" in typed and typed["stage"] != stage
     result = copy.copy(cfg)
+    check_section("stage", stage, file, config_dirs)
     result.stage = cfg.stage if other_stage else stage
     for name in SECTIONS:
         replaced = name != "eval" and name in typed
         replaced |= name == "collator" and other_stage  # a stage sets its collator as a whole
         if "experiment" in typed or replaced or name not in saved:
             continue
+        check_section(name, saved[name], file, config_dirs)
         tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
         if name == "eval":
             tree |= {key: now[name][key] for key in _chosen(typed, other_stage, list(now[name]))}
@@ -64,6 +69,7 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
     if "train.device_batch_size" in typed:
         kept.pop("device_batch_tokens", None)  # it would win over what is typed
     if "experiment" not in typed and kept:
+        check_section("train", kept, file, config_dirs)
         built = _build(type(cfg.train), kept)
         result.train = replace(cfg.train, **{name: getattr(built, name) for name in kept})
     return result
