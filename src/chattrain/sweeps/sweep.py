@@ -48,11 +48,12 @@ class Sweep:
     direction: str = "minimize"
     mlflow_run_id: str | None = None
     command: str = "train"
+    typed: list[str] = field(default_factory=list)  # the arguments
 
     def begin(self, config: DictConfig, multirun: bool, typed: list[str]) -> None:
         """Decide what can be decided before the first job. `typed`: the arguments. Raises UserError, with nothing written."""
         refuse_keys_without_effect(config.hydra)
-        self.multirun, self.command = multirun, str(config.command)
+        self.multirun, self.command, self.typed = multirun, str(config.command), typed
         given = [key for key in map(key_of, config.hydra.overrides.task) if key in ONLY_IN_SWEEPS]
         if not multirun:
             if given and not (self.command.endswith("report") and given == ["sweep.name"]):
@@ -164,6 +165,7 @@ class Sweep:
         job = Job(
             overrides=list(hydra.overrides.task),
             choices={k: str(v) for k, v in hydra.runtime.choices.items() if v is not None and not k.startswith("hydra/")},
+            typed=self.typed,
             config_dirs=own_dirs(hydra),
         )
         if not self.multirun:

@@ -1,0 +1,38 @@
+"""The state of the code: commit and uncommitted differences of the repositories that a run's code lies in."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from chattrain.tracking.provenance import git, without_passwords
+
+DIFF_CHARACTERS = 1_000_000  # of a `git diff HEAD` that are kept
+
+
+def repositories() -> list[dict[str, Any]]:
+    """Of chattrain's own folder and of the current folder, where a user's parts may lie; each repository once, [] without any."""
+    found = [state for folder in (Path(__file__).parent, Path.cwd()) if (state := repository(folder))]
+    return found[:1] + [state for state in found[1:] if state["folder"] != found[0]["folder"]]
+
+
+def code_commit() -> str | None:
+    """The commit of chattrain's own code, with a `+` behind it where files differ; None outside a repository."""
+    state = repository(Path(__file__).parent)
+    return f"{state['commit']}{'+' * bool(state['diff'])}" if state else None
+
+
+@cache  # a process runs the code that it has loaded, whatever is edited meanwhile
+def repository(folder: Path) -> dict[str, Any] | None:
+    """Top folder, commit, branch and `git diff HEAD` of the repository that a folder lies in; None where it lies in none.
+
+    Of a longer diff the first DIFF_CHARACTERS are kept, and a last line says so. Files that git does not track are not in it.
+    """
+    commit, top = git(folder, "rev-parse", "HEAD"), git(folder, "rev-parse", "--show-toplevel")
+    if not commit or not top:
+        return None
+    diff = without_passwords(git(folder, "diff", "HEAD", "--no-ext-diff", "--no-color") or "")
+    if len(diff) > DIFF_CHARACTERS:
+        diff = f"{diff[:DIFF_CHARACTERS]}\n[cut here: {len(diff) - DIFF_CHARACTERS} of {len(diff)} characters are left out]"
+    return {"folder": top, "commit": commit, "branch": git(folder, "rev-parse", "--abbrev-ref", "HEAD"), "diff": diff}
