@@ -14,6 +14,7 @@ FREE = (
     "run.name",
     "run.dir",
     "run.resume",
+    "run.allow_change",
     "init",
     "data",
     "tracking",

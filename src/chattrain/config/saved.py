@@ -15,13 +15,23 @@ from chattrain.config.collator import CollatorConfig, JoiningCollatorConfig
 from chattrain.config.compose import LOCAL_KEYS, LOCAL_TO_COMPOSE, conf_dir, key_of
 from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.config.model import GPTConfig, HFModelConfig
+from chattrain.config.optimizer import AdamWConfig, MuonAdamWConfig
 from chattrain.config.root import Config
+from chattrain.config.schedule import DecayScheduleConfig, ShapedScheduleConfig
 from chattrain.config.schema import to_yaml
 from chattrain.config.targets import current_target
 from chattrain.config.trusted import check_section
 from chattrain.errors import UserError
 
 SECTIONS = ("model", "data", "collator", "eval")  # what an evaluation depends on, besides the keys of train below
+# What a training depends on, besides run.seed and the start, and what a repetition may have of its own.
+TRAINING = ("train", "tokenizer", "loss", "optimizer", "schedule", *SECTIONS, "checkpoint", "log", "distributed")
+REPEATED_WITH = (
+    *(f"data.{name}" for name in ("train_path", "val_path", "test_path", "replay_path", "cache_dir", "workers")),
+    "distributed.nproc",
+    "train.device",
+)
+OF_THE_CALL = ("stage", "init.from", "run.name", "run.dir", "run.root", "tracking")
 TRAIN_KEYS = ("seq_len", "device_batch_size", "device_batch_tokens", "dtype")
 
 
@@ -55,11 +65,7 @@ def with_saved(cfg: Config, file: Path, overrides: list[str], config_dirs: list[
         for key in keys:
             _copy_value(now, {name: tree}, key)
         for key in keys:
-            if key.split(".")[1] not in kind.__dataclass_fields__:
-                way_out = "add data=local, which replaces its data" if key in LOCAL_KEYS else "leave it out"
-                raise UserError(
-                    f"no key {key}: the {name} of the run ({tree.get('_target_') or kind.__name__}) has none; {way_out}"
-                )
+            _refuse_unknown(key, tree, kind)
         part = _build(kind, tree)
         if "_target_" in tree:
             part._target_ = current_target(tree["_target_"])
@@ -75,6 +81,37 @@ def with_saved(cfg: Config, file: Path, overrides: list[str], config_dirs: list[
     return result
 
 
+def repeated(cfg: Config, file: Path, overrides: list[str], config_dirs: list[str]) -> Config:
+    """The configuration to repeat the run of the config.yaml `file` with: `cfg`, but all that a training depends on as there,
+    except keys of REPEATED_WITH that `overrides` give.
+
+    Raises UserError for any other typed key, which would make it another run, and for a part that is neither ours nor of
+    `config_dirs`.
+    """
+    saved, now = yaml.safe_load(file.read_text()), yaml.safe_load(to_yaml(cfg))
+    given = [key_of(override) for override in overrides if override != LOCAL_TO_COMPOSE]
+    typed = [key for key in given if not key.startswith("hydra.") and key != "command"]
+    for key in typed:
+        if key not in (*REPEATED_WITH, *OF_THE_CALL):
+            raise UserError(f"{key} is given, but command=reproduce repeats a run with its own settings; leave it out")
+    check_section("stage", saved["stage"], file, config_dirs)
+    result = copy.copy(cfg)
+    result.stage = saved["stage"]
+    for name in TRAINING:
+        if name in saved:
+            check_section(name, saved[name], file, config_dirs)
+            tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
+            for key in (key for key in typed if key.startswith(f"{name}.")):
+                _refuse_unknown(key, tree, kind)
+                _copy_value(now, {name: tree}, key)
+            part = _build(kind, tree)
+            if "_target_" in tree:
+                part._target_ = current_target(tree["_target_"])
+            setattr(result, name, part)
+    result.run = replace(cfg.run, seed=int(saved["run"]["seed"]), allow_change=[])
+    return result
+
+
 def _chosen(typed: dict[str, str], other_stage: bool, keys: list[str]) -> list[str]:
     """The keys of `eval` that the choice on the command line sets: all `keys`, where its file is the user's own."""
     chosen = ["validation", "multiple_choice", "max_problems"] if other_stage else []
@@ -82,6 +119,14 @@ def _chosen(typed: dict[str, str], other_stage: bool, keys: list[str]) -> list[s
         return chosen
     file = conf_dir() / "eval" / f"{typed['eval']}.yaml"
     return [*chosen, *yaml.safe_load(file.read_text())] if file.is_file() else keys
+
+
+def _refuse_unknown(key: str, tree: dict, kind: type) -> None:
+    """Raises UserError for a typed key that the saved section of this kind does not have."""
+    section, name = key.split(".")[:2]
+    if name not in kind.__dataclass_fields__:
+        way_out = "add data=local, which replaces its data" if key in LOCAL_KEYS else "leave it out"
+        raise UserError(f"no key {key}: the {section} of the run ({tree.get('_target_') or kind.__name__}) has none; {way_out}")
 
 
 def _copy_value(source: dict, target: dict, key: str) -> None:
@@ -103,6 +148,10 @@ def _kind(name: str, tree: dict, cfg: Config) -> type:
         return LocalDataConfig if "train_path" in tree else NanochatDataConfig if "identity_path" in tree else DataConfig
     if name == "model":
         return HFModelConfig if tree.get("_target_") == "chattrain.model.hf.build" else GPTConfig
+    if name == "optimizer":
+        return AdamWConfig if tree.get("_target_") == "chattrain.optim.adamw.build" else MuonAdamWConfig
+    if name == "schedule":
+        return DecayScheduleConfig if "decay_ratio" in tree else ShapedScheduleConfig
     if name == "collator":
         return JoiningCollatorConfig if "isolate_documents" in tree else CollatorConfig
     return type(getattr(cfg, name))

@@ -17,12 +17,15 @@ Command = Enum(
         "inspect": "inspect",
         "plan": "plan",
         "verify_resume": "verify_resume",
+        "reproduce": "reproduce",
+        "lineage": "lineage",
         "report": "report",
         "import": "import",
         "export": "export",
     },
 )
-READING = (Command.chat, Command.evaluate, Command.export, Command.report)  # commands that read a run
+# Commands that read a run.
+READING = (Command.chat, Command.evaluate, Command.export, Command.lineage, Command.report, Command.reproduce)
 
 
 class Format(Enum):

@@ -24,9 +24,7 @@ def lineage_of_run(cfg: Config, run_dir: Path, start: Path | None, resumes: bool
         changes = earlier.changes
     else:
         changes = setting_changes(start, to_yaml(cfg)) if start else {}
-    itself = Ancestor(
-        cfg.stage, f"{cfg.stage}/{run_dir.name}", chattrain=__version__, commit=code_commit(), changes=changes
-    )
+    itself = Ancestor(cfg.stage, f"{cfg.stage}/{run_dir.name}", chattrain=__version__, commit=code_commit(), changes=changes)
     return [*before, itself]
 
 

@@ -29,7 +29,13 @@ from chattrain.tracking.provenance import without_passwords
 from chattrain.tracking.repository import repositories
 
 FILE = "provenance.json"
-BESIDES = ("accelerate", "pyarrow", "tokenizers", "torchao", "triton")  # packages that numbers may depend on, not required by name
+BESIDES = (
+    "accelerate",
+    "pyarrow",
+    "tokenizers",
+    "torchao",
+    "triton",
+)  # packages that numbers may depend on, not required by name
 
 
 def write_provenance(cfg: Config, setup: RunSetup, data: RunData, world_size: int, step: int) -> None:
@@ -67,7 +73,7 @@ def entry(cfg: Config, setup: RunSetup, data: RunData, world_size: int, step: in
         "num_steps": data.num_steps,
         "start": _start(setup),
         "tokenizer": data.tokenizer.fingerprint(),
-        "data": {"fingerprint": data.fingerprint, "training": _sources(data.train), "validation": _sources(data.validation)},
+        "data": {"fingerprint": data.fingerprint, "training": sources_of(data.train), "validation": sources_of(data.validation)},
     }
 
 
@@ -134,7 +140,7 @@ def _start(setup: RunSetup) -> dict[str, Any]:
     }
 
 
-def _sources(collator: Collator | None) -> dict[str, dict[str, Any]]:
+def sources_of(collator: Collator | None) -> dict[str, dict[str, Any]]:
     """Path and fingerprint of the tokens of each source."""
     if collator is None:
         return {}

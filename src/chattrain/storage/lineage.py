@@ -71,8 +71,8 @@ def run_label(folder: Path) -> str:
 
 
 def whereabouts(each: Ancestor) -> str:
-    """Whether a checkpoint of a chain is still there: `there`, `changed` (another model lies there), `gone`; `there, hash not known`
-    where nothing can be compared."""
+    """Whether a checkpoint of a chain is still there: `there`, `changed` (another model lies there), `gone`; `there, hash not
+    known` where nothing can be compared."""
     folder = Path(each.checkpoint) if each.checkpoint else None
     if folder is None or not folder.is_dir():
         return "gone"
