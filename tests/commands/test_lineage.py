@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import chattrain
-from tests.foreign import write_nanochat
+from tests.foreign import random_gpt, write_nanochat
 from tests.helpers import command_line, train
 
 STEPS = ["train.max_steps=2", "checkpoint.every=1"]
@@ -98,8 +98,9 @@ def test_a_checkpoint_of_an_earlier_version_says_what_its_run_knows(chain, place
     assert [entry["run"] for entry in lineage("sft/older")] == ["base/first", "mid/second", "sft/older"]
 
 
-def test_an_imported_model_is_the_root(place, tmp_path):
-    source = write_nanochat(tmp_path / "nanochat")
+def test_an_imported_model_is_the_root(place, tmp_path, tokenizer):
+    model = random_gpt(tokenizer.vocab_size, n_layer=2, n_embd=64, n_head=2, n_kv_head=2)
+    source = write_nanochat(tmp_path / "nanochat", model, tokenizer)
     chattrain.run(["command=import", "stage=base", f"init.from={source}", "run.name=imported", "tracking=none"])
     (root,) = lineage("base/imported")
     assert (root["stage"], root["imported_from"], root["run"]) == ("base", "nanochat", str(source))

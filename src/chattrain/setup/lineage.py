@@ -7,12 +7,11 @@ from typing import Any
 
 import yaml
 
-from chattrain import __version__
 from chattrain.config import Config
 from chattrain.config.changes import flatten, of_training
 from chattrain.config.schema import to_yaml
 from chattrain.storage.lineage import Ancestor, read_lineage
-from chattrain.tracking.repository import code_commit
+from chattrain.tracking.repository import code_commit, packages
 
 
 def lineage_of_run(cfg: Config, run_dir: Path, start: Path | None, resumes: bool) -> list[Ancestor]:
@@ -24,7 +23,9 @@ def lineage_of_run(cfg: Config, run_dir: Path, start: Path | None, resumes: bool
         changes = earlier.changes
     else:
         changes = setting_changes(start, to_yaml(cfg)) if start else {}
-    itself = Ancestor(cfg.stage, f"{cfg.stage}/{run_dir.name}", chattrain=__version__, commit=code_commit(), changes=changes)
+    itself = Ancestor(
+        cfg.stage, f"{cfg.stage}/{run_dir.name}", chattrain=packages().get("chattrain"), commit=code_commit(), changes=changes
+    )
     return [*before, itself]
 
 

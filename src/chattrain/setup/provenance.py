@@ -9,13 +9,11 @@ import re
 import shlex
 import time
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chattrain import __version__
 from chattrain import device as devices
 from chattrain.config import Config
 from chattrain.data.collators import Collator
@@ -26,16 +24,9 @@ from chattrain.setup.job import current_job
 from chattrain.setup.plan import RunSetup
 from chattrain.storage.files import replace_text
 from chattrain.tracking.provenance import without_passwords
-from chattrain.tracking.repository import repositories
+from chattrain.tracking.repository import packages, repositories
 
 FILE = "provenance.json"
-BESIDES = (
-    "accelerate",
-    "pyarrow",
-    "tokenizers",
-    "torchao",
-    "triton",
-)  # packages that numbers may depend on, not required by name
 
 
 def write_provenance(cfg: Config, setup: RunSetup, data: RunData, world_size: int, step: int) -> None:
@@ -87,7 +78,7 @@ def typed_command() -> str:
 def surroundings(device: torch.device, world_size: int) -> dict[str, Any]:
     """What numbers may depend on besides configuration, data and start: versions and hardware."""
     return {
-        "versions": {"python": platform.python_version(), "chattrain": __version__, **packages(), "cuda": torch.version.cuda},
+        "versions": {"python": platform.python_version(), **packages(), "cuda": torch.version.cuda},
         "hardware": {
             "device": device.type,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -99,22 +90,6 @@ def surroundings(device: torch.device, world_size: int) -> dict[str, Any]:
             "processes": world_size,
         },
     }
-
-
-@cache
-def packages() -> dict[str, str]:
-    """Versions of what chattrain requires, as far as it is installed."""
-    try:
-        required = [re.split(r"[\s\[<>=~!;]", line, maxsplit=1)[0] for line in metadata.requires("chattrain") or []]
-    except metadata.PackageNotFoundError:  # it runs from a checkout that is not installed
-        required = ["torch", "numpy", "hydra-core", "omegaconf", "tiktoken", "datasets", "safetensors", "transformers"]
-    found = {}
-    for name in sorted({*required, *BESIDES} - {"chattrain"}):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @cache

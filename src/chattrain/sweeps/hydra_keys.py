@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
 from chattrain.config.compose import conf_dir
@@ -19,7 +20,7 @@ WITHOUT_EFFECT = {
 }
 
 
-def own_dirs(hydra: DictConfig) -> list[str]:
+def own_dirs(hydra: DictConfig | HydraConf) -> list[str]:
     """The user's own folders of choices, of --config-dir and hydra.searchpath, absolute."""
     folders = [Path(source.path).resolve() for source in hydra.runtime.config_sources if source.schema == "file"]
     return [str(folder) for folder in folders if folder != conf_dir().resolve()]

@@ -1,14 +1,18 @@
-"""The state of the code: commit and uncommitted differences of the repositories that a run's code lies in."""
+"""The state of the code: commit and uncommitted differences of the repositories that it lies in, and versions of packages."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from chattrain.tracking.provenance import git, without_passwords
 
 DIFF_CHARACTERS = 1_000_000  # of a `git diff HEAD` that are kept
+
+BESIDES = ("accelerate", "pyarrow", "tokenizers", "torchao", "triton")  # that numbers may depend on, required by others
 
 
 def repositories() -> list[dict[str, Any]]:
@@ -36,3 +40,19 @@ def repository(folder: Path) -> dict[str, Any] | None:
     if len(diff) > DIFF_CHARACTERS:
         diff = f"{diff[:DIFF_CHARACTERS]}\n[cut here: {len(diff) - DIFF_CHARACTERS} of {len(diff)} characters are left out]"
     return {"folder": top, "commit": commit, "branch": git(folder, "rev-parse", "--abbrev-ref", "HEAD"), "diff": diff}
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Versions of chattrain and of what it requires, as far as it is installed."""
+    try:
+        required = [re.split(r"[\s\[<>=~!;]", line, maxsplit=1)[0] for line in metadata.requires("chattrain") or []]
+    except metadata.PackageNotFoundError:  # it runs from a checkout that is not installed
+        required = ["torch", "numpy", "hydra-core", "omegaconf", "tiktoken", "datasets", "safetensors", "transformers"]
+    found = {}
+    for name in sorted({"chattrain", *required, *BESIDES}):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
