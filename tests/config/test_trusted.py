@@ -72,6 +72,19 @@ def test_what_a_folder_names_is_not_run(stranger, command, path, value):
     assert not Path("came_in").exists()
 
 
+def test_a_folder_does_not_name_its_own_parts_where_it_lies_in_a_folder_of_choices(stranger):
+    """`--config-dir .` beside a folder `data` that holds what was downloaded."""
+    shutil.rmtree("data", ignore_errors=True)
+    inside = Path(shutil.move(stranger, "data/inside"))
+    write_config(inside, "collator", "_target_", value="stranger.build")
+    for reference in (inside, next((inside / "checkpoints").iterdir())):
+        with pytest.raises(UserError, match="--config-dir"):
+            chattrain.run(
+                [f"hydra.searchpath=[file://{Path.cwd()}]", "tracking=none", "command=evaluate", f"init.from={reference}"]
+            )
+    assert not Path("came_in").exists()
+
+
 @pytest.mark.parametrize("path", [["collator", "_target_"], ["data", "stages", "sft", "train", "a", "_target_"]])
 def test_parts_that_only_some_commands_build_are_refused_there(stranger, path):
     write_config(stranger, *path, value="stranger.build")

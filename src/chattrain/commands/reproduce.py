@@ -55,6 +55,8 @@ def main(cfg: Config) -> dict:
 
 def _folder_for(runs: Path, original: Path, name: str | None, folder: str | None) -> Path:
     """The folder of the repetition. Raises UserError for a given one that holds a complete run."""
+    if name and "/" in name:
+        raise UserError(f"run.name={name} is no name of a folder; use run.dir for a path")
     if name or folder:
         given = Path(folder).expanduser().resolve() if folder else (runs / str(name)).resolve()
         if _is_complete(given):

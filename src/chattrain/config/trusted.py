@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from chattrain.config.compose import conf_dir
+from chattrain.config.compose import conf_dir, groups
 from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.targets import current_target
 from chattrain.errors import UserError
@@ -36,7 +36,8 @@ def check_section(section: str, tree: Any, file: Path, config_dirs: list[str]) -
             continue
         if key == f"{section}.{TARGET}" and isinstance(value, str) and current_target(value) in _ours(section):
             continue
-        if value not in _named(config_dirs):
+        run = file.parents[2] if file.parent.parent.name == "checkpoints" else file.parent
+        if value not in _named(config_dirs, run):
             raise UserError(
                 f"{file}: {key}={value} is no part of chattrain, and a run folder is data, so it is not imported. If it is your "
                 "own, add the folder whose YAML file names it: --config-dir <folder>"
@@ -50,10 +51,12 @@ def _ours(section: str) -> set[str]:
     return found | ({GPTConfig._target_, HFModelConfig._target_} if section == "model" else set())
 
 
-def _named(config_dirs: list[str]) -> set[str]:
-    """The targets in all YAML files of the user's own folders."""
-    files = [file for folder in config_dirs for file in Path(folder).rglob("*.yaml")]
-    return {str(value) for file in files for key, value in _leaves(_read(file), "") if key.endswith(TARGET)}
+def _named(config_dirs: list[str], apart_from: Path) -> set[str]:
+    """The targets in the YAML files of the groups in the user's own folders. A run that lies in one of these, as where such a
+    folder is the current one, names nothing for itself: files in the folder `apart_from` do not count."""
+    files = [file for folder in config_dirs for group in groups() for file in (Path(folder) / group).rglob("*.yaml")]
+    own = [file for file in files if apart_from.resolve() not in file.resolve().parents]
+    return {str(value) for file in own for key, value in _leaves(_read(file), "") if key.endswith(TARGET)}
 
 
 def _read(file: Path) -> Any:

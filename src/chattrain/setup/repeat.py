@@ -46,6 +46,11 @@ class Original:
     def is_deterministic(self) -> bool:
         return all(entry.get("deterministic") for entry in self.entries)
 
+    def recorded_sources(self, part: str) -> dict[str, dict[str, Any]]:
+        """Of the training or validation data, by name; {} where they are not recorded."""
+        recorded = (self.last.get("data") or {}).get(part)
+        return recorded if isinstance(recorded, dict) else {}
+
     @property
     def last(self) -> dict[str, Any]:
         return self.entries[-1] if self.entries else {}
@@ -78,8 +83,8 @@ def configuration_of(original: Original, cfg: Config, job: Job) -> Config:
     new = repeated(cfg, original.checkpoint / "config.yaml", job.overrides, job.config_dirs)
     new.run = replace(new.run, resume=Resume.auto, name=None, dir=None)
     new.tracking = replace(cfg.tracking, mlflow=False)
-    if original.last.get("dtype") in DType.__members__:
-        new.train.dtype = DType[original.last["dtype"]]
+    if (dtype := str(original.last.get("dtype"))) in DType.__members__:
+        new.train.dtype = DType[dtype]
     if original.identity.compiled is not None:
         new.train.compile = original.identity.compiled
     num_steps, step = original.state.num_steps, original.step
@@ -139,8 +144,8 @@ def _changed_sources(original: Original, data: RunData) -> list[str]:
     found = []
     for part, collator in (("training", data.train), ("validation", data.validation)):
         now = sources_of(collator)
-        for name, source in (original.last.get("data", {}).get(part) or {}).items():
-            if name in now and now[name]["fingerprint"] != source["fingerprint"]:
-                counts = f"{source['documents']} documents then, {now[name]['documents']} now"
+        for name, source in original.recorded_sources(part).items():
+            if name in now and now[name]["fingerprint"] != source.get("fingerprint"):
+                counts = f"{source.get('documents')} documents then, {now[name]['documents']} now"
                 found.append(f"the {part} data of {name} ({now[name]['path']}) has other contents ({counts})")
     return found

@@ -40,7 +40,8 @@ def read_lineage(folder: Path) -> list[Ancestor]:
     if not (folder / "state.json").is_file():
         return [Ancestor(None, str(folder), str(folder), imported_from="huggingface")]
     state, manifest = _read(folder / "state.json"), _read(folder / "manifest.json")
-    chain = [ancestor(entry) for entry in state.get("lineage") or [] if isinstance(entry, dict)]
+    carried = state.get("lineage")
+    chain = [ancestor(entry) for entry in carried if isinstance(entry, dict)] if isinstance(carried, list) else []
     if not chain:
         chain = [*_ancestors_of_old(folder), Ancestor(state.get("stage"), run_label(folder))]
     itself = replace(
@@ -55,9 +56,16 @@ def read_lineage(folder: Path) -> list[Ancestor]:
 
 
 def ancestor(entry: dict[str, Any]) -> Ancestor:
-    """The entry of a state.json, which may be of another version."""
-    known = {each.name for each in fields(Ancestor)}
-    return Ancestor(**{"stage": None, "run": "", **{key: value for key, value in entry.items() if key in known}})
+    """The entry of a state.json, which another version may have written. What is of another kind is left out."""
+    texts = [each.name for each in fields(Ancestor) if each.name not in ("step", "changes")]
+    known: dict[str, Any] = {key: str(entry[key]) for key in texts if entry.get(key) is not None}
+    step, changes = entry.get("step"), entry.get("changes")
+    pairs = changes.items() if isinstance(changes, dict) else []
+    return Ancestor(
+        **{"stage": None, "run": "", **known},
+        step=step if isinstance(step, int) else None,
+        changes={key: pair for key, pair in pairs if isinstance(pair, list) and len(pair) == 2},
+    )
 
 
 def to_json(chain: list[Ancestor]) -> list[dict[str, Any]]:
