@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import chattrain
+from chattrain.commands.reproduce import changed_surroundings
 from chattrain.errors import RunFailed, UserError
 from tests.helpers import TINY, command_line, train, write_talk
 
@@ -160,3 +161,17 @@ def test_parts_of_the_users_own_are_repeated_with_their_folder_only(place, capsy
         assert refused.status == 2 and "schedule._target_=ours.factor" in refused.message and "--config-dir" in refused.message
         done = command_line(capsys, *own, "command=reproduce", "init.from=sft/own")
     assert done.status == 0 and json.loads(done.out.splitlines()[-1])["equal"], done.err
+
+
+def test_other_code_is_named():
+    made = {"versions": {}, "hardware": {}, "dtype": "fp32", "compile": False, "config_dirs": []}
+    code = {"of": "chattrain", "folder": "/a", "commit": "1" * 40, "diff": ""}
+    elsewhere = {"of": "current folder", "folder": "/b", "commit": "3" * 40, "diff": ""}
+
+    def changed(*repositories: dict, **others: list) -> list[str]:
+        return changed_surroundings([made | {"git": [code]} | others], made | {"git": list(repositories)} | others)
+
+    assert changed(code | {"folder": "/moved"}) == [] == changed(code, elsewhere)
+    assert changed(code | {"commit": "2" * 40}) == [f"commit (chattrain): {'1' * 40} -> {'2' * 40}"]
+    assert changed(code | {"diff": "+x"}) == ["uncommitted changes (chattrain)"]
+    assert changed(code, elsewhere, config_dirs=["/b/conf"]) == [f"commit (current folder): None -> {'3' * 40}"]

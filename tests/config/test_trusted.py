@@ -94,7 +94,7 @@ def test_parts_that_only_some_commands_build_are_refused_there(stranger, path):
 
 
 def test_the_winner_of_a_sweep_is_measured_with_parts_of_the_users_own(run, capsys):
-    """The launching process reads a run that it has made: the folder of choices of the same call stands for its parts."""
+    """The launching process, which has run no job itself, reads a run of this call: its folder of choices names the parts."""
     Path("mine.py").write_text("from chattrain.data.collators import Padded\n\n\nclass Mine(Padded):\n    pass\n")
     Path("conf/collator").mkdir(parents=True, exist_ok=True)
     Path("conf/collator/mine.yaml").write_text("_target_: mine.Mine\n")
@@ -103,6 +103,8 @@ def test_the_winner_of_a_sweep_is_measured_with_parts_of_the_users_own(run, caps
     typed = ["--config-dir", "conf", "-m", "stage=sft", *TINY, "init.from=scratch", "train.max_steps=1", "collator=mine"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path.cwd())
-        done = command_line(capsys, *typed, "data.test_path=other.jsonl", "optimizer.lr_scale=1,3", "sweep.name=mine")
+        done = command_line(
+            capsys, *typed, "data.test_path=other.jsonl", "optimizer.lr_scale=1,3", "sweep.jobs=2", "sweep.name=mine"
+        )
     assert done.status == 0 and "was not measured" not in done.err, done.err
     assert json.loads(Path("runs/sweeps/mine/answer.json").read_text())["test"]

@@ -116,13 +116,13 @@ def changed_surroundings(entries: list[dict], now: dict) -> list[str]:
             before, after = entry.get(part) or {}, now[part]
             keys = [key for key in [*before, *(k for k in after if k not in before)] if before.get(key) != after.get(key)]
             found += [f"{part}.{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
-        before, after = ({repo["folder"]: repo for repo in each.get("git") or []} for each in (entry, now))
-        for folder in before.keys() | after.keys():
-            was, is_ = before.get(folder) or {}, after.get(folder) or {}
+        before, after = ({repo.get("of"): repo for repo in each.get("git") or []} for each in (entry, now))
+        for of in ("chattrain", *(["current folder"] if entry.get("config_dirs") else [])):  # where the user's own parts may lie
+            was, is_ = before.get(of) or {}, after.get(of) or {}
             if was.get("commit") != is_.get("commit"):
-                found.append(f"commit of {folder}: {was.get('commit')} -> {is_.get('commit')}")
+                found.append(f"commit ({of}): {was.get('commit')} -> {is_.get('commit')}")
             elif was.get("diff") != is_.get("diff"):
-                found.append(f"uncommitted changes of {folder}")
+                found.append(f"uncommitted changes ({of})")
         found += [f"{key}: {entry.get(key)} -> {now[key]}" for key in ("dtype", "compile") if entry.get(key) != now[key]]
     return list(dict.fromkeys(found))
 

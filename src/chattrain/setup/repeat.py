@@ -57,18 +57,13 @@ class Original:
 
 
 def read_original(run_dir: Path) -> Original:
-    """Raises UserError for a run without a valid checkpoint, one that another program made, and one whose settings changed."""
+    """Raises UserError for a run without a valid checkpoint, and for one that another program made."""
     newest = checkpoint.newest_valid(run_dir)
     if newest is None:
         raise UserError(f"{run_dir} has no valid checkpoint, so there is nothing to compare a repetition with")
     state, identity = checkpoint.load_state(newest), read_identity(run_dir, newest)
     if not state.data_fingerprint:
         raise UserError(f"{run_dir} was imported, not trained here, so it cannot be repeated")
-    if identity.changes:
-        raise UserError(
-            f"settings of {run_dir} changed while it ran ({', '.join(identity.changes)}): its numbers are of a mixture, "
-            "which no one run repeats"
-        )
     entries = read_provenance(run_dir)
     planned = list(dict.fromkeys(entry.get("num_steps") for entry in entries))
     if len(planned) > 1:
@@ -119,7 +114,8 @@ def _start_of(original: Original) -> str:
 
 
 def check_same_inputs(original: Original, new: Config) -> None:
-    """Raises UserError, which names the source, where the data or the tokenizer are others than the original's."""
+    """Raises UserError, which names the source, where the data or the tokenizer are others than the original's, and where settings
+    changed while the original ran: no one run repeats that."""
     try:
         start = find_start(new)
         world_size = launch.processes_here(new.distributed.nproc, new.train.device)

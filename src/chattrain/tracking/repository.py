@@ -17,7 +17,8 @@ BESIDES = ("accelerate", "pyarrow", "tokenizers", "torchao", "triton")  # that n
 
 def repositories() -> list[dict[str, Any]]:
     """Of chattrain's own folder and of the current folder, where a user's parts may lie; each repository once, [] without any."""
-    found = [state for folder in (Path(__file__).parent, Path.cwd()) if (state := repository(folder))]
+    places = {"chattrain": Path(__file__).parent, "current folder": Path.cwd()}
+    found = [{"of": of, **state} for of, folder in places.items() if (state := repository(folder))]
     return found[:1] + [state for state in found[1:] if state["folder"] != found[0]["folder"]]
 
 
@@ -46,7 +47,8 @@ def repository(folder: Path) -> dict[str, Any] | None:
 def packages() -> dict[str, str]:
     """Versions of chattrain and of what it requires, as far as it is installed."""
     try:
-        required = [re.split(r"[\s\[<>=~!;]", line, maxsplit=1)[0] for line in metadata.requires("chattrain") or []]
+        lines = [line for line in metadata.requires("chattrain") or [] if "extra ==" not in line or 'extra == "hf"' in line]
+        required = [re.split(r"[\s\[<>=~!;]", line, maxsplit=1)[0] for line in lines]
     except metadata.PackageNotFoundError:  # it runs from a checkout that is not installed
         required = ["torch", "numpy", "hydra-core", "omegaconf", "tiktoken", "datasets", "safetensors", "transformers"]
     found = {}
