@@ -100,11 +100,10 @@ def test_the_winner_of_a_sweep_is_measured_with_parts_of_the_users_own(run, caps
     Path("conf/collator/mine.yaml").write_text("_target_: mine.Mine\n")
     from tests.helpers import TINY
 
+    sweep = ["optimizer.lr_scale=1,3", "sweep.jobs=2", "sweep.name=mine"]
     typed = ["--config-dir", "conf", "-m", "stage=sft", *TINY, "init.from=scratch", "train.max_steps=1", "collator=mine"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path.cwd())
-        done = command_line(
-            capsys, *typed, "data.test_path=other.jsonl", "optimizer.lr_scale=1,3", "sweep.jobs=2", "sweep.name=mine"
-        )
+        done = command_line(capsys, *typed, "data.test_path=other.jsonl", *sweep)
     assert done.status == 0 and "was not measured" not in done.err, done.err
     assert json.loads(Path("runs/sweeps/mine/answer.json").read_text())["test"]

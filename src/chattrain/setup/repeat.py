@@ -98,7 +98,7 @@ def _start_of(original: Original) -> str:
     said = identity.start
     if said is None and (run_dir / "summary.json").is_file():
         said = re.sub(r" \(resumed\)$", "", str(read_json(run_dir / "summary.json").get("init", "")))
-    if not said or said.startswith(str(run_dir)):
+    if not said or run_dir in Path(said).parents:
         raise UserError(f"{run_dir} does not say what it started from, as an earlier version of chattrain made it")
     if said.startswith(RANDOM):
         return "scratch"
@@ -114,8 +114,8 @@ def _start_of(original: Original) -> str:
 
 
 def check_same_inputs(original: Original, new: Config) -> None:
-    """Raises UserError, which names the source, where the data or the tokenizer are others than the original's, and where settings
-    changed while the original ran: no one run repeats that."""
+    """Raises UserError, which names the source, where the data or the tokenizer are others than the original's, and where
+    settings changed while the original ran: no one run repeats that."""
     try:
         start = find_start(new)
         world_size = launch.processes_here(new.distributed.nproc, new.train.device)
