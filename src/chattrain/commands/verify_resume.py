@@ -44,8 +44,8 @@ def main(cfg: Config) -> dict:
         whole, torn = folder / "whole", folder / "torn"
         log.info("%d steps undisturbed", steps)
         _finish(_start(cfg, whole), whole)
-        log.info("the same again, killed after step %d", killed_at)
-        _kill(_start(cfg, torn), torn, killed_at)
+        log.info("the same again, killed after step %d or a few later, once it has a checkpoint", killed_at)
+        killed_at = _kill(_start(cfg, torn), torn, killed_at)
         log.info("resumed")
         _finish(_start(cfg, torn), torn)
         found = {"steps": steps, "killed_after": killed_at, "resumed_from": _resumed_from(torn), **_compare(whole, torn)}
@@ -102,17 +102,18 @@ def _finish(process: subprocess.Popen, run_dir: Path) -> None:
     assert (run_dir / "summary.json").is_file()
 
 
-def _kill(process: subprocess.Popen, run_dir: Path, step: int) -> None:
-    """SIGKILL the processes once metrics.jsonl shows the step."""
+def _kill(process: subprocess.Popen, run_dir: Path, step: int) -> int:
+    """SIGKILL the processes once metrics.jsonl shows the step and a checkpoint is there to resume from; returns the step."""
     while process.poll() is None:
         rows = read_metrics(run_dir / "metrics.jsonl")
-        if rows and rows[-1]["step"] >= step:
+        if rows and rows[-1]["step"] >= step and checkpoint.all_checkpoints(run_dir):
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            return
+            return rows[-1]["step"]
         time.sleep(POLL_S)
     _finish(process, run_dir)
     log.warning("it ended before it could be killed; give a larger verify.steps")
+    return read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
 
 
 def _resumed_from(run_dir: Path) -> str:
