@@ -13,6 +13,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from chattrain.config.words import Device
+from chattrain.device import deterministic
 from chattrain.errors import UserError
 from tests.helpers import train, write_talk
 
@@ -58,3 +60,41 @@ def test_the_callers_own_hydra_goes_on(place):
 def test_two_runs_in_one_process_are_two_runs(place):
     one, two = (train("sft", name, "init.from=scratch", "train.max_steps=2") for name in ("one", "two"))
     assert one["metrics"]["train/loss"] == two["metrics"]["train/loss"] and one["run_dir"] != two["run_dir"]
+
+
+def test_a_deterministic_run_tells_torch_and_leaves_it_as_it_was(place):
+    """The schedule is a part of one's own, which sees what torch was told while the run goes on."""
+    (place / "watching.py").write_text(
+        "import torch\n\nseen = []\n\n\ndef factor(step, num_steps):\n"
+        "    seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic))\n    return 1.0\n"
+    )
+    (place / "conf/schedule").mkdir(parents=True)
+    (place / "conf/schedule/watching.yaml").write_text("_target_: watching.factor\n")
+    own = [f"hydra.searchpath=[file://{place}/conf]", "schedule=watching", "init.from=scratch", "train.max_steps=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(place)
+        import watching  # type: ignore
+
+        before = surroundings(), dict(os.environ)
+        one = train("sft", "one", *own, "train.deterministic=true")
+        assert set(watching.seen) == {(True, True)}
+        assert (surroundings(), dict(os.environ)) == before and not torch.are_deterministic_algorithms_enabled()
+        watching.seen.clear()
+        two = train("sft", "two", *own)
+        assert set(watching.seen) == {(False, False)}
+    assert one["metrics"]["train/loss"] == two["metrics"]["train/loss"]
+
+
+def test_deterministic_runs_need_cublas_variable_before_cuda_starts(monkeypatch):
+    """Without a GPU: what torch says of CUDA is stood in for."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"), deterministic(True, Device.cuda):
+        pass
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for _ in range(2):  # once it was set in time, CUDA may have started by the next run
+        with deterministic(True, Device.cuda):
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -53,7 +53,7 @@ def test_a_run_leaves_all_that_the_design_names(base, place):
     assert Path(base["run_dir"]) == run_dir
     left = {file.name for file in run_dir.iterdir()}
     named = {"config.yaml", "metrics.jsonl", "summary.json", "train.log", "report.html", "checkpoints"}
-    assert left == named | {"overrides.yaml", "identity.json"}  # the command; what decides the numbers
+    assert left == named | {"overrides.yaml", "identity.json", "provenance.json"}  # the command; what decides numbers; versions
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["max_steps"] == 4
     assert "completed at step 4 of 4" in (run_dir / "train.log").read_text()
     assert "<html" in (run_dir / "report.html").read_text()

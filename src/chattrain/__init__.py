@@ -13,10 +13,10 @@ def run(overrides: list[str] | None = None) -> dict:
     >>> run(["stage=sft", "train.max_steps=20"])  # doctest: +SKIP
     """
     from chattrain.commands.execute import execute
-    from chattrain.config.compose import compose
+    from chattrain.config.compose import compose, config_dirs
     from chattrain.setup.job import Job, as_job
 
     typed = list(overrides or [])
     cfg = compose(typed)
-    with as_job(Job(overrides=typed)):
+    with as_job(Job(overrides=typed, config_dirs=config_dirs(typed))):
         return execute(cfg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform
 import resource
 import shutil
@@ -35,7 +36,10 @@ PEAK_FLOPS = {
     for name in names
 }
 GIB = 1 << 30
+CUBLAS_VARIABLE, CUBLAS_DETERMINISTIC = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # values of which torch needs one
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3), in bytes
+
+_cublas_is_deterministic = False  # has this process begun to use CUDA under the variable?
 
 
 def pick_device(setting: Device, local_rank: int = 0) -> torch.device:
@@ -88,6 +92,54 @@ def varying_shapes(device: torch.device) -> Iterator[None]:
     finally:
         if before is not None:
             torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def deterministic(on: bool, setting: Device) -> Iterator[None]:
+    """train.deterministic: only kernels that give the same bits each time; torch raises where it has none. The process's settings
+    are as before at the end.
+
+    On CUDA, cuBLAS needs a variable of the environment from before the first use of the device. Raises UserError where that has
+    passed without it.
+    """
+    if not on:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with _cublas_workspace(setting):
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+@contextmanager
+def _cublas_workspace(setting: Device) -> Iterator[None]:
+    """The environment that makes cuBLAS deterministic, where the run may use CUDA and the user has not set it."""
+    global _cublas_is_deterministic
+    given = os.environ.get(CUBLAS_VARIABLE)
+    may_use_cuda = setting in (Device.auto, Device.cuda) and torch.cuda.is_available()
+    if not may_use_cuda or given in CUBLAS_DETERMINISTIC:
+        yield
+        return
+    if torch.cuda.is_initialized() and not _cublas_is_deterministic:
+        raise UserError(
+            f"train.deterministic=true, but this process has used CUDA already, without {CUBLAS_VARIABLE}; start it with "
+            f"{CUBLAS_VARIABLE}={CUBLAS_DETERMINISTIC[0]} in its environment"
+        )
+    _cublas_is_deterministic = True
+    os.environ[CUBLAS_VARIABLE] = CUBLAS_DETERMINISTIC[0]
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[CUBLAS_VARIABLE]
+        else:
+            os.environ[CUBLAS_VARIABLE] = given
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -34,6 +34,7 @@ from chattrain.setup.build import build_components
 from chattrain.setup.data import RunData, open_data
 from chattrain.setup.learning_rates import peak_rates, report_rates
 from chattrain.setup.plan import RunSetup, choose_run_dir, setup_run
+from chattrain.setup.provenance import write_provenance
 from chattrain.setup.report_data import report_data
 from chattrain.setup.runs import resume_with
 from chattrain.setup.summary import correct_summary, summarize, write_summary
@@ -53,11 +54,12 @@ def train(cfg: Config) -> dict:
     if launch.started_by_launcher():
         launch.world_size(cfg.distributed.nproc, cfg.train.device)  # refuses another number than the launcher has started
         return _train_as_rank(cfg, launcher_setup=None)
-    nproc, nodes = launch.processes_here(cfg.distributed.nproc, cfg.train.device), slurm.nodes()
-    if nodes:
-        return _train_on_nodes(nodes, nproc, cfg)
-    with RunLock(choose_run_dir(cfg.run, cfg.stage)) as lock:
-        return _train_here(cfg, nproc, lock)
+    with device.deterministic(cfg.train.deterministic, cfg.train.device):
+        nproc, nodes = launch.processes_here(cfg.distributed.nproc, cfg.train.device), slurm.nodes()
+        if nodes:
+            return _train_on_nodes(nodes, nproc, cfg)
+        with RunLock(choose_run_dir(cfg.run, cfg.stage)) as lock:
+            return _train_here(cfg, nproc, lock)
 
 
 def _train_here(cfg: Config, nproc: int, lock: RunLock) -> dict:
@@ -87,6 +89,11 @@ def _train_on_nodes(nodes: slurm.Nodes, nproc: int, cfg: Config) -> dict:
 def _train_as_rank(cfg: Config, launcher_setup: RunSetup | None) -> dict:
     """What each process of a launch runs. `launcher_setup` is None under torchrun and srun: rank 0 then sets the run up and holds
     its lock."""
+    with device.deterministic(cfg.train.deterministic, cfg.train.device):  # before the process uses CUDA
+        return _join_and_train(cfg, launcher_setup)
+
+
+def _join_and_train(cfg: Config, launcher_setup: RunSetup | None) -> dict:
     ranks = join(cfg.distributed.timeout_s, device.pick_device(cfg.train.device).type == "cuda")
     close_log = setup_logging(None, console=ranks.is_main, resume=False)
     lock = RunLock(choose_run_dir(cfg.run, cfg.stage))
@@ -121,6 +128,8 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             if setup.compilation.reason:
                 log.log(setup.compilation.level, setup.compilation.reason)
             saved = checkpoint.load_state(setup.resume) if setup.resume else None
+            if ranks.is_main:
+                write_provenance(cfg, setup, data, ranks.world_size, saved.step if saved else 0)
             tracker = build_tracker(cfg, setup, data, saved, ranks)
             trainer, state = build_components(cfg, setup, ranks, data, tracker, signals, saved)
             data.learning_rates = peak_rates(trainer.optimizer, trainer.lr_factor, data.num_steps)
@@ -138,6 +147,9 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             log.error("at step %d: %s", state.current_step, raised, exc_info=unexpected, extra={"file_only": True})
             if isinstance(raised, OSError) and raised.errno in CANNOT_WRITE:
                 raised = RunFailed(f"cannot write {raised.filename or setup.run_dir}: {raised.strerror}. Make room, then resume")
+            if isinstance(raised, RuntimeError) and "does not have a deterministic implementation" in str(raised):
+                reason = str(raised).partition(". ")[0]
+                raised = RunFailed(f"train.deterministic=true: {reason}; leave it out, or use what has one")
             error = ranks.report_failure(raised, f"step {state.current_step}")
             if error is raised:
                 raise

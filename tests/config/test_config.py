@@ -307,13 +307,14 @@ def test_tokens_of_a_pass_that_have_no_effect_or_hold_no_row_are_refused(typed, 
         compose([*typed, "train.device_batch_tokens=2048"])
 
 
-def test_an_evaluation_keeps_the_passes_of_its_run_unless_their_size_is_typed():
-    saved = to_yaml(compose(["stage=sft", "train.device_batch_tokens=9000", "train.device_batch_size=7"]))
+def test_an_evaluation_keeps_the_passes_of_its_run_unless_their_size_is_typed(tmp_path):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(compose(["stage=sft", "train.device_batch_tokens=9000", "train.device_batch_size=7"])))
     asked = ["command=evaluate", "tracking=none"]
-    own = with_saved(compose(asked), saved, asked).train
+    own = with_saved(compose(asked), saved, asked, []).train
     assert (own.device_batch_tokens, own.device_batch_size) == (9000, 7)
     for typed, tokens in (("train.device_batch_size=2", 2 * own.seq_len), ("train.device_batch_tokens=5000", 5000)):
-        assert with_saved(compose([*asked, typed]), saved, [*asked, typed]).train.tokens_a_pass == tokens
+        assert with_saved(compose([*asked, typed]), saved, [*asked, typed], []).train.tokens_a_pass == tokens
 
 
 # --- config.yaml -----------------------------------------------------------------------------------------------------

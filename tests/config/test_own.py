@@ -173,10 +173,10 @@ def test_an_own_part_is_swept_recorded_and_resumed(mine, workplace, capsys):
     assert "resuming from" in again.err and json.loads((runs[1] / "summary.json").read_text())["steps"] == 3
     changed = command_line(capsys, *own, "train.max_steps=4", "optimizer.alpha=5", f"run.dir={runs[1]}")
     assert "optimizer.alpha 4 -> 5" in changed.err
-    found = chattrain.run(["command=evaluate", f"init.from={runs[1]}", "eval=bpb"])
+    found = chattrain.run([*mine, "command=evaluate", f"init.from={runs[1]}", "eval=bpb"])
     assert found["validation"]["targets"] == "assistant"
     with pytest.raises(UserError, match=r"no key collator\.isolate_documents: the collator of the run \(myparts\.Sorted\)"):
-        chattrain.run(["command=evaluate", f"init.from={runs[1].name}", "collator.isolate_documents=true"])
+        chattrain.run([*mine, "command=evaluate", f"init.from={runs[1].name}", "collator.isolate_documents=true"])
 
 
 def test_an_own_part_trains_on_two_ranks(mine, workplace):

@@ -15,9 +15,11 @@ import yaml
 from safetensors.torch import save_file
 
 from chattrain.config import Config
+from chattrain.config.trusted import check_section
 from chattrain.config.words import Format
 from chattrain.errors import UserError
 from chattrain.formats import huggingface, mlflow_model
+from chattrain.setup.job import current_job
 from chattrain.setup.start import find_checkpoint
 from chattrain.storage import checkpoint
 from chattrain.storage.files import read_json, replace_folder
@@ -65,7 +67,9 @@ def _target(cfg: Config, source: Path) -> Path:
 
 def _write(folder: Path, source: Path, format: Format) -> None:
     state = checkpoint.load_state(source)
-    if format == Format.mlflow:
+    if format == Format.mlflow:  # it builds the model by config.yaml where it is served
+        file = source / "config.yaml"
+        check_section("model", yaml.safe_load(file.read_text())["model"], file, current_job().config_dirs)
         mlflow_model.write(folder, source)
     else:
         _write_hf(folder, source, state)

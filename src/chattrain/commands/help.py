@@ -22,7 +22,8 @@ TEXT = """chattrain: turn a language model into a chat model.
   python -m chattrain stage=mid                                  train one stage
   python -m chattrain -m stage=base,mid,sft                      the three in order
   python -m chattrain -m stage=sft optimizer.lr_scale=1,3,6,10,20,30    a sweep
-  python -m chattrain command=evaluate stage=sft                 also: chat, inspect, plan, report, sync, import, export
+  python -m chattrain command=evaluate stage=sft                 also: chat, inspect, plan, report, sync, import, export,
+                                                                 verify_resume, reproduce, lineage
 
 Groups (group=choice):
 {groups}

@@ -77,7 +77,7 @@ def _write_run(cfg: Config, source: ModelFolder, run_dir: Path) -> dict:
     }
 
     def fill(scratch: Path) -> None:
-        convert.write(scratch / saved.relative_to(run_dir), model, cfg.stage, to_yaml(cfg))
+        convert.write(scratch / saved.relative_to(run_dir), model, cfg.stage, to_yaml(cfg), source)
         replace_text(scratch / "config.yaml", to_yaml(cfg))
         replace_text(scratch / "summary.json", json.dumps(summary, indent=1) + "\n")
 

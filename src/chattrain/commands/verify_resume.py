@@ -14,12 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 from chattrain.config import Config
 from chattrain.config.compose import key_of
 from chattrain.errors import RunFailed
+from chattrain.setup.compare_runs import compare_tensors, read_numbers
 from chattrain.setup.job import JOB_VARIABLE, current_job
 from chattrain.storage import checkpoint
 from chattrain.tracking.console import setup_logging
@@ -28,8 +26,6 @@ from chattrain.tracking.metrics import read_metrics
 log = logging.getLogger("chattrain")
 
 OWN_KEYS = ("command", "verify", "run", "tracking", "checkpoint", "sweep")  # this command gives the runs its own
-# Metrics that depend on the clock or on the process.
-OF_THE_PROCESS = ("time", "train/tokens_per_second", "train/data_wait", "train/mfu", "train/peak_memory", "train/compilations")
 POLL_S = 0.02
 
 
@@ -48,8 +44,8 @@ def main(cfg: Config) -> dict:
         whole, torn = folder / "whole", folder / "torn"
         log.info("%d steps undisturbed", steps)
         _finish(_start(cfg, whole), whole)
-        log.info("the same again, killed after step %d", killed_at)
-        _kill(_start(cfg, torn), torn, killed_at)
+        log.info("the same again, killed after step %d or a few later, once it has a checkpoint", killed_at)
+        killed_at = _kill(_start(cfg, torn), torn, killed_at)
         log.info("resumed")
         _finish(_start(cfg, torn), torn)
         found = {"steps": steps, "killed_after": killed_at, "resumed_from": _resumed_from(torn), **_compare(whole, torn)}
@@ -106,17 +102,18 @@ def _finish(process: subprocess.Popen, run_dir: Path) -> None:
     assert (run_dir / "summary.json").is_file()
 
 
-def _kill(process: subprocess.Popen, run_dir: Path, step: int) -> None:
-    """SIGKILL the processes once metrics.jsonl shows the step."""
+def _kill(process: subprocess.Popen, run_dir: Path, step: int) -> int:
+    """SIGKILL the processes once metrics.jsonl shows the step and a checkpoint is there to resume from; returns the step."""
     while process.poll() is None:
         rows = read_metrics(run_dir / "metrics.jsonl")
-        if rows and rows[-1]["step"] >= step:
+        if rows and rows[-1]["step"] >= step and checkpoint.all_checkpoints(run_dir):
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            return
+            return rows[-1]["step"]
         time.sleep(POLL_S)
     _finish(process, run_dir)
     log.warning("it ended before it could be killed; give a larger verify.steps")
+    return read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
 
 
 def _resumed_from(run_dir: Path) -> str:
@@ -125,27 +122,8 @@ def _resumed_from(run_dir: Path) -> str:
 
 def _compare(whole: Path, torn: Path) -> dict:
     one, two = (checkpoint.resolve(run_dir) for run_dir in (whole, torn))
-    different, tensors, largest = 0, 0, 0.0
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        first, second = load_file(one / file), load_file(two / file)
-        tensors += len(first)
-        for name in first.keys() | second.keys():
-            a, b = first.get(name), second.get(name)
-            if a is None or b is None or a.shape != b.shape:
-                different, largest = different + 1, float("inf")
-            elif not torch.equal(a, b):
-                different, largest = different + 1, max(largest, float((a.double() - b.double()).abs().max()))
-    lines = [[_numbers(row) for row in read_metrics(run_dir / "metrics.jsonl")] for run_dir in (whole, torn)]
+    tensors = compare_tensors(one, two, ("model.safetensors", "optimizer.safetensors"))
+    lines = [read_numbers(run_dir) for run_dir in (whole, torn)]
     unequal = sum(a != b for a, b in zip(*lines, strict=False)) + abs(len(lines[0]) - len(lines[1]))
-    return {
-        "equal": not different and not unequal,
-        "tensors": tensors,
-        "different_tensors": different,
-        "largest_deviation": largest,
-        "metric_lines": len(lines[0]),
-        "different_lines": unequal,
-    }
-
-
-def _numbers(row: dict) -> dict:
-    return {name: value for name, value in row.items() if not name.startswith(OF_THE_PROCESS)}
+    equal = not tensors["different_tensors"] and not unequal
+    return {"equal": equal, **tensors, "metric_lines": len(lines[0]), "different_lines": unequal}

@@ -14,6 +14,7 @@ FREE = (
     "run.name",
     "run.dir",
     "run.resume",
+    "run.allow_change",
     "init",
     "data",
     "tracking",
@@ -61,3 +62,17 @@ def deciding(flat: dict[str, Any]) -> dict[str, Any]:
     {'run.seed': 1, 'optimizer.lr': 0.1}
     """
     return {key: value for key, value in flat.items() if not any(key == free or key.startswith(f"{free}.") for free in FREE)}
+
+
+def of_training(flat: dict[str, Any]) -> dict[str, Any]:
+    """The keys that say what a run is trained on and how: those that decide its numbers, data, number of steps and batch.
+
+    >>> of_training({"run.seed": 1, "run.name": "a", "data.schema": "text", "data.workers": 2, "train.max_steps": 3})
+    {'run.seed': 1, 'data.schema': 'text', 'train.max_steps': 3}
+    """
+    kept = deciding(flat)
+    return {
+        key: value
+        for key, value in flat.items()
+        if key in kept or (key.startswith(("data.", "train.")) and key not in ("data.cache_dir", "data.workers"))
+    }

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from chattrain.config.data import DataConfig, LocalDataConfig
@@ -47,11 +48,23 @@ def compose(overrides: list[str]) -> Config:
         GlobalHydra.instance().hydra = around
 
 
+def config_dirs(overrides: list[str]) -> list[str]:
+    """The user's own folders of choices that `hydra.searchpath` names, absolute.
+
+    >>> config_dirs(["stage=sft", "hydra.searchpath=[file:///home/me/conf]"])
+    ['/home/me/conf']
+    """
+    given = [override.partition("=")[2] for override in overrides if key_of(override) == "hydra.searchpath"]
+    paths = yaml.safe_load(given[-1]) if given else []
+    return [str(Path(path.removeprefix("file://")).resolve()) for path in paths if not path.startswith("pkg://")]
+
+
 def settle_alternatives(overrides: list[str]) -> list[str]:
     """If one of two alternative keys is given, set the other to null, whatever the YAML says. Expand `~/` in values, and put into
     quotes what Hydra would not read without. Raises UserError for a value that may mean several things.
 
-    An evaluation that is given keys of data=local, but no data, composes with data=local: the run to measure may have it.
+    An evaluation or a repetition that is given keys of data=local, but no data, composes with data=local: the run that it reads
+    may have it.
 
     >>> settle_alternatives(["train.total_batch_size=8192", "stage=sft"])
     ['train.total_batch_size=8192', 'train.rows_per_step=null', 'stage=sft']
@@ -62,7 +75,7 @@ def settle_alternatives(overrides: list[str]) -> list[str]:
         settled.append(quoted(override.replace("=~/", f"={Path.home()}/")))  # a shell does not expand ~ after `key=`
         if not override.endswith("=null"):
             settled += [f"{other}=null" for other in _alternatives(key_of(override)) if other not in given]
-    if "command=evaluate" in overrides and not given & {"data", "experiment"} and given & LOCAL_KEYS:
+    if {"command=evaluate", "command=reproduce"} & set(overrides) and not given & {"data", "experiment"} and given & LOCAL_KEYS:
         settled.append(LOCAL_TO_COMPOSE)
     return settled
 

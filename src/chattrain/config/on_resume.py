@@ -45,6 +45,7 @@ ON_RESUME = {
     "train.num_epochs": Change.warned,
     "train.max_tokens": Change.warned,
     "train.max_supervised_tokens": Change.warned,
+    "train.deterministic": Change.warned,  # the bits before and after are repeatable in another way
     # What decides the numbers.
     "run.seed": Change.refused,
     "tokenizer": Change.refused,

@@ -31,6 +31,7 @@ class TrainConfig:
     # What backward recomputes. none: nothing; block: whole blocks; selective: all of them but attention and narrow products.
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     compile: bool | str = Compile.auto.value  # a value of Compile; auto: where the planned steps gain more than compiling costs
+    deterministic: bool = False  # only kernels that give the same bits each time; slower on a GPU
     device: Device = Device.auto
 
     def check(self) -> None:

@@ -17,13 +17,16 @@ Command = Enum(
         "inspect": "inspect",
         "plan": "plan",
         "verify_resume": "verify_resume",
+        "reproduce": "reproduce",
+        "lineage": "lineage",
         "report": "report",
         "import": "import",
         "export": "export",
         "sync": "sync",
     },
 )
-READING = (Command.chat, Command.evaluate, Command.export, Command.report, Command.sync)  # commands that read a run
+# Commands that read a run.
+READING = (Command.chat, Command.evaluate, Command.export, Command.lineage, Command.report, Command.reproduce, Command.sync)
 
 
 class Format(Enum):

@@ -13,6 +13,7 @@ from chattrain.formats import huggingface, nanochat
 from chattrain.formats.imported import FolderFormat, ImportedModel, ModelFolder
 from chattrain.storage import checkpoint
 from chattrain.storage.files import make_folder
+from chattrain.storage.lineage import Ancestor, to_json
 
 log = logging.getLogger("chattrain")
 
@@ -32,8 +33,8 @@ def read(source: ModelFolder, tokenizer_path: str | None) -> ImportedModel:
     return huggingface.read(source.path)
 
 
-def write(folder: Path, model: ImportedModel, stage: str, config_yaml: str) -> None:
-    """Write the model as a checkpoint of chattrain into `folder`, without optimizer state."""
+def write(folder: Path, model: ImportedModel, stage: str, config_yaml: str, source: ModelFolder) -> None:
+    """Write the model of `source` as a checkpoint of chattrain into `folder`, without optimizer state."""
     state = checkpoint.CheckpointState(
         step=model.step,
         tokens_seen=0,
@@ -42,6 +43,7 @@ def write(folder: Path, model: ImportedModel, stage: str, config_yaml: str) -> N
         model=model.sizes,
         data_fingerprint="",
         num_steps=model.step,
+        lineage=to_json([Ancestor(stage, str(source.path), imported_from=source.format.value)]),
     )
     checkpoint.write(folder, state, model.weights, {}, model.tokenizer, config_yaml, {})
 
@@ -58,7 +60,7 @@ def as_checkpoint(source: ModelFolder, tokenizer_path: str | None, cache: Path) 
     if not kept.is_dir():
         model = read(source, tokenizer_path)
         stage = source.stage or "imported"
-        make_folder(kept, lambda scratch: write(scratch / f"step_{model.step:06d}", model, stage, _config_yaml(model)))
+        make_folder(kept, lambda scratch: write(scratch / f"step_{model.step:06d}", model, stage, _config_yaml(model), source))
         log.info("%s was converted into a checkpoint, cached in %s", source.path, kept)
     return _checkpoint_in(kept)
 

@@ -70,7 +70,7 @@ def build_components(
     evaluate = build_evaluation(cfg.eval, limits, data, num_steps, model, autocast, device, ranks, strategy, setup.run_dir)
     lr_factor = build_lr_factor(cfg, num_steps)
     loader = Loader(data.train, data.rows_per_step, limits, device, ranks.rank, ranks.world_size)
-    saver = Saver(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy)
+    saver = Saver(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy, setup.lineage)
     tracker.describe(model_params(model, peak_rates(optimizer, lr_factor, num_steps)))
     return loop.TrainerComponents(
         model=model,

@@ -58,7 +58,7 @@ def identify(cfg: Config, data: RunData, start: Start | None, compiled: bool) ->
         validation=_hash(_validation(data)),
         questions=_hash([[q.ids, q.letter_ids, q.answer] for questions in data.question_sets.values() for q in questions]),
         start=start.description if start else None,
-        weights=_weights(start.checkpoint) if start else None,
+        weights=weights_hash(start.checkpoint) if start else None,
         compiled=compiled,
     )
 
@@ -139,7 +139,7 @@ def _validation(data: RunData) -> list[Any] | None:
     return [caches, data.validation_rows, *([also] if also else [])]
 
 
-def _weights(folder: Path | None) -> str | None:
+def weights_hash(folder: Path | None) -> str | None:
     """Hash of the weights and the tokenizer of a checkpoint, by its manifest; of another program's folder by its files' sizes
     and times."""
     if folder is None:

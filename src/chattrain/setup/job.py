@@ -36,6 +36,8 @@ class Job:
     overrides: list[str] = field(default_factory=list)  # as typed, such as `stage=sft`; of a sweep: with this job's values
     choices: dict[str, str] = field(default_factory=dict)  # group -> choice, such as model -> tiny
     sweep: SweepMember | None = None
+    typed: list[str] | None = None  # the arguments of the command line, of all jobs; None: chattrain.run was called
+    config_dirs: list[str] = field(default_factory=list)  # the user's own folders of choices: --config-dir, hydra.searchpath
 
 
 def set_job(job: Job) -> None:

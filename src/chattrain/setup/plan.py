@@ -25,12 +25,14 @@ from chattrain.setup.compilation import Compilation, decide
 from chattrain.setup.data import RunData, open_data
 from chattrain.setup.identity import differences, identify, read_identity, resumed
 from chattrain.setup.job import current_job
+from chattrain.setup.lineage import lineage_of_run
 from chattrain.setup.names import run_folder
 from chattrain.setup.resume import check_resumed, find_resume, move_aside
 from chattrain.setup.start import Start, check_start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.storage import checkpoint
 from chattrain.storage.files import replace_text
+from chattrain.storage.lineage import Ancestor
 from chattrain.storage.lock import RunLock
 from chattrain.tracking.metrics import read_metrics
 
@@ -46,6 +48,7 @@ class RunSetup:
     resume: Path | None  # checkpoint to resume from; None: the run starts anew
     tokenizer_dir: Path
     compilation: Compilation  # is it compiled?
+    lineage: list[Ancestor]  # of its checkpoints
     finished: dict | None = None  # summary of a run that has nothing left to do
 
 
@@ -97,7 +100,9 @@ def _open(cfg: Config, world_size: int, run_dir: Path, resume: Path | None, devi
     tokenizer_dir = choose_tokenizer(cfg, start.checkpoint)
     data = open_data(cfg, tokenizer_dir, world_size)
     began_with = read_identity(run_dir, resume).compiled if resume else None
-    return RunSetup(run_dir, start, resume, tokenizer_dir, decide(cfg, data, start, world_size, device, began_with)), data
+    compilation = decide(cfg, data, start, world_size, device, began_with)
+    lineage = lineage_of_run(cfg, run_dir, start.checkpoint, resumes=resume is not None)
+    return RunSetup(run_dir, start, resume, tokenizer_dir, compilation, lineage), data
 
 
 def _belongs_to_named_sweep(cfg: Config) -> bool:

@@ -20,6 +20,7 @@ from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy
 from chattrain.setup.data import RunData
 from chattrain.storage import checkpoint
+from chattrain.storage.lineage import Ancestor, to_json
 from chattrain.tracking.tracker import NullTracker, Tracker
 
 
@@ -39,10 +40,12 @@ class Saver:
         tracker: Tracker | NullTracker,
         ranks: Ranks,
         strategy: ParallelStrategy,
+        lineage: list[Ancestor],
     ):
         self.config, self.config_yaml, self.stage = cfg.checkpoint, to_yaml(cfg), cfg.stage
         self.run_dir, self.data, self.model, self.optimizer = run_dir, data, model, optimizer
         self.tracker, self.ranks, self.strategy = tracker, ranks, strategy
+        self.lineage = to_json(lineage)
         self.best = Best(cfg.checkpoint, run_dir) if cfg.checkpoint.keep_best else None
         self._saved_at = time.monotonic()
         self._writing: Writing | None = None
@@ -96,6 +99,7 @@ class Saver:
             num_steps=self.data.num_steps,
             metrics=dict(self.tracker.last),
             mlflow_run_id=self.tracker.mlflow_run_id,
+            lineage=self.lineage,
             best=self.best.at(state.step) if self.best else None,
         )
         keep, files, tokenizer = self.config.keep, self.model.files, self.data.tokenizer

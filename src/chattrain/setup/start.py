@@ -110,9 +110,9 @@ def with_own_settings(cfg: Config, folder: Path, overrides: list[str] | None = N
 
     A folder without a config.yaml (Hugging Face's, with model=hf) is used with the configuration as it is.
     """
-    file = folder / "config.yaml"
+    file, job = folder / "config.yaml", current_job()
     own = (
-        with_saved(cfg, file.read_text(), current_job().overrides if overrides is None else overrides)
+        with_saved(cfg, file, job.overrides if overrides is None else overrides, job.config_dirs)
         if file.is_file()
         else copy.copy(cfg)
     )

@@ -54,6 +54,7 @@ class CheckpointState:
     metrics: dict[str, float | None] = field(default_factory=dict)
     loss_weight: float | None = None  # None: an earlier version's, in which every target weighs 1
     skipped: int = 0  # steps that were not finite
+    lineage: list[dict[str, Any]] = field(default_factory=list)  # storage/lineage.py; the last entry is this checkpoint
     best: dict[str, Any] | None = None  # metric, value and maximize, if it is the best so far by checkpoint.keep_best
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
+from chattrain.config.compose import conf_dir
 from chattrain.errors import UserError
 
 SCRATCH = "${oc.env:CHATTRAIN_SCRATCH,.}"  # as in conf/config.yaml
@@ -14,6 +18,12 @@ WITHOUT_EFFECT = {
     "sweep.subdir": (".", "a sweep's runs are named after what is swept; use sweep.name"),
     "job.chdir": (False, "a run never leaves the folder in which it was started; use run.root for where runs go"),
 }
+
+
+def own_dirs(hydra: DictConfig | HydraConf) -> list[str]:
+    """The user's own folders of choices, of --config-dir and hydra.searchpath, absolute."""
+    folders = [Path(source.path).resolve() for source in hydra.runtime.config_sources if source.schema == "file"]
+    return [str(folder) for folder in folders if folder != conf_dir().resolve()]
 
 
 def refuse_keys_without_effect(hydra: DictConfig) -> None:

@@ -20,8 +20,10 @@ from chattrain.commands.exit import report_error
 from chattrain.config import Config
 from chattrain.errors import RunFailed, UserError
 from chattrain.redact import redact, redact_tree
+from chattrain.setup.job import Job, set_job
 from chattrain.setup.mlflow_target import mlflow_target
 from chattrain.setup.names import is_main_process, run_folder
+from chattrain.sweeps.hydra_keys import own_dirs
 from chattrain.sweeps.overrides import command_alone, shared_settings
 from chattrain.sweeps.record import JobOutcome, read_outcome, read_outcomes, read_record
 from chattrain.sweeps.schedule import Done, Skipped
@@ -96,6 +98,7 @@ class Launch(Bystander):
     def begin(self, config: DictConfig, multirun: bool) -> None:
         """Before the first job. Raises UserError; nothing is written before."""
         self.sweep.begin(config, multirun, self.command)
+        set_job(Job(config_dirs=own_dirs(config.hydra)))  # for what this process itself reads: the winner of a sweep
         if self.sweep.launcher and self.sweep.folder is not None:  # it tells us nothing of its jobs before they run
             self._take_folder(self.sweep.folder)
             os.environ["CHATTRAIN_SCRATCH"] = str(self.sweep.folder)  # Hydra's own files of the sweep; other hosts read them

@@ -7,7 +7,7 @@ run_job   the task function, here or in another process: trains, writes jobs/<nu
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -23,7 +23,7 @@ from chattrain.config.words import Command
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup.job import Job, SweepMember, set_job
 from chattrain.setup.names import finished_run, is_main_process, launch_name, run_folder, set_launch
-from chattrain.sweeps.hydra_keys import refuse_keys_without_effect, refuse_unused_sweep
+from chattrain.sweeps.hydra_keys import own_dirs, refuse_keys_without_effect, refuse_unused_sweep
 from chattrain.sweeps.naming import UNNAMED, parse, run_name, swept_values
 from chattrain.sweeps.objective import direction_of, metrics_at, objective_of
 from chattrain.sweeps.record import JobOutcome, read_record
@@ -48,11 +48,12 @@ class Sweep:
     direction: str = "minimize"
     mlflow_run_id: str | None = None
     command: str = "train"
+    typed: list[str] = field(default_factory=list)  # the arguments
 
     def begin(self, config: DictConfig, multirun: bool, typed: list[str]) -> None:
         """Decide what can be decided before the first job. `typed`: the arguments. Raises UserError, with nothing written."""
         refuse_keys_without_effect(config.hydra)
-        self.multirun, self.command = multirun, str(config.command)
+        self.multirun, self.command, self.typed = multirun, str(config.command), typed
         given = [key for key in map(key_of, config.hydra.overrides.task) if key in ONLY_IN_SWEEPS]
         if not multirun:
             if given and not (self.command.endswith("report") and given == ["sweep.name"]):
@@ -164,6 +165,8 @@ class Sweep:
         job = Job(
             overrides=list(hydra.overrides.task),
             choices={k: str(v) for k, v in hydra.runtime.choices.items() if v is not None and not k.startswith("hydra/")},
+            typed=self.typed,
+            config_dirs=own_dirs(hydra),
         )
         if not self.multirun:
             return self._execute(composed, job, JobOutcome(0, {}, job.overrides))
@@ -190,7 +193,7 @@ class Sweep:
         outcome.stage = cfg.stage
         if self.folder is not None:
             member = SweepMember(str(self.folder), outcome.num, outcome.values, self.mlflow_run_id)
-            job = Job(job.overrides, job.choices, member)
+            job = replace(job, sweep=member)
             if cfg.run.dir is None and cfg.command == Command.train:
                 cfg.run.name = self.name_of_run(cfg.run.name, outcome.values)
                 outcome.run_dir = str(run_folder(cfg.run.root, cfg.stage, cfg.run.name))

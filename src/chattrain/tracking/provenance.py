@@ -29,17 +29,17 @@ def git_tags() -> dict[str, str]:
     """Commit, branch and whether files differ from the commit, of the repository that the package lies in, else of the current
     folder's. {} without git or a repository. It takes a moment in a large one."""
     for folder in (Path(__file__).parent, Path.cwd()):
-        commit = _git(folder, "rev-parse", "HEAD")
+        commit = git(folder, "rev-parse", "HEAD")
         if commit:
             tags = {"mlflow.source.git.commit": commit}
-            if branch := _git(folder, "rev-parse", "--abbrev-ref", "HEAD"):
+            if branch := git(folder, "rev-parse", "--abbrev-ref", "HEAD"):
                 tags["mlflow.source.git.branch"] = branch
-            changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+            changed = git(folder, "status", "--porcelain", "--untracked-files=no")
             return tags if changed is None else {**tags, "mlflow.source.git.dirty": str(bool(changed)).lower()}
     return {}
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def git(folder: Path, *arguments: str) -> str | None:
     """What a call of git prints; None where it fails."""
     try:
         done = subprocess.run(
