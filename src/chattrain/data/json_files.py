@@ -29,8 +29,9 @@ from chattrain.tasks.columns import kind_of
 BOM = b"\xef\xbb\xbf"
 FIRST_LINE = 1 << 20  # bytes in which the first line must end for the file to be one of lines
 RELEASE = 1 << 25  # bytes of a mapped file after which its memory is given back
-# Strings as a whole, a quote whose string does not end on its line, and what nests. A string of JSON has no line break.
-_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|"|[\[\]{},]', re.DOTALL)
+# Strings as a whole, a quote whose string does not end on its line, what nests, and whatever is escaped, so that no search for the
+# end of a string begins at a quote within it. A string of JSON has no line break.
+_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|"|\\.|[\[\]{},]', re.DOTALL)
 
 
 class Span(NamedTuple):
@@ -170,16 +171,19 @@ def _values(stream: BinaryIO) -> Iterator[Span]:
         is_array = _TOKEN.search(text, start)[0] == b"["  # type: ignore[index]  # `_is_of_lines` has seen a bracket
         level = int(is_array)  # how deep the records are
         opened: list[bytes] = []
+        objects = 0  # of the opened
         released = 0
         for token in _TOKEN.finditer(text, start):
             found, depth = token[0], len(opened)
             if found in (b"[", b"{"):
                 opened.append(found)
+                objects += found == b"{"
                 if is_array and depth == 0:
                     start = token.end()
             elif found == b"]" and opened[-1:] == [b"["]:
                 opened.pop()
-            elif found == b"}" and b"{" in opened:  # whatever else is open within this object is not closed
+            elif found == b"}" and objects:  # whatever else is open within this object is not closed
+                objects -= 1
                 while opened.pop() != b"{":
                     pass
             ended = len(opened) < level or (depth > len(opened) == level == 0)
