@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chattrain.chat import Malformed
 from chattrain.errors import RunFailed, UserError
 
 HANG_S = 60  # an input that takes longer hangs
@@ -100,7 +101,7 @@ def refusal(act: Callable[[], Any]) -> str | None:
     """The message with which an input is refused; None: it is handled."""
     try:
         act()
-    except (UserError, RunFailed) as error:
+    except (UserError, RunFailed, Malformed) as error:
         said = str(error)
         assert said.strip() and "Traceback" not in said, said
         return said

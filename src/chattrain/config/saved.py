@@ -14,6 +14,7 @@ from chattrain.config.collator import CollatorConfig, JoiningCollatorConfig
 from chattrain.config.compose import LOCAL_KEYS, LOCAL_TO_COMPOSE, conf_dir, key_of
 from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.config.model import GPTConfig, HFModelConfig
+from chattrain.config.plain_yaml import read_yaml, section
 from chattrain.config.root import Config
 from chattrain.config.schema import to_yaml
 from chattrain.config.targets import current_target
@@ -30,7 +31,7 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
     not the saved one brings its collator and its choice of evaluation; eval.also goes with the stage and the data. Keys that an
     earlier version did not have get their defaults. Raises UserError for a typed key that the saved part does not have.
     """
-    saved, now = yaml.safe_load(config_yaml), yaml.safe_load(to_yaml(cfg))
+    saved, now = read_yaml(config_yaml), yaml.safe_load(to_yaml(cfg))
     typed = {key_of(override): override.partition("=")[2] for override in overrides if override != LOCAL_TO_COMPOSE}
     stage = saved.get("stage", cfg.stage)
     other_stage = "stage" in typed and typed["stage"] != stage
@@ -41,7 +42,8 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
         replaced |= name == "collator" and other_stage  # a stage sets its collator as a whole
         if "experiment" in typed or replaced or name not in saved:
             continue
-        tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
+        tree = copy.deepcopy(section(saved, name))
+        kind = _kind(name, tree, cfg)
         if name == "eval":
             tree |= {key: now[name][key] for key in _chosen(typed, other_stage, list(now[name]))}
             if "data" in typed or other_stage:
@@ -59,7 +61,7 @@ def with_saved(cfg: Config, config_yaml: str, overrides: list[str]) -> Config:
         if "_target_" in tree:
             part._target_ = current_target(tree["_target_"])
         setattr(result, name, part)
-    rows = saved.get("train", {})
+    rows = section(saved, "train")
     kept = {k: rows[k] for k in TRAIN_KEYS if rows.get(k) is not None and f"train.{k}" not in typed}
     if "train.device_batch_size" in typed:
         kept.pop("device_batch_tokens", None)  # it would win over what is typed

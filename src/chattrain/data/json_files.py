@@ -10,7 +10,6 @@ import gzip
 import json
 import mmap
 import re
-import shutil
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 
 from chattrain.chat import Malformed
 from chattrain.data.files import COMPRESSED
+from chattrain.data.limits import Unpacking, check_row
 from chattrain.data.places import Places
 from chattrain.errors import UserError
 from chattrain.tasks.columns import kind_of
@@ -45,8 +45,8 @@ class Span(NamedTuple):
 class JsonTable:
     """The records of JSON files. `paths`: the files as messages name them."""
 
-    def __init__(self, files: list[Path], paths: list[Path]):
-        self.files = files
+    def __init__(self, files: list[Path], paths: list[Path], max_row_mb: float):
+        self.files, self.max_row_mb = files, max_row_mb
         bounds, lines, starts = array("q"), array("q"), []
         of_lines = True
         for file in files:
@@ -67,12 +67,13 @@ class JsonTable:
         """Raises Malformed for what is no record."""
         file = self.files[int(np.searchsorted(self.starts, i, side="right")) - 1]
         start, stop = self.bounds[i].tolist()
+        check_row(stop - start, self.max_row_mb)
         with file.open("rb") as stream:
             stream.seek(start)
             return parse(stream.read(stop - start), cut=stop == file.stat().st_size)
 
 
-def first_records(file: Path, count: int) -> list[dict]:
+def first_records(file: Path, count: int, max_row_mb: float) -> list[dict]:
     """Those of the first `count` records that can be read, without reading the rest of the file.
 
     Raises Malformed with the place and reason of the very first where none can be read.
@@ -82,6 +83,7 @@ def first_records(file: Path, count: int) -> list[dict]:
         for i, (start, stop, line) in enumerate(islice(spans(file), count)):
             stream.seek(start)
             try:
+                check_row(stop - start, max_row_mb)
                 found.append(parse(stream.read(stop - start), cut=stop == file.stat().st_size))
             except Malformed as error:
                 reason = reason or f"{f'row {i}' if line is None else f'line {line}'}: {error}"
@@ -210,17 +212,17 @@ def is_compressed(file: Path) -> bool:
     return file.suffix.lower() in COMPRESSED
 
 
-def unpack(name: str, file: Path, out: Path) -> None:
-    """Write what a compressed file holds to `out`. Raises UserError if it cannot be read to its end."""
+def unpack(name: str, file: Path, out: Path, max_unpacked: float) -> None:
+    """Write what a compressed file holds to `out`. Raises UserError if it cannot be read to its end, or unpacks to more than it
+    may."""
     import pyarrow as pa
 
+    unpacked = Unpacking(name, file, max_unpacked)
     try:
-        with out.open("wb") as target:
-            if file.suffix.lower() == ".gz":
-                with gzip.open(file) as stream:
-                    shutil.copyfileobj(stream, target, 1 << 20)
-            else:
-                with pa.CompressedInputStream(pa.OSFile(str(file)), "zstd") as stream:
-                    shutil.copyfileobj(stream, target, 1 << 20)
+        packed = gzip.open(file) if file.suffix.lower() == ".gz" else pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")
+        with packed as stream, out.open("wb") as target:
+            while part := stream.read(1 << 20):
+                unpacked.add(len(part))
+                target.write(part)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"data source {name} ({file}) cannot be unpacked: {error}; fetch it again") from error

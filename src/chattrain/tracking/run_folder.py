@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from chattrain.config.plain_yaml import PlainLoader
 from chattrain.tracking.metrics import read_metrics
 
 Points = list[tuple[float, float]]  # (step, value)
@@ -149,16 +150,14 @@ def _text(path: Path) -> str:
 def _json(text: str) -> dict:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _yaml(text: str) -> dict:
     try:
-        content = yaml.load(
-            text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )  # plain values only: interpolations stay text
+        content = yaml.load(text, Loader=PlainLoader)  # interpolations stay text
     except Exception:  # cut off or malformed in any way; a report shows the text itself
         return {}
     return content if isinstance(content, dict) else {}
