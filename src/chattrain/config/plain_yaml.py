@@ -10,13 +10,17 @@ import yaml
 from chattrain.errors import UserError
 
 
-class PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """No tags, and no aliases: a few lines of them expand to gigabytes where they are written or compared."""
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*name), which a configuration does not need")
-        return super().compose_node(parent, index)
+
+def load_plain(text: str) -> Any:
+    """The plain values in a YAML text: no tags, and no aliases, of which a few lines expand to gigabytes where they are compared.
+
+    Raises yaml.YAMLError, or ValueError, TypeError or RecursionError, for anything else.
+    """
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=Loader)):
+        raise yaml.YAMLError("it has an alias (*name), which a configuration does not need")
+    return yaml.load(text, Loader=Loader)
 
 
 def read_yaml(text: str, source: str | Path = "config.yaml") -> dict[str, Any]:
@@ -25,7 +29,7 @@ def read_yaml(text: str, source: str | Path = "config.yaml") -> dict[str, Any]:
     Raises UserError, which names `source`, for anything else than plain values by name.
     """
     try:
-        content = yaml.load(text, Loader=PlainLoader)
+        content = load_plain(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}; take the one of another checkpoint") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

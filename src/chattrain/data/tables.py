@@ -34,8 +34,6 @@ class ArrowTable:
         for file, path in zip(files, paths, strict=True):
             starts.append(count)
             table = _open(name, file, path, limits)
-            if file == path:  # not of our own making
-                _validate(name, table, path)
             table = table.select(_indices(name, path, table.schema.names, schema))
             self.batches += [batch for batch in table.to_batches() if len(batch)]
             count += len(table)
@@ -63,7 +61,6 @@ def first_record(name: str, path: Path, limits: Limits) -> dict[str, Any]:
         batches = file.iter_batches(1, columns=[name for name in schema.names if name in USED])
     else:
         whole = _open(name, path, path, limits)
-        _validate(name, whole.slice(0, 1), path)
         schema, batches = whole.schema, iter(whole.slice(0, 1).to_batches())
     record = {field.name: "" for field in schema if not pa.types.is_null(field.type)}
     try:
@@ -115,18 +112,11 @@ def _open(name: str, file: Path, path: Path, limits: Limits) -> pa.Table:
             reader = batches = ipc.open_stream(source)
         found = []
         for batch in batches:
-            if file == path:
+            if file == path:  # not of our own making: offsets may point outside the file, where pyarrow would follow them
+                batch.validate(full=True)
                 unpacked.add(batch.nbytes)
             found.append(batch)
         return pa.Table.from_batches(found, reader.schema)
-    except (pa.ArrowException, OSError) as error:
-        raise _broken(name, path, error) from error
-
-
-def _validate(name: str, table: pa.Table, path: Path) -> None:
-    """Raises UserError for offsets that point outside the file, which pyarrow would follow, and for what is no UTF-8."""
-    try:
-        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise _broken(name, path, error) from error
 
