@@ -32,7 +32,11 @@ log = logging.getLogger("chattrain")
 
 FORMAT_VERSION = 1
 NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")  # files of every checkpoint
-STATE_TYPES = {"step": int, "tokens_seen": int, "supervised_tokens": int, "stage": str, "model": dict, "num_steps": int}
+STATE_TYPES = {
+    **dict.fromkeys(("step", "tokens_seen", "supervised_tokens", "num_steps"), int),
+    **dict.fromkeys(("stage", "data_fingerprint"), str),
+    "model": dict,
+}
 SCRATCH = ".writing"  # end of the name of a folder that a checkpoint is written to
 
 

@@ -188,7 +188,7 @@ def _eos_of_generation(folder: Path) -> set[int]:
         return set()
     ids = read_json(file).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(i) is int for i in ids):
+    if not all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids):
         raise UserError(f"{file}: eos_token_id={ids} must be an id or a list of ids")
     return set(ids)
 
