@@ -39,7 +39,9 @@ def licence(package: Distribution) -> str:
     told = package.metadata
     classified = [text.rpartition(" :: ")[2] for text in told.get_all("Classifier") or [] if text.startswith("License ::")]
     text = (told.get("License") or "").strip().partition("\n")[0]
-    return told.get("License-Expression") or ", ".join(name for name in classified if name != "OSI Approved") or text or "not named"
+    return (
+        told.get("License-Expression") or ", ".join(name for name in classified if name != "OSI Approved") or text or "not named"
+    )
 
 
 def main() -> None:

@@ -18,15 +18,37 @@ TYPED = [
     "schedule=cosine schedule.warmup_steps=10 +run.notes=x ~eval",
     "run.dir=runs/a init.from=scratch runs=[a,b]",
 ]
-ODD = [*TEXTS, "[", "]", "{", "{a:1}", "[[]]", "'", '"', "'a", "$", "${", "${a}", "${oc.env:NO}", "a=b", "1_000", "1e999", "nan", "-inf", "[1,2"]
+ODD = [
+    *TEXTS,
+    "[",
+    "]",
+    "{",
+    "{a:1}",
+    "[[]]",
+    "'",
+    '"',
+    "'a",
+    "$",
+    "${",
+    "${a}",
+    "${oc.env:NO}",
+    "a=b",
+    "1_000",
+    "1e999",
+    "nan",
+    "-inf",
+    "[1,2",
+]
 
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
     """Keys that there are with values that are odd, or what users type, with letters changed."""
     if draw(st.booleans()):
-        return [f"{draw(st.sampled_from(['', '+', '++', '~']))}{key}={draw(st.sampled_from(ODD) | st.text(max_size=12))}"
-                for key in draw(st.lists(st.sampled_from(known_keys()), min_size=1, max_size=2))]
+        return [
+            f"{draw(st.sampled_from(['', '+', '++', '~']))}{key}={draw(st.sampled_from(ODD) | st.text(max_size=12))}"
+            for key in draw(st.lists(st.sampled_from(known_keys()), min_size=1, max_size=2))
+        ]
     typed = draw(st.sampled_from(TYPED)).encode()
     return [word for word in draw(mutated_bytes(typed)).decode(errors="replace").split(" ") if word]
 

@@ -21,7 +21,10 @@ from tests.fuzz.inputs import dumps, for_all, forms, mutated_bytes, mutated_valu
 from tests.tiny_hf import ARGUMENTS, TOOLS, write_tokenizer
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "x"}}}
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}},
+}
 ROWS = {
     "messages": {
         "messages": [
@@ -51,7 +54,8 @@ ROWS = {
     "text": {"text": "some text"},
 }
 TALKS = [
-    {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]} for i in range(4)
+    {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
+    for i in range(4)
 ]
 
 
@@ -127,7 +131,9 @@ def test_a_mutated_file_gives_its_records_or_is_refused(tmp_path, tokenizer, nam
     )
 
 
-@pytest.mark.parametrize("content", [b"[" * 200_000 + b"}" * 200_000, b'{"a": "' + b'\\"' * 400_000, b'{["' * 200_000 + b"}" * 200_000])
+@pytest.mark.parametrize(
+    "content", [b"[" * 200_000 + b"}" * 200_000, b'{"a": "' + b'\\"' * 400_000, b'{["' * 200_000 + b"}" * 200_000]
+)
 def test_brackets_and_quotes_without_end_take_no_time(tmp_path, tokenizer, content):
     from tests.fuzz.inputs import no_hang
 
@@ -151,7 +157,9 @@ def test_a_row_above_the_limit_is_refused_with_the_key_that_raises_it(tmp_path, 
 def test_a_small_file_that_unpacks_to_gigabytes_is_refused_before_it_does(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("chattrain.data.limits.ALWAYS_MB", 4)
     parquet.write_table(pa.table({"text": ["x" * 100_000] * 1000}), tmp_path / "dictionary.parquet")
-    parquet.write_table(pa.table({"text": ["x" * 10_000_000]}), tmp_path / "page.parquet", use_dictionary=False, compression="zstd")
+    parquet.write_table(
+        pa.table({"text": ["x" * 10_000_000]}), tmp_path / "page.parquet", use_dictionary=False, compression="zstd"
+    )
     table = pa.table({"text": ["x" * 10_000_000]})
     with ipc.new_file(str(tmp_path / "a.arrow"), table.schema, options=ipc.IpcWriteOptions(compression="zstd")) as sink:
         sink.write_table(table)

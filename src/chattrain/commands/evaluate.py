@@ -12,12 +12,11 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-
 from chattrain import device
 from chattrain.config import Config
-from chattrain.config.plain_yaml import read_yaml, section
 from chattrain.config.compose import compose
 from chattrain.config.instantiate import instantiate_config
+from chattrain.config.plain_yaml import read_yaml, section
 from chattrain.config.words import Device, Part
 from chattrain.errors import UserError
 from chattrain.evals.paired import Difference, compare_answers, compare_losses

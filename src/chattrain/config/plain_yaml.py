@@ -9,7 +9,6 @@ import yaml
 
 from chattrain.errors import UserError
 
-
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 

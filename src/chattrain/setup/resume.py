@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-
 from chattrain.config import Config
 from chattrain.config.changes import flatten
 from chattrain.config.on_resume import BY_CONTENT, Change, is_within, on_resume

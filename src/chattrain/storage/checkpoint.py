@@ -219,11 +219,15 @@ def load_state(folder: Path) -> CheckpointState:
     state = read_json(folder / "state.json")
     version = state.get("format_version", 0)
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(f"{folder} has format_version {version}, this chattrain reads up to {FORMAT_VERSION}; install a newer one")
+        raise UserError(
+            f"{folder} has format_version {version}, this chattrain reads up to {FORMAT_VERSION}; install a newer one"
+        )
     known = {field.name: state[field.name] for field in fields(CheckpointState) if field.name in state}
     for name, kind in STATE_TYPES.items():
         if type(state.get(name)) is not kind:
-            raise UserError(f"{folder / 'state.json'}: {name}={state.get(name)!r:.80} is no {kind.__name__}; take another checkpoint")
+            raise UserError(
+                f"{folder / 'state.json'}: {name}={state.get(name)!r:.80} is no {kind.__name__}; take another checkpoint"
+            )
     return CheckpointState(**known)
 
 
