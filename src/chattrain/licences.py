@@ -37,11 +37,14 @@ def canonical(name: str) -> str:
 def licence(package: Distribution) -> str:
     """The licence that a package names: its SPDX expression, else its classifiers, else the first line of its text."""
     told = package.metadata
-    classified = [text.rpartition(" :: ")[2] for text in told.get_all("Classifier") or [] if text.startswith("License ::")]
-    text = (told.get("License") or "").strip().partition("\n")[0]
-    return (
-        told.get("License-Expression") or ", ".join(name for name in classified if name != "OSI Approved") or text or "not named"
-    )
+
+    def named(key: str) -> list[str]:
+        return told.get_all(key) or []
+
+    classified = [text.rpartition(" :: ")[2] for text in named("Classifier") if text.startswith("License ::")]
+    texts = [text.strip().partition("\n")[0] for text in named("License")]
+    ordered = [*named("License-Expression"), ", ".join(name for name in classified if name != "OSI Approved"), *texts]
+    return next(filter(None, ordered), "not named")
 
 
 def main() -> None:

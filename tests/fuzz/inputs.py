@@ -84,12 +84,12 @@ def for_all(count: int, inputs: st.SearchStrategy[T], check: Callable[[T], None]
 
 
 @contextmanager
-def no_hang() -> Iterator[None]:
+def no_hang(seconds: int = HANG_S) -> Iterator[None]:
     def hangs(*_: Any) -> None:
-        raise AssertionError(f"an input takes longer than {HANG_S} s")
+        raise AssertionError(f"an input takes longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(HANG_S)
+    signal.alarm(seconds)
     try:
         yield
     finally:

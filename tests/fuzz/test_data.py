@@ -11,13 +11,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc, parquet
 
+from chattrain.chat import render
 from chattrain.config.data import Limits, SourceConfig
 from chattrain.config.words import Schema
 from chattrain.data.cache import load_or_tokenize
 from chattrain.data.sources import open_records
 from chattrain.errors import UserError
 from chattrain.tokenizer import Tokenizer
-from tests.fuzz.inputs import dumps, for_all, forms, mutated_bytes, mutated_values, refusal
+from tests.fuzz.inputs import HANG_S, dumps, for_all, forms, mutated_bytes, mutated_values, no_hang, refusal
 from tests.tiny_hf import ARGUMENTS, TOOLS, write_tokenizer
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "x"}}}
@@ -131,12 +132,11 @@ def test_a_mutated_file_gives_its_records_or_is_refused(tmp_path, tokenizer, nam
     )
 
 
-@pytest.mark.parametrize(
-    "content", [b"[" * 200_000 + b"}" * 200_000, b'{"a": "' + b'\\"' * 400_000, b'{["' * 200_000 + b"}" * 200_000]
-)
-def test_brackets_and_quotes_without_end_take_no_time(tmp_path, tokenizer, content):
-    from tests.fuzz.inputs import no_hang
+N = 200_000
 
+
+@pytest.mark.parametrize("content", [b"[" * N + b"}" * N, b'{"a": "' + b'\\"' * 2 * N, b'{["' * N + b"}" * N])
+def test_brackets_and_quotes_without_end_take_no_time(tmp_path, tokenizer, content):
     with no_hang():
         check_file(tmp_path / "a.json", b"[\n" + content, tokenizer, tmp_path / "cache")
 
@@ -170,3 +170,31 @@ def test_a_small_file_that_unpacks_to_gigabytes_is_refused_before_it_does(tmp_pa
         with pytest.raises(UserError, match=f"{name}.* times its size.*data.max_unpacked"):
             load_or_tokenize("mine", SourceConfig(str(tmp_path / name), Schema.text), tokenizer, tmp_path / "cache")
         assert not list((tmp_path / "cache").rglob("*.jsonl"))
+
+
+def conversations(count: int) -> dict[str, list[dict]]:
+    calls = [{"id": f"c{i}", "function": {"name": "f", "arguments": {}}} for i in range(count)]
+    results = [{"role": "tool", "tool_call_id": f"c{i}", "content": "r"} for i in range(count)]
+    callers = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
+    hi = {"role": "user", "content": "Hi"}
+    return {
+        "turns": [hi, {"role": "assistant", "content": "Yo"}] * count,
+        "calls of one message": [hi, {"role": "assistant", "content": "", "tool_calls": calls}, *results],
+        "calls one after the other": [hi, *(m for pair in zip(callers, results, strict=True) for m in pair)],
+    }
+
+
+@pytest.mark.parametrize("kind", ["turns", "calls of one message", "calls one after the other"])
+@pytest.mark.parametrize("size", [20_000, pytest.param(500_000, marks=pytest.mark.slow)])
+def test_a_conversation_of_any_length_is_rendered_in_time_that_grows_with_it(tokenizer, size, kind):
+    """Half a million pairs are a million messages. What grows with the square of their number hangs at this size."""
+    with no_hang(600 if size > 20_000 else HANG_S):
+        rendered = render({"messages": conversations(size)[kind]}, tokenizer, None)
+    assert len(rendered.ids) == len(rendered.loss_mask) > size
+
+
+@pytest.mark.parametrize("size", [5_000, pytest.param(500_000, marks=pytest.mark.slow)])
+def test_a_long_conversation_is_rendered_by_a_template(hugging_face, size):
+    with no_hang(600 if size > 5_000 else HANG_S):
+        rendered = render({"messages": conversations(size)["turns"]}, hugging_face, None)
+    assert sum(rendered.loss_mask) > size

@@ -186,8 +186,8 @@ class Finder:
         if count > MOST_FIELDS:  # each costs a rendering of the whole conversation
             name = next(field for message in talk.messages for field in message.rest)
             raise Malformed(
-                f"its messages have {count:,} fields such as `{name}` beside role and content, of which {MOST_FIELDS:,} at most can "
-                f"be checked; leave them out with data.ignore=[{name}]"
+                f"its messages have {count:,} fields such as `{name}` beside role and content, of which at most {MOST_FIELDS:,} "
+                f"can be checked; leave them out with data.ignore=[{name}]"
             )
         for i, message in enumerate(talk.messages):
             for field, value in message.rest.items():

@@ -44,9 +44,7 @@ def render_template(
             return backend.apply_chat_template(
                 messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-    except (
-        Exception
-    ) as error:  # the template is a program: it may divide by zero, recurse without end, or ask for too much memory
+    except Exception as error:  # the template is a program: it may divide by zero, or recurse without end
         raise Malformed(f"the chat template refuses it: {error}") from None
 
 

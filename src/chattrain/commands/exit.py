@@ -34,6 +34,6 @@ def report_error(error: BaseException) -> int:
 
 
 def _is_of_composing(error: BaseException) -> bool:
-    """Was it raised while Hydra read the YAML files? Some that are malformed end in a ValueError, an AssertionError, or yaml's own."""
+    """Was it raised while Hydra read the YAML files? Some that are malformed end in a ValueError, or in one of yaml's own."""
     frames = traceback.extract_tb(error.__traceback__) if isinstance(error, Exception) else []
     return not isinstance(error, UserError | RunFailed) and any(f.filename.endswith("config_loader_impl.py") for f in frames)

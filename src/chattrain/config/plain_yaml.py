@@ -23,7 +23,7 @@ def load_plain(text: str) -> Any:
 
 
 def read_yaml(text: str, source: str | Path = "config.yaml") -> dict[str, Any]:
-    """The settings in a YAML text. Texts such as `${oc.env:HOME}` are refused: they would be replaced where the settings are used.
+    """The settings in a YAML text. Texts such as `${oc.env:HOME}` are refused: they would be replaced where settings are used.
 
     Raises UserError, which names `source`, for anything else than plain values by name.
     """

@@ -29,8 +29,8 @@ from chattrain.tasks.columns import kind_of
 BOM = b"\xef\xbb\xbf"
 FIRST_LINE = 1 << 20  # bytes in which the first line must end for the file to be one of lines
 RELEASE = 1 << 25  # bytes of a mapped file after which its memory is given back
-# Strings as a whole, a quote whose string does not end on its line, what nests, and whatever is escaped, so that no search for the
-# end of a string begins at a quote within it. A string of JSON has no line break.
+# Strings as a whole, a quote whose string does not end on its line, what nests, and what is escaped: no search for the end of a
+# string begins at a quote within it. A string of JSON has no line break.
 _TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|"|\\.|[\[\]{},]', re.DOTALL)
 
 
@@ -219,8 +219,8 @@ def unpack(name: str, file: Path, out: Path, max_unpacked: float) -> None:
 
     unpacked = Unpacking(name, file, max_unpacked)
     try:
-        packed = gzip.open(file) if file.suffix.lower() == ".gz" else pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")
-        with packed as stream, out.open("wb") as target:
+        open_packed = gzip.open if file.suffix.lower() == ".gz" else lambda file: pa.CompressedInputStream(str(file), "zstd")
+        with open_packed(file) as stream, out.open("wb") as target:
             while part := stream.read(1 << 20):
                 unpacked.add(len(part))
                 target.write(part)

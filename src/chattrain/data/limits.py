@@ -30,5 +30,5 @@ class Unpacking:
         if self.size > self.most:
             raise UserError(
                 f"data source {self.name} ({self.file}) unpacks to over {self.most / 2**20:,.0f} MiB, more than "
-                f"{self.max_unpacked:g} times its size: it looks made to fill this machine; if you trust it, raise data.max_unpacked"
+                f"{self.max_unpacked:g} times its size: it looks made to fill a machine; if you trust it, raise data.max_unpacked"
             )

@@ -93,7 +93,7 @@ def to_arrow(name: str, path: Path, schema: str, out: Path, limits: Limits) -> N
 
 
 def _batch_size(metadata: parquet.FileMetaData) -> int:
-    """Records that are converted at a time: fewer where a file is packed so well that each may be a long text that is stored once."""
+    """Records that are converted at a time: fewer where a file is packed so well that each may be a text that is stored once."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     columns = [group.column(j) for group in groups for j in range(group.num_columns)]
     suspects = [c.total_uncompressed_size for c in columns if c.total_uncompressed_size > WELL_PACKED * c.total_compressed_size]
