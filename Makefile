@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints run test test-fast test-slow faults real lint bench gpu-check ui clean
+.PHONY: help setup constraints licences run test test-fast test-slow faults real lint bench gpu-check ui clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,6 +27,9 @@ constraints: ## pin every dependency anew: constraints.txt, which setup installs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	echo 'torch==$(TORCH)' | $(COMPILE) --universal -c - -o constraints.txt
 	$(COMPILE) --resolution lowest-direct --python-platform linux -o constraints-lowest.txt
+
+licences: setup ## the packages that chattrain needs, each with its version and licence
+	$(BIN)/python -m chattrain.licences
 
 run: setup ## from nothing to a chat model: base -> mid -> sft on the demo data, a few minutes on 2 cores
 	$(BIN)/python -m chattrain -m stage=base,mid,sft experiment=quickstart

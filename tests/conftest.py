@@ -83,6 +83,9 @@ INTEGRATION = [
     "tasks/test_generated.py::test_rows_are_the_same_in_every_process",
     "test_torch_compat.py::test_compiling_",
     "real/test_smollm2.py",
+    "fuzz/test_folders.py",
+    "fuzz/test_command_lines.py",
+    "test_offline.py",
 ]
 
 

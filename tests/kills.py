@@ -133,6 +133,7 @@ OTHER_FAULTS = {
     "a second writer, a killed owner, no locks": ["tests/storage/test_lock.py"],
     "Ctrl-C and SIGTERM; damaged newest checkpoints; other settings": ["tests/setup/test_resume.py"],
     "a rank that raises, hangs, freezes or dies": ["tests/parallel/test_launch.py"],
+    "files, rows, command lines and folders of strangers, mutated": ["tests/fuzz", "-m", "slow"],
     "MLflow servers that refuse, hang, fail or go down": ["tests/tracking", "-k", "server or mlflow"],
 }
 

@@ -23,6 +23,7 @@ CALL = {"id": "call00001", "function": {"name": "lookup", "arguments": {"key": "
 RESULT = {"role": "tool", "name": "lookup", "tool_call_id": "call00001", "content": "finding"}
 WITH_TOOL = {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT]}
 PLACE = "the chat template"
+MOST_FIELDS = 1000  # of the messages of one conversation, beside those that every template knows
 
 
 class LeftOut(Malformed):
@@ -51,7 +52,8 @@ class Finder:
     def find(self, talk: Conversation) -> Located:
         """The conversation, rendered in the first form in which the template keeps all of it. Raises Malformed."""
         for message in talk.messages:
-            for text in strings_of([message.text, message.thought, message.calls, message.links, message.rest]):
+            parsed = [call.as_object for call in message.calls]  # a template may write them without JSON's escapes
+            for text in strings_of([message.text, message.thought, message.calls, parsed, message.links, message.rest]):
                 self.refuse_special_tokens(f"message {message.index}", text)
         for text in strings_of(talk.tools):
             self.refuse_special_tokens("`tools`", text)
@@ -180,6 +182,13 @@ class Finder:
     def _check_other_fields(self, talk: Conversation, located: Located) -> None:
         """Raises LeftOut for a field that changes nothing in the rendered text."""
         messages = located.messages
+        count = sum(len(message.rest) for message in talk.messages)
+        if count > MOST_FIELDS:  # each costs a rendering of the whole conversation
+            name = next(field for message in talk.messages for field in message.rest)
+            raise Malformed(
+                f"its messages have {count:,} fields such as `{name}` beside role and content, of which at most {MOST_FIELDS:,} "
+                f"can be checked; leave them out with data.ignore=[{name}]"
+            )
         for i, message in enumerate(talk.messages):
             for field, value in message.rest.items():
                 without = [*messages[:i], {k: v for k, v in messages[i].items() if k != field}, *messages[i + 1 :]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -97,8 +97,8 @@ def to_segments(
     for message in messages:
         turn += message.role == "user"
         turn_of.append(max(turn, 0))
-    for block in blocks:
-        turns[block.begin :] = turn_of[block.message]
+    for block, following in zip_longest(blocks, blocks[1:]):
+        turns[block.begin : following.begin if following else None] = turn_of[block.message]
         if messages[block.message].role == "assistant":
             kinds[block.reply : block.end] = Kind.ASSISTANT
     for piece, span in zip(pieces, spans, strict=True):

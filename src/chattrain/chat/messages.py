@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -235,13 +236,15 @@ def _paired(caller: Message, results: list[Message]) -> list[Message]:
 
 def _sorted(caller: Message, results: list[Message], keys: list, given: list, what: str) -> list[Message]:
     """The results in the order of `keys`, those of the calls; `given`: the key of each result."""
+    asked, answered = Counter(map(repr, keys)), Counter(map(repr, given))  # they may be of any type
     for result, key in zip(results, given, strict=True):
-        if key not in keys or keys.count(key) > 1 or given.count(key) > 1:
-            raise Malformed(f"message {result.index}: {what}={key!r} is not that of one call of message {caller.index}")
-    missing = next((keys.index(key) for key in keys[: len(given)] if key not in given), None)
-    if missing is not None:
-        raise Malformed(f"message {caller.index}: its call of {caller.calls[missing].name} has no result, but a later call has")
-    return [results[given.index(key)] for key in keys[: len(given)]]
+        if asked[repr(key)] != 1 or answered[repr(key)] != 1:
+            raise Malformed(f"message {result.index}: {what}={key!r:.80} is not that of one call of message {caller.index}")
+    result_of = dict(zip(map(repr, given), results, strict=True))
+    for call, key in zip(caller.calls, keys[: len(given)], strict=False):
+        if repr(key) not in result_of:
+            raise Malformed(f"message {caller.index}: its call of {call.name} has no result, but a later call has")
+    return [result_of[repr(key)] for key in keys[: len(given)]]
 
 
 def _linked(call: Call, result: Message) -> Message:

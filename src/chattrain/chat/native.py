@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import takewhile, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 from chattrain.chat.fields import refused_field
@@ -145,20 +145,29 @@ def _reply_segments(messages: list[Message]) -> list[Segment]:
     if not messages:
         return []
     segments: list[Segment] = []
-    for at, message in enumerate(messages):
-        if message.role == "assistant":
-            results = list(takewhile(lambda following: following.role == "tool", messages[at + 1 :]))
-            segments += _flagged(_parts_segments(message.parts), message.off)
-            calls = [Part("python", f"{call.name}({call.as_text})") for call in message.calls]
-            waiting = len(calls) or sum({"python": 1, "python_output": -1}.get(part.kind, 0) for part in message.parts)
-            if len(results) > max(waiting, 0):
-                raise Malformed(f"message {results[0].index} is from 'tool', but no call before it waits for a result")
-            for call, result in zip_longest(calls, results):
-                segments += _flagged(_parts_segments([call]), message.off) if call else []
-                segments += _flagged(_parts_segments([Part("python_output", result.text)]), result.off) if result else []
+    for message, results in _with_results(messages):
+        segments += _flagged(_parts_segments(message.parts), message.off)
+        calls = [Part("python", f"{call.name}({call.as_text})") for call in message.calls]
+        waiting = len(calls) or sum({"python": 1, "python_output": -1}.get(part.kind, 0) for part in message.parts)
+        if len(results) > max(waiting, 0):
+            raise Malformed(f"message {results[0].index} is from 'tool', but no call before it waits for a result")
+        for call, result in zip_longest(calls, results):
+            segments += _flagged(_parts_segments([call]), message.off) if call else []
+            segments += _flagged(_parts_segments([Part("python_output", result.text)]), result.off) if result else []
     all_off = all(message.off for message in messages if message.role == "assistant")
     end = _flagged([TARGET_TOKENS[ASSISTANT_END]], messages[-1].off) if messages[-1].role == "assistant" else []
     return [*_flagged([CONTEXT_TOKENS[ASSISTANT_START]], all_off), *segments, *end]
+
+
+def _with_results(messages: list[Message]) -> list[tuple[Message, list[Message]]]:
+    """Each message of the assistant with the results of tools behind it."""
+    grouped: list[tuple[Message, list[Message]]] = []
+    for message in messages:
+        if message.role == "assistant":
+            grouped.append((message, []))
+        else:
+            grouped[-1][1].append(message)
+    return grouped
 
 
 def _parts_segments(parts: list[Part]) -> list[Segment]:

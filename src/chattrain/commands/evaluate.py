@@ -12,12 +12,11 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from chattrain import device
 from chattrain.config import Config
 from chattrain.config.compose import compose
 from chattrain.config.instantiate import instantiate_config
+from chattrain.config.plain_yaml import read_yaml, section
 from chattrain.config.words import Device, Part
 from chattrain.errors import UserError
 from chattrain.evals.paired import Difference, compare_answers, compare_losses
@@ -108,7 +107,7 @@ def score_on_test(run_dir: Path) -> dict | None:
         return None
     cfg = compose(["command=evaluate", "tracking=none"])
     own = with_own_settings(cfg, folder, overrides=[])
-    saved = yaml.safe_load((folder / "config.yaml").read_text())["train"]
+    saved = section(read_yaml((folder / "config.yaml").read_text()), "train")
     own.train.device = Device[str(saved.get("device", "auto"))]
     own.eval.on = Part.test
     own.eval.validation = own.eval.validation and bool(own.data.mixture(own.stage).test)

@@ -19,7 +19,7 @@ SPEAK_FIRST_S = 2.0  # seconds that a silent rank waits before it ends: torchrun
 
 def report_error(error: BaseException) -> int:
     """Print the error on stderr, one message or, for a bug, a traceback; returns the exit status. One rank prints for all."""
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, HydraException | OmegaConfBaseException) or _is_of_composing(error):
         error = explain(error)
     if isinstance(error, OtherRankFailed):
         time.sleep(SPEAK_FIRST_S + REPORT_DELAY_S)
@@ -32,3 +32,9 @@ def report_error(error: BaseException) -> int:
         return error.exit_status
     print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return 1
+
+
+def _is_of_composing(error: BaseException) -> bool:
+    """Was it raised while Hydra read the YAML files? Some that are malformed end in a ValueError, or in one of yaml's own."""
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, Exception) else []
+    return not isinstance(error, UserError | RunFailed) and any(f.filename.endswith("config_loader_impl.py") for f in frames)

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from chattrain.config import Config
+from chattrain.config.plain_yaml import read_yaml, section
 from chattrain.config.trusted import check_section
 from chattrain.config.words import Format
 from chattrain.errors import UserError
@@ -69,7 +69,7 @@ def _write(folder: Path, source: Path, format: Format) -> None:
     state = checkpoint.load_state(source)
     if format == Format.mlflow:  # it builds the model by config.yaml where it is served
         file = source / "config.yaml"
-        check_section("model", yaml.safe_load(file.read_text())["model"], file, current_job().config_dirs)
+        check_section("model", section(read_yaml(file.read_text(), file), "model", file), file, current_job().config_dirs)
         mlflow_model.write(folder, source)
     else:
         _write_hf(folder, source, state)
@@ -82,7 +82,7 @@ def _write_hf(folder: Path, source: Path, state: checkpoint.CheckpointState) -> 
     if "model_type" in state.model:
         _write_hf_model(folder, source, weights, tokenizer)
     else:
-        seq_len = yaml.safe_load((source / "config.yaml").read_text())["train"]["seq_len"]
+        seq_len = section(read_yaml((source / "config.yaml").read_text()), "train")["seq_len"]
         if not isinstance(tokenizer, Tokenizer):
             raise UserError(
                 f"{source} was trained with a Hugging Face tokenizer that no tiktoken encoding expresses, so its model cannot be "

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
 from chattrain.config.quoting import as_argument
 from chattrain.config.words import OnMalformed, Part, Schema, WeightBy
 from chattrain.errors import UserError
+
+MAX_ROW_MB, MAX_UNPACKED = 64.0, 100.0
+
+
+class Limits(NamedTuple):
+    """How large data may be."""
+
+    row_mb: float = MAX_ROW_MB
+    unpacked: float = MAX_UNPACKED
 
 
 @dataclass
@@ -42,6 +51,8 @@ class MixtureConfig:
 class DataConfig:
     cache_dir: str | None = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
     on_malformed: OnMalformed = OnMalformed.refuse
+    max_row_mb: float = MAX_ROW_MB  # MiB of a row, unpacked; larger ones are malformed
+    max_unpacked: float = MAX_UNPACKED  # times its size that a compressed file may unpack to; 1 GiB is always allowed
     ignore: list[str] = field(default_factory=list)  # fields of messages, or `tools`, to leave out instead of refusing the row
     workers: int | None = None  # processes that tokenise; null: one for each core
     weight_by: WeightBy = WeightBy.documents  # what the weights of sources are shares of: an epoch's documents or its tokens
@@ -66,8 +77,15 @@ class DataConfig:
             raise UserError("this data has no base text for data.replay or eval.also; add data.stages.base in its YAML file")
         return getattr(self.stages["base"], part)
 
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_row_mb, self.max_unpacked)
+
     def check(self) -> None:
         """Raises UserError for a value out of range, and for a mixture in which only some sources have a weight."""
+        for key, limit in (("max_row_mb", self.max_row_mb), ("max_unpacked", self.max_unpacked)):
+            if not limit > 0:
+                raise UserError(f"data.{key}={limit} must be above 0")
         if not 0 <= self.replay < 1:
             raise UserError(f"data.replay={self.replay} must be a share of the tokens, from 0 to below 1")
         if self.workers is not None and self.workers < 1:

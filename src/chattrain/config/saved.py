@@ -16,6 +16,7 @@ from chattrain.config.compose import LOCAL_KEYS, LOCAL_TO_COMPOSE, conf_dir, key
 from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
 from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.optimizer import AdamWConfig, MuonAdamWConfig
+from chattrain.config.plain_yaml import read_yaml, section
 from chattrain.config.root import Config
 from chattrain.config.schedule import DecayScheduleConfig, ShapedScheduleConfig
 from chattrain.config.schema import with_credentials
@@ -43,7 +44,7 @@ def with_saved(cfg: Config, file: Path, overrides: list[str], config_dirs: list[
     earlier version did not have get their defaults. `config_dirs`: of this call, whose parts may be built. Raises UserError for a
     typed key that the saved part does not have, and for a part that is neither ours nor theirs.
     """
-    saved, now = yaml.safe_load(file.read_text()), yaml.safe_load(with_credentials(cfg))
+    saved, now = read_yaml(file.read_text(), file), yaml.safe_load(with_credentials(cfg))
     typed = {key_of(override): override.partition("=")[2] for override in overrides if override != LOCAL_TO_COMPOSE}
     stage = saved.get("stage", cfg.stage)
     other_stage = "stage" in typed and typed["stage"] != stage
@@ -55,8 +56,9 @@ def with_saved(cfg: Config, file: Path, overrides: list[str], config_dirs: list[
         replaced |= name == "collator" and other_stage  # a stage sets its collator as a whole
         if "experiment" in typed or replaced or name not in saved:
             continue
-        check_section(name, saved[name], file, config_dirs)
-        tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
+        tree = copy.deepcopy(section(saved, name, file))
+        check_section(name, tree, file, config_dirs)
+        kind = _kind(name, tree, cfg)
         if name == "eval":
             tree |= {key: now[name][key] for key in _chosen(typed, other_stage, list(now[name]))}
             if "data" in typed or other_stage:
@@ -70,7 +72,7 @@ def with_saved(cfg: Config, file: Path, overrides: list[str], config_dirs: list[
         if "_target_" in tree:
             part._target_ = current_target(tree["_target_"])
         setattr(result, name, part)
-    rows = saved.get("train", {})
+    rows = section(saved, "train")
     kept = {k: rows[k] for k in TRAIN_KEYS if rows.get(k) is not None and f"train.{k}" not in typed}
     if "train.device_batch_size" in typed:
         kept.pop("device_batch_tokens", None)  # it would win over what is typed
@@ -88,7 +90,7 @@ def repeated(cfg: Config, file: Path, overrides: list[str], config_dirs: list[st
     Raises UserError for any other typed key, which would make it another run, and for a part that is neither ours nor of
     `config_dirs`.
     """
-    saved, now = yaml.safe_load(file.read_text()), yaml.safe_load(to_yaml(cfg))
+    saved, now = read_yaml(file.read_text(), file), yaml.safe_load(with_credentials(cfg))
     given = [key_of(override) for override in overrides if override != LOCAL_TO_COMPOSE]
     typed = [key for key in given if not key.startswith("hydra.") and key != "command"]
     for key in typed:
@@ -99,8 +101,9 @@ def repeated(cfg: Config, file: Path, overrides: list[str], config_dirs: list[st
     result.stage = saved["stage"]
     for name in TRAINING:
         if name in saved:
-            check_section(name, saved[name], file, config_dirs)
-            tree, kind = copy.deepcopy(saved[name]), _kind(name, saved[name], cfg)
+            tree = copy.deepcopy(section(saved, name, file))
+            check_section(name, tree, file, config_dirs)
+            kind = _kind(name, tree, cfg)
             for key in (key for key in typed if key.startswith(f"{name}.")):
                 _refuse_unknown(key, tree, kind)
                 _copy_value(now, {name: tree}, key)

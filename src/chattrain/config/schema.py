@@ -75,9 +75,27 @@ def from_hydra(composed: Any) -> Config:
     assert isinstance(cfg, Config)
     for part in (cfg.model, cfg.collator, cfg.optimizer, cfg.schedule):
         part._target_ = current_target(part._target_)
+    _check_paths(cfg)
     cfg.check()
     cfg.run.root = str(Path(cfg.run.root).expanduser())
     return cfg
+
+
+def _check_paths(cfg: Config) -> None:
+    """Raises UserError for a path that cannot be followed: a link to itself, `~` of nobody."""
+    paths = {
+        "run.root": cfg.run.root,
+        "run.dir": cfg.run.dir,
+        "init.from": cfg.init.source,
+        "tokenizer.path": cfg.tokenizer.path,
+        "data.cache_dir": cfg.data.cache_dir,
+        "export.dir": cfg.export.dir,
+    }
+    for key, path in paths.items():
+        try:
+            Path(path or "").expanduser().resolve()
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"{key}={path!r:.200} cannot be followed: {error}") from error
 
 
 def _with_own_schemas(composed: DictConfig) -> DictConfig:

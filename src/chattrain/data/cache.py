@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from chattrain.chat import Encoded, Kind, Segment, chat_format
-from chattrain.config.data import SourceConfig
+from chattrain.config.data import Limits, SourceConfig
 from chattrain.data.loss_weights import last_turn
 from chattrain.data.malformed import MalformedRows
 from chattrain.data.places import Places
 from chattrain.data.records import Records
-from chattrain.data.sources import identity, open_records, with_schema
+from chattrain.data.sources import LIMITS, identity, open_records, with_schema
 from chattrain.storage.files import make_folder
 from chattrain.tasks import record_to_segments
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
@@ -99,6 +99,7 @@ def load_or_tokenize(
     skip_malformed: bool = False,
     workers: int | None = None,
     ignore: Sequence[str] = (),
+    limits: Limits = LIMITS,
 ) -> TokenizedSource:
     """The source's documents, from the cache if it holds them; otherwise they are rendered, tokenised and cached first.
 
@@ -106,18 +107,23 @@ def load_or_tokenize(
     for a malformed record, with its source, number and reason (with skip_malformed the record is left out and counted instead),
     and for a source without a usable record.
     """
-    source = with_schema(name, source, cache_dir)
-    key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed, ignore)
+    source = with_schema(name, source, cache_dir, limits)
+    key = _key(identity(name, source, cache_dir), source, tokenizer, skip_malformed, ignore, limits)
     folder = cache_dir / "tokens" / key
     if not (folder / "meta.json").is_file():
-        records = open_records(name, source, cache_dir)
-        chunks = render_all(name, source, records, tokenizer, cache_dir, skip_malformed, workers, ignore)
+        records = open_records(name, source, cache_dir, limits)
+        chunks = render_all(name, source, records, tokenizer, cache_dir, skip_malformed, workers, ignore, limits)
         make_folder(folder, lambda scratch: _write(scratch, records, chunks, _token_dtype(tokenizer)))
     return _open(name, folder)
 
 
 def _key(
-    source_identity: list, source: SourceConfig, tokenizer: AnyTokenizer, skip_malformed: bool, ignore: Sequence[str]
+    source_identity: list,
+    source: SourceConfig,
+    tokenizer: AnyTokenizer,
+    skip_malformed: bool,
+    ignore: Sequence[str],
+    limits: Limits,
 ) -> str:
     inputs = [
         FORMAT_VERSION,
@@ -128,6 +134,7 @@ def _key(
         source.part,
         tokenizer.fingerprint(),
         skip_malformed,
+        *([limits.row_mb] if limits.row_mb != LIMITS.row_mb else []),
         *([sorted(ignore)] if ignore else []),  # so that caches of data without it keep their keys
     ]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
@@ -226,6 +233,7 @@ def render_all(
     skip_malformed: bool,
     workers: int | None,
     ignore: Sequence[str] = (),
+    limits: Limits = LIMITS,
 ) -> Iterator[Chunk]:
     """Chunks in the order of the records, made by this process or a pool of them. Shows a progress bar on a terminal."""
     from rich.progress import track
@@ -249,7 +257,7 @@ def render_all(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            work = ((name, source, cache_dir, folder, s, skip_malformed, ignore) for s in starts)
+            work = ((name, source, cache_dir, folder, s, skip_malformed, ignore, limits) for s in starts)
             yield from with_progress_bar(pool.map(_render_in_worker, work))
 
 
@@ -263,11 +271,11 @@ def _stderr_console():
 _opened: dict[str, tuple[Records, AnyTokenizer]] = {}
 
 
-def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool, Sequence[str]]) -> Chunk:
-    name, source, cache_dir, folder, start, skip_malformed, ignore = work
+def _render_in_worker(work: tuple[str, SourceConfig, Path, str, int, bool, Sequence[str], Limits]) -> Chunk:
+    name, source, cache_dir, folder, start, skip_malformed, ignore, limits = work
     if folder not in _opened:
         _opened.clear()
-        _opened[folder] = open_records(name, source, cache_dir), Tokenizer.load(folder)
+        _opened[folder] = open_records(name, source, cache_dir, limits), Tokenizer.load(folder)
     records, tokenizer = _opened[folder]
     return _render(source, records, start, tokenizer, skip_malformed, ignore)
 

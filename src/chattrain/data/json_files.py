@@ -10,7 +10,6 @@ import gzip
 import json
 import mmap
 import re
-import shutil
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 
 from chattrain.chat import Malformed
 from chattrain.data.files import COMPRESSED
+from chattrain.data.limits import Unpacking, check_row
 from chattrain.data.places import Places
 from chattrain.errors import UserError
 from chattrain.tasks.columns import kind_of
@@ -29,8 +29,9 @@ from chattrain.tasks.columns import kind_of
 BOM = b"\xef\xbb\xbf"
 FIRST_LINE = 1 << 20  # bytes in which the first line must end for the file to be one of lines
 RELEASE = 1 << 25  # bytes of a mapped file after which its memory is given back
-# Strings as a whole, a quote whose string does not end on its line, and what nests. A string of JSON has no line break.
-_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|"|[\[\]{},]', re.DOTALL)
+# Strings as a whole, a quote whose string does not end on its line, what nests, and what is escaped: no search for the end of a
+# string begins at a quote within it. A string of JSON has no line break.
+_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|"|\\.|[\[\]{},]', re.DOTALL)
 
 
 class Span(NamedTuple):
@@ -44,8 +45,8 @@ class Span(NamedTuple):
 class JsonTable:
     """The records of JSON files. `paths`: the files as messages name them."""
 
-    def __init__(self, files: list[Path], paths: list[Path]):
-        self.files = files
+    def __init__(self, files: list[Path], paths: list[Path], max_row_mb: float):
+        self.files, self.max_row_mb = files, max_row_mb
         bounds, lines, starts = array("q"), array("q"), []
         of_lines = True
         for file in files:
@@ -66,12 +67,13 @@ class JsonTable:
         """Raises Malformed for what is no record."""
         file = self.files[int(np.searchsorted(self.starts, i, side="right")) - 1]
         start, stop = self.bounds[i].tolist()
+        check_row(stop - start, self.max_row_mb)
         with file.open("rb") as stream:
             stream.seek(start)
             return parse(stream.read(stop - start), cut=stop == file.stat().st_size)
 
 
-def first_records(file: Path, count: int) -> list[dict]:
+def first_records(file: Path, count: int, max_row_mb: float) -> list[dict]:
     """Those of the first `count` records that can be read, without reading the rest of the file.
 
     Raises Malformed with the place and reason of the very first where none can be read.
@@ -81,6 +83,7 @@ def first_records(file: Path, count: int) -> list[dict]:
         for i, (start, stop, line) in enumerate(islice(spans(file), count)):
             stream.seek(start)
             try:
+                check_row(stop - start, max_row_mb)
                 found.append(parse(stream.read(stop - start), cut=stop == file.stat().st_size))
             except Malformed as error:
                 reason = reason or f"{f'row {i}' if line is None else f'line {line}'}: {error}"
@@ -170,16 +173,19 @@ def _values(stream: BinaryIO) -> Iterator[Span]:
         is_array = _TOKEN.search(text, start)[0] == b"["  # type: ignore[index]  # `_is_of_lines` has seen a bracket
         level = int(is_array)  # how deep the records are
         opened: list[bytes] = []
+        objects = 0  # of the opened
         released = 0
         for token in _TOKEN.finditer(text, start):
             found, depth = token[0], len(opened)
             if found in (b"[", b"{"):
                 opened.append(found)
+                objects += found == b"{"
                 if is_array and depth == 0:
                     start = token.end()
             elif found == b"]" and opened[-1:] == [b"["]:
                 opened.pop()
-            elif found == b"}" and b"{" in opened:  # whatever else is open within this object is not closed
+            elif found == b"}" and objects:  # whatever else is open within this object is not closed
+                objects -= 1
                 while opened.pop() != b"{":
                     pass
             ended = len(opened) < level or (depth > len(opened) == level == 0)
@@ -206,17 +212,17 @@ def is_compressed(file: Path) -> bool:
     return file.suffix.lower() in COMPRESSED
 
 
-def unpack(name: str, file: Path, out: Path) -> None:
-    """Write what a compressed file holds to `out`. Raises UserError if it cannot be read to its end."""
+def unpack(name: str, file: Path, out: Path, max_unpacked: float) -> None:
+    """Write what a compressed file holds to `out`. Raises UserError if it cannot be read to its end, or unpacks to more than it
+    may."""
     import pyarrow as pa
 
+    unpacked = Unpacking(name, file, max_unpacked)
     try:
-        with out.open("wb") as target:
-            if file.suffix.lower() == ".gz":
-                with gzip.open(file) as stream:
-                    shutil.copyfileobj(stream, target, 1 << 20)
-            else:
-                with pa.CompressedInputStream(pa.OSFile(str(file)), "zstd") as stream:
-                    shutil.copyfileobj(stream, target, 1 << 20)
+        open_packed = gzip.open if file.suffix.lower() == ".gz" else lambda file: pa.CompressedInputStream(str(file), "zstd")
+        with open_packed(file) as stream, out.open("wb") as target:
+            while part := stream.read(1 << 20):
+                unpacked.add(len(part))
+                target.write(part)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"data source {name} ({file}) cannot be unpacked: {error}; fetch it again") from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from chattrain.chat import Malformed
-from chattrain.config.data import SourceConfig
+from chattrain.config.data import Limits, SourceConfig
 from chattrain.config.words import Schema
 from chattrain.data import hub
 from chattrain.data.files import check_whole, files_of, is_local, is_saved_dataset, kind_of, local_path, prepared, stamps
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 GENERATE = "generate:"
+LIMITS = Limits()  # those of the keys' defaults
 HOLD_OUT_EVERY = 20  # every 20th record is held out for validation where one source serves both (`part`)
 LIMIT_SEED = 42  # seed of the shuffle whose first records a limit takes, as in nanochat
 FIRST = 100  # records at most that are looked at for the columns of a source
 
 
-def open_records(name: str, source: SourceConfig, cache_dir: Path) -> Records:
+def open_records(name: str, source: SourceConfig, cache_dir: Path, limits: Limits = LIMITS) -> Records:
     """Open a source and select its `part` and `limit`. Raises UserError if it is missing, empty, of an unknown format, or
     cannot be loaded, and where its columns tell no schema (schema=auto)."""
-    source = with_schema(name, source, cache_dir)
-    table, places = _open_table(name, source, cache_dir)
+    source = with_schema(name, source, cache_dir, limits)
+    table, places = _open_table(name, source, cache_dir, limits)
     if not len(table):
         raise _empty(name, source)
     indices = np.arange(len(table))
@@ -71,11 +72,11 @@ def identity(name: str, source: SourceConfig, cache_dir: Path) -> list:
     return [source.path, source.subset, source.split, stamps(files)]
 
 
-def with_schema(name: str, source: SourceConfig, cache_dir: Path) -> SourceConfig:
+def with_schema(name: str, source: SourceConfig, cache_dir: Path, limits: Limits = LIMITS) -> SourceConfig:
     """The source with the schema that its columns tell, if it is to be told. Raises UserError where they tell none."""
     if source.schema != Schema.auto:
         return source
-    rows = _first_rows(name, source, cache_dir)
+    rows = _first_rows(name, source, cache_dir, limits)
     told = next((told for row in rows if (told := told_by(row))), None)
     if told is None:
         raise UserError(f"data source {name} ({source.path}): {_rows_within(rows, source) or no_schema(rows[0])}")
@@ -92,7 +93,7 @@ def _rows_within(rows: list[dict], source: SourceConfig) -> str | None:
     return None
 
 
-def _first_rows(name: str, source: SourceConfig, cache_dir: Path) -> list[dict[str, Any]]:
+def _first_rows(name: str, source: SourceConfig, cache_dir: Path, limits: Limits) -> list[dict[str, Any]]:
     """The first records of a source, one at least, without reading the others; of a table the first one, with all its columns."""
     if source.path.startswith(GENERATE):
         return _generate(replace(source, limit=1))
@@ -105,9 +106,9 @@ def _first_rows(name: str, source: SourceConfig, cache_dir: Path) -> list[dict[s
     if kind_of(file) != "json":
         from chattrain.data import tables
 
-        return [tables.first_record(name, file)]
+        return [tables.first_record(name, file, limits)]
     try:
-        rows = first_records(_of_lines(name, file, cache_dir), FIRST)
+        rows = first_records(_of_lines(name, file, cache_dir, limits), FIRST, limits.row_mb)
     except Malformed as error:
         raise UserError(
             f"data source {name}, {file} {error}; no other of the first {FIRST} rows can be read: check it"
@@ -122,7 +123,7 @@ def _first_of(dataset: Dataset) -> dict[str, Any]:
     return {column: first.get(column) or "" for column in dataset.column_names}
 
 
-def _open_table(name: str, source: SourceConfig, cache_dir: Path) -> tuple[Table, Places]:
+def _open_table(name: str, source: SourceConfig, cache_dir: Path, limits: Limits) -> tuple[Table, Places]:
     if source.path.startswith(GENERATE):
         return _generate(source), Places()
     if not is_local(name, source):
@@ -133,12 +134,13 @@ def _open_table(name: str, source: SourceConfig, cache_dir: Path) -> tuple[Table
     for file in files:
         check_whole(name, file)
     if kind_of(files[0]) == "json":
-        table = JsonTable([_of_lines(name, file, cache_dir) for file in files], files)
+        table = JsonTable([_of_lines(name, file, cache_dir, limits) for file in files], files, limits.row_mb)
     else:
         from chattrain.data import tables
 
         schema = source.schema.name
-        table = tables.ArrowTable(name, [_as_arrow(name, file, schema, cache_dir) for file in files], files, schema)
+        arrow = [_as_arrow(name, file, schema, cache_dir, limits) for file in files]
+        table = tables.ArrowTable(name, arrow, files, schema, limits)
     return table, table.places
 
 
@@ -150,19 +152,19 @@ def _of_datasets(name: str, source: SourceConfig, dataset: Dataset) -> Table:
     return cast(Table, dataset.select_columns([c for c in dataset.column_names if c in SCHEMAS[schema].reads]))
 
 
-def _of_lines(name: str, file: Path, cache_dir: Path) -> Path:
+def _of_lines(name: str, file: Path, cache_dir: Path, limits: Limits) -> Path:
     """A JSON file, or its unpacked copy in the cache: in a compressed file no record could be found by its offset."""
-    return prepared(file, [], cache_dir, lambda copy: unpack(name, file, copy)) if is_compressed(file) else file
+    return prepared(file, [], cache_dir, lambda copy: unpack(name, file, copy, limits.unpacked)) if is_compressed(file) else file
 
 
-def _as_arrow(name: str, file: Path, schema: str, cache_dir: Path) -> Path:
+def _as_arrow(name: str, file: Path, schema: str, cache_dir: Path, limits: Limits) -> Path:
     """An Arrow file, or of a Parquet file a copy in the cache: in Parquet a record costs the decoding of all before it."""
     from chattrain.data import tables
 
     if kind_of(file) == "arrow":
         return file
     columns = sorted(SCHEMAS[schema].reads)
-    return prepared(file, columns, cache_dir, lambda copy: tables.to_arrow(name, file, schema, copy))
+    return prepared(file, columns, cache_dir, lambda copy: tables.to_arrow(name, file, schema, copy, limits))
 
 
 def _word_list(words: str) -> Path:

@@ -14,6 +14,7 @@ import yaml
 
 from chattrain.config import Config
 from chattrain.config.changes import deciding, flatten
+from chattrain.config.plain_yaml import read_yaml
 from chattrain.config.schema import to_yaml
 from chattrain.config.targets import recorded_target
 from chattrain.errors import UserError
@@ -66,7 +67,7 @@ def identify(cfg: Config, data: RunData, start: Start | None, compiled: bool) ->
 def read_identity(run_dir: Path, saved: Path) -> Identity:
     """The identity of an existing run; what it does not hold, as an earlier version made it, is what its checkpoint `saved`
     tells."""
-    file, flat = run_dir / FILE, flatten(yaml.safe_load((saved / "config.yaml").read_text()))
+    file, flat = run_dir / FILE, flatten(read_yaml((saved / "config.yaml").read_text()))
     setting = flat.get("train.compile")
     compiled = setting if isinstance(setting, bool) else None  # before auto, the setting was the decision
     if file.is_file():

@@ -93,8 +93,8 @@ class Opening:
         skip = data.on_malformed == OnMalformed.skip
         tokenized, settled = [], []
         for name, given in sources.items():
-            source = with_schema(name, given, cache)
-            tokenized.append(load_or_tokenize(name, source, self.tokenizer, cache, skip, data.workers, data.ignore))
+            source = with_schema(name, given, cache, data.limits)
+            tokenized.append(load_or_tokenize(name, source, self.tokenizer, cache, skip, data.workers, data.ignore, data.limits))
             settled.append(source)
             if source.schema != given.schema:
                 self._note(logging.INFO, f"data source {name}: its columns are those of data.schema={source.schema.name}")
@@ -131,7 +131,7 @@ class Opening:
             if config.max_problems and (source.limit is None or source.limit > config.max_problems):
                 source = replace(source, limit=config.max_problems)
             malformed = MalformedRows() if data.on_malformed == OnMalformed.skip else None
-            asked[name] = questions(name, open_records(name, source, cache), self.tokenizer, malformed)
+            asked[name] = questions(name, open_records(name, source, cache, data.limits), self.tokenizer, malformed)
             if malformed:
                 self._note_malformed(name, len(asked[name]), malformed)
         return asked

@@ -18,12 +18,12 @@ from chattrain import device as devices
 from chattrain.config import Config
 from chattrain.data.collators import Collator
 from chattrain.parallel.cores import cores
+from chattrain.redact import redact
 from chattrain.setup.data import RunData
 from chattrain.setup.identity import read_identity, weights_hash
 from chattrain.setup.job import current_job
 from chattrain.setup.plan import RunSetup
 from chattrain.storage.files import replace_text
-from chattrain.tracking.provenance import without_passwords
 from chattrain.tracking.repository import packages, repositories
 
 FILE = "provenance.json"
@@ -52,7 +52,7 @@ def entry(cfg: Config, setup: RunSetup, data: RunData, world_size: int, step: in
         "step": step,  # that it begins at or resumes from
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": typed_command(),
-        "overrides": [without_passwords(override) for override in job.overrides],
+        "overrides": [redact(override) for override in job.overrides],
         "folder": str(Path.cwd()),
         "config_dirs": job.config_dirs,
         "git": repositories(),
@@ -72,7 +72,7 @@ def typed_command() -> str:
     """The command as it was typed, without its secrets; `chattrain.run(...)` from Python."""
     job = current_job()
     call = f"chattrain.run({job.overrides})" if job.typed is None else f"chattrain {shlex.join(job.typed)}"
-    return without_passwords(call.rstrip())
+    return redact(call.rstrip())
 
 
 def surroundings(device: torch.device, world_size: int) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from chattrain.config import Config
 from chattrain.config.changes import flatten
 from chattrain.config.on_resume import BY_CONTENT, Change, is_within, on_resume
+from chattrain.config.plain_yaml import read_yaml
 from chattrain.config.schema import to_yaml
 from chattrain.config.targets import recorded_target
 from chattrain.config.words import Resume
@@ -21,6 +19,7 @@ from chattrain.setup.identity import Identity, differences, read_identity
 from chattrain.setup.learning_rates import build_lr_factor
 from chattrain.setup.start import shape_misfit
 from chattrain.storage import checkpoint
+from chattrain.storage.files import read_json
 
 log = logging.getLogger("chattrain")
 
@@ -95,7 +94,7 @@ def check_resumed(cfg: Config, run_dir: Path, resume: Path, data: RunData, ident
 def _completed(run_dir: Path) -> dict | None:
     """The summary of a run that is complete, else None."""
     file = run_dir / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else {}
+    summary = read_json(file) if file.is_file() else {}
     return summary if summary.get("status") == "completed" else None
 
 
@@ -104,7 +103,7 @@ def _check_changes(cfg: Config, run_dir: Path, resume: Path, contents: list[str]
 
     `contents`: parts of the data that differ in what they hold. Raises UserError for what run.allow_change does not name.
     """
-    last, now = (flatten(yaml.safe_load(text)) for text in ((resume / "config.yaml").read_text(), to_yaml(cfg)))
+    last, now = (flatten(read_yaml(text)) for text in ((resume / "config.yaml").read_text(), to_yaml(cfg)))
     changed = {
         key: f"{key} {last[key]} -> {now[key]}" for key in now if key in last and _recorded(last, key) != _recorded(now, key)
     }

@@ -7,7 +7,6 @@ them is given, the newest finished run of the stage is read, and the first line 
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from chattrain.errors import UserError
 from chattrain.setup.job import current_job
 from chattrain.setup.names import launch_name
 from chattrain.storage import checkpoint
+from chattrain.storage.files import read_json
 
 log = logging.getLogger("chattrain")
 
@@ -147,11 +147,12 @@ def newest_finished(root: Path, stage: str, model: ModelConfig | None, pick: Pic
     runs = []
     for file in (root.resolve() / stage).glob("*/summary.json"):
         try:
-            summary = json.loads(file.read_text())
-        except ValueError:
+            summary = read_json(file)
+        except UserError:
             continue
         if summary.get("status") == "completed":
-            runs.append((summary.get("finished_at", 0.0), file.parent))
+            finished = summary.get("finished_at")
+            runs.append((finished if isinstance(finished, int | float) else 0.0, file.parent))
     for _, run_dir in sorted(runs, reverse=True):
         folder = checkpoint.newest_valid(run_dir)
         if folder is None:
@@ -183,8 +184,8 @@ def stage_of(folder: Path) -> str | None:
     """The stage of a run or checkpoint folder, by its own record; None where it has none."""
     for name in ("state.json", "summary.json"):
         try:
-            return str(json.loads((folder / name).read_text())["stage"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return str(read_json(folder / name)["stage"])
+        except (UserError, KeyError):
             continue
     return next((text.partition(":")[2].strip() for text in _lines(folder / "config.yaml") if text.startswith("stage:")), None)
 

@@ -63,7 +63,7 @@ def _train_tokenizer(data: DataConfig, stage: str, vocab_size: int, train_chars:
     folder = cache / "tokenizers" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
     if not (folder / "encoding.json").is_file():
         log.info("training a tokenizer of %d tokens on this data", vocab_size)
-        opened = [open_records(name, source, cache) for name, source in sources.values()]
+        opened = [open_records(name, source, cache, data.limits) for name, source in sources.values()]
         skip = data.on_malformed == OnMalformed.skip
         trained = Tokenizer.train(_texts(opened, train_chars, data.ignore, skip), vocab_size)
         if trained.vocab_size < vocab_size:

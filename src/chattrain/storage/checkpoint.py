@@ -13,21 +13,30 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from chattrain.config.words import Pick
 from chattrain.errors import RunFailed, UserError
+from chattrain.storage.files import read_json
+from chattrain.storage.tensors import read_tensors
 
 log = logging.getLogger("chattrain")
 
 FORMAT_VERSION = 1
+NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")  # files of every checkpoint
+STATE_TYPES = {
+    **dict.fromkeys(("step", "tokens_seen", "supervised_tokens", "num_steps"), int),
+    **dict.fromkeys(("stage", "data_fingerprint"), str),
+    "model": dict,
+}
 SCRATCH = ".writing"  # end of the name of a folder that a checkpoint is written to
 
 
@@ -88,10 +97,10 @@ def best(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that was the best when it was saved, and what makes it so; None: none was kept for that."""
     for folder in reversed(all_checkpoints(run_dir)):
         try:
-            found = json.loads((folder / "state.json").read_text()).get("best")
-        except (OSError, ValueError):
+            found = read_json(folder / "state.json").get("best")
+        except UserError:
             continue
-        if found:
+        if isinstance(found, dict):
             return folder, found
     return None
 
@@ -170,7 +179,7 @@ def _fill(
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    folders = [f for f in (run_dir / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdigit()]
+    folders = [f for f in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_[0-9]{1,18}", f.name)]
     return sorted(folders, key=lambda f: int(f.name.removeprefix("step_")))
 
 
@@ -185,34 +194,47 @@ def newest_valid(run_dir: Path) -> Path | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None: all files of its manifest exist and have the right checksum."""
+    """What is wrong with the files of a checkpoint; None: all files of its manifest exist and have the right checksum, and those
+    that every checkpoint has are among them."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        manifest = read_json(folder / "manifest.json")
+    except UserError:
         return "no readable manifest.json"
-    if not isinstance(manifest, dict) or not manifest:
-        return "manifest.json names no file"
+    if missing := [name for name in NEEDED if name not in manifest]:
+        return f"manifest.json names no {missing[0]}"
     for name, expected in manifest.items():
-        if not (folder / name).is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"manifest.json names {name!r:.100}, which is outside the checkpoint"
+        try:
+            if _sha256(folder / name) != expected:
+                return f"{name} has another checksum"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if _sha256(folder / name) != expected:
-            return f"{name} has another checksum"
+        except (OSError, ValueError) as error:  # ValueError: NUL in a name
+            return f"{name!r:.100} cannot be read: {getattr(error, 'strerror', None) or error}"
     return None
 
 
 def load_state(folder: Path) -> CheckpointState:
-    """The content of state.json. Raises UserError if its format is newer than this version can read."""
-    state = json.loads((folder / "state.json").read_text())
-    if state.get("format_version", 0) > FORMAT_VERSION:
+    """The content of state.json. Raises UserError if its format is newer than this version can read, or is none."""
+    state = read_json(folder / "state.json")
+    version = state.get("format_version", 0)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
-            f"{folder} has format_version {state['format_version']}, this chattrain reads up to "
-            f"{FORMAT_VERSION}; install a newer one"
+            f"{folder} has format_version {version}, this chattrain reads up to {FORMAT_VERSION}; install a newer one"
         )
-    return CheckpointState(**state)
+    known = {field.name: state[field.name] for field in fields(CheckpointState) if field.name in state}
+    for name, kind in STATE_TYPES.items():
+        if type(state.get(name)) is not kind:
+            raise UserError(
+                f"{folder / 'state.json'}: {name}={state.get(name)!r:.80} is no {kind.__name__}; take another checkpoint"
+            )
+    return CheckpointState(**known)
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "optimizer.safetensors")
+    """Raises UserError if the file is none of tensors."""
+    return read_tensors(folder / "optimizer.safetensors")
 
 
 def resolve(path: Path, pick: Pick = Pick.last) -> Path:

@@ -18,7 +18,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError if the file does not exist or contains anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object")

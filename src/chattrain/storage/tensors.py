@@ -56,7 +56,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises UserError if it is damaged or has another format."""
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a format that torch has not
         raise UserError(f"{file} cannot be read: {error}") from error
 
 

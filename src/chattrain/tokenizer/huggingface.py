@@ -34,6 +34,8 @@ FILES = (
 
 
 CONTROL = re.compile(r"<[^\w\s/].*>")  # <|im_start|> and the like, but no tag such as <think>
+NO_LIMIT = 1 << 60  # tokens of a text; rows are cut after it is tokenised
+MOST_TOKENS = 1 << 24  # a table of all tokens is kept; the largest vocabularies have a million
 FINGERPRINT_VERSION = 1  # raised when the ids of a text change; the mask belongs to the version of chat/template.py
 
 
@@ -50,9 +52,12 @@ class HFTokenizer:
         self._plain = _without_postprocessing(self.backend)
         self.chat_template = self.backend.chat_template
         special = {str(t) for t in self.backend.added_tokens_decoder.values() if t.special}
-        self.special_texts = sorted(special | set(self.backend.all_special_tokens))
+        self.special_texts = sorted((special | set(self.backend.all_special_tokens)) - {""})
         self.bos_text, self.eos_text = self.backend.bos_token, self.backend.eos_token
-        self.vocab_size: int = max([len(self.backend), *(i + 1 for i in self.backend.added_tokens_decoder)])
+        ids = {*self.backend.get_vocab().values(), *self.backend.added_tokens_decoder}
+        self.vocab_size: int = max([len(self.backend), *(i + 1 for i in ids)])
+        if self.vocab_size > MOST_TOKENS:
+            raise UserError(f"the tokenizer in {folder} has the id {self.vocab_size - 1:,}; {MOST_TOKENS:,} ids are the most")
 
     @property
     def pad_id(self) -> int:
@@ -155,6 +160,8 @@ def _load(folder: Path):
         ) from None
     try:
         backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        backend.model_max_length = NO_LIMIT
+        backend("text")
     except Exception as error:  # transformers raises many types of error for files that it does not understand
         raise UserError(f"the tokenizer in {folder} cannot be read by transformers: {error}") from error
     if not backend.is_fast:
@@ -181,7 +188,7 @@ def _eos_of_generation(folder: Path) -> set[int]:
         return set()
     ids = read_json(file).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(i) is int for i in ids):
+    if not all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids):
         raise UserError(f"{file}: eos_token_id={ids} must be an id or a list of ids")
     return set(ids)
 

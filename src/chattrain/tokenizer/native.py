@@ -176,13 +176,16 @@ def _is_panic(error: BaseException) -> bool:
 def _read_encoding(folder: Path) -> tiktoken.Encoding:
     """The encoding that `save` wrote. Raises UserError if a file is missing or damaged."""
     try:
-        spec = json.loads((folder / ENCODING_FILE).read_text())
+        spec = read_json(folder / ENCODING_FILE)
         raw = (folder / RANKS_FILE).read_bytes()
         if hashlib.sha256(raw).hexdigest() != spec["ranks_sha256"]:
             raise ValueError(f"{RANKS_FILE} has another checksum than {ENCODING_FILE} says")
         lines = raw.splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-        return _encoding(ranks, spec["pattern"], spec["special_tokens"])
+        pattern, special = spec["pattern"], spec["special_tokens"]
+        if not isinstance(pattern, str) or not isinstance(special, dict) or not tokenizer_json.is_valid(ranks, special):
+            raise ValueError("its pattern, ranks or special tokens are not those of a tokenizer")
+        return _encoding(ranks, pattern, special)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
 

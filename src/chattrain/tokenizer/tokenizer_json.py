@@ -66,7 +66,7 @@ def read(content: dict[str, Any]) -> tiktoken.Encoding | None:
         special = {token["content"]: token["id"] for token in content["added_tokens"]}
         ranks = {_bytes(text): i for text, i in content["model"]["vocab"].items() if text not in special}
         pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        if not _is_valid(ranks, special):
+        if not is_valid(ranks, special):
             return None
         encoding = tiktoken.Encoding(name="chattrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         require_special_tokens(encoding)
@@ -75,7 +75,7 @@ def read(content: dict[str, Any]) -> tiktoken.Encoding | None:
         return None
 
 
-def _is_valid(ranks: dict[bytes, int], special: dict[str, int]) -> bool:
+def is_valid(ranks: dict[bytes, int], special: dict[str, int]) -> bool:
     """Whether every byte has a token and every token has a unique id. tiktoken does not check this."""
     ids = [*ranks.values(), *special.values()]
     bytes_known = all(bytes([b]) in ranks for b in range(256))

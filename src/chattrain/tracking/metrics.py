@@ -27,9 +27,9 @@ def parse_row(line: str) -> dict | None:
     """A line of a metrics.jsonl; None where it is none."""
     try:
         row = json.loads(line, parse_constant=lambda word: None)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def write_metrics(path: Path, rows: Iterable[dict]) -> None:

@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from chattrain.tracking.provenance import git, without_passwords
+from chattrain.redact import redact
+from chattrain.tracking.provenance import git
 
 DIFF_CHARACTERS = 1_000_000  # of a `git diff HEAD` that are kept
 
@@ -37,7 +38,7 @@ def repository(folder: Path) -> dict[str, Any] | None:
     commit, top = git(folder, "rev-parse", "HEAD"), git(folder, "rev-parse", "--show-toplevel")
     if not commit or not top:
         return None
-    diff = without_passwords(git(folder, "diff", "HEAD", "--no-ext-diff", "--no-color") or "")
+    diff = redact(git(folder, "diff", "HEAD", "--no-ext-diff", "--no-color") or "")
     if len(diff) > DIFF_CHARACTERS:
         diff = f"{diff[:DIFF_CHARACTERS]}\n[cut here: {len(diff) - DIFF_CHARACTERS} of {len(diff)} characters are left out]"
     return {"folder": top, "commit": commit, "branch": git(folder, "rev-parse", "--abbrev-ref", "HEAD"), "diff": diff}

@@ -11,8 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from chattrain.config.plain_yaml import load_plain
 from chattrain.tracking.metrics import read_metrics
 
 Points = list[tuple[float, float]]  # (step, value)
@@ -149,16 +148,14 @@ def _text(path: Path) -> str:
 def _json(text: str) -> dict:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _yaml(text: str) -> dict:
     try:
-        content = yaml.load(
-            text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )  # plain values only: interpolations stay text
+        content = load_plain(text)  # interpolations stay text
     except Exception:  # cut off or malformed in any way; a report shows the text itself
         return {}
     return content if isinstance(content, dict) else {}
