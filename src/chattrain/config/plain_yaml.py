@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,27 @@ def read_yaml(text: str, source: str | Path = "config.yaml") -> dict[str, Any]:
         raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}; take the one of another checkpoint") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{source} holds no settings by name; take the one of another checkpoint")
-    if "${" in text:
-        raise UserError(f"{source} holds ${{...}}, but a run writes its settings resolved; take the one of another checkpoint")
+    for key, value in leaves(content):
+        if "${" in f"{key}{value}":
+            raise UserError(
+                f"{source}: {key} holds an interpolation, {value!r:.80}; a recorded configuration holds values, and none is read "
+                "from elsewhere. Write the value in its place, or take the one of another checkpoint"
+            )
     return content
+
+
+def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all values in nested dicts and lists.
+
+    >>> list(leaves({"a": {"_target_": "x"}, "b": [1, {"c": 2}]}, "model"))
+    [('model.a._target_', 'x'), ('model.b.0', 1), ('model.b.1.c', 2)]
+    """
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for name, value in items:
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, tree
 
 
 def section(content: dict[str, Any], name: str, source: str | Path = "config.yaml") -> dict[str, Any]:

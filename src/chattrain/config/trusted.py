@@ -1,13 +1,11 @@
 """A run folder is data: what its config.yaml says is built is only ours, or named by the user's own folder of choices.
 
 A `_target_` is imported and called. So one in a folder, which may come from anywhere, is refused unless it is a part of chattrain
-that stands in conf/, or a YAML file in a `--config-dir` of this call names it. Interpolations, which could read the environment,
-are refused too: a recorded configuration holds values.
+that stands in conf/, or a YAML file in a `--config-dir` of this call names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import yaml
 
 from chattrain.config.compose import conf_dir, groups
 from chattrain.config.model import GPTConfig, HFModelConfig
+from chattrain.config.plain_yaml import leaves
 from chattrain.config.targets import current_target
 from chattrain.errors import UserError
 
@@ -24,14 +23,9 @@ TARGET = "_target_"
 def check_section(section: str, tree: Any, file: Path, config_dirs: list[str]) -> None:
     """Check one section of the config.yaml `file` before anything is built of it. `config_dirs`: of this call.
 
-    Raises UserError for a `_target_` that is neither ours nor named there, and for an interpolation.
+    Raises UserError for a `_target_` that is neither ours nor named there.
     """
-    for key, value in _leaves(tree, section):
-        if isinstance(value, str) and "${" in value:
-            raise UserError(
-                f"{file}: {key} holds an interpolation, {value!r}; a recorded configuration holds values, and none is read from "
-                "elsewhere. Write the value in its place"
-            )
+    for key, value in leaves(tree, section):
         if key.rpartition(".")[2] != TARGET:
             continue
         if key == f"{section}.{TARGET}" and isinstance(value, str) and current_target(value) in _ours(section):
@@ -47,7 +41,7 @@ def check_section(section: str, tree: Any, file: Path, config_dirs: list[str]) -
 def _ours(section: str) -> set[str]:
     """The targets of a group's choices in conf/, and of its dataclasses."""
     files = (conf_dir() / section).glob("*.yaml")
-    found = {value for file in files for key, value in _leaves(_read(file), "") if key.endswith(TARGET)}
+    found = {value for file in files for key, value in leaves(_read(file), "") if key.endswith(TARGET)}
     return found | ({GPTConfig._target_, HFModelConfig._target_} if section == "model" else set())
 
 
@@ -56,7 +50,7 @@ def _named(config_dirs: list[str], apart_from: Path) -> set[str]:
     folder is the current one, names nothing for itself: files in the folder `apart_from` do not count."""
     files = [file for folder in config_dirs for group in groups() for file in (Path(folder) / group).rglob("*.yaml")]
     own = [file for file in files if apart_from.resolve() not in file.resolve().parents]
-    return {str(value) for file in own for key, value in _leaves(_read(file), "") if key.endswith(TARGET)}
+    return {str(value) for file in own for key, value in leaves(_read(file), "") if key.endswith(TARGET)}
 
 
 def _read(file: Path) -> Any:
@@ -64,17 +58,3 @@ def _read(file: Path) -> Any:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # Hydra says so, where it is used
         return None
-
-
-def _leaves(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all values in nested dicts and lists.
-
-    >>> list(_leaves({"a": {"_target_": "x"}, "b": [1, {"c": 2}]}, "model"))
-    [('model.a._target_', 'x'), ('model.b.0', 1), ('model.b.1.c', 2)]
-    """
-    if isinstance(tree, dict | list):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for name, value in items:
-            yield from _leaves(value, f"{key}.{name}")
-    else:
-        yield key, tree
