@@ -26,7 +26,7 @@ def report_error(error: BaseException) -> int:
         return error.exit_status
     if isinstance(error, UserError | RunFailed):
         if is_main_process() or error.reported_here:
-            print(f"chattrain: {error}", file=sys.stderr)
+            print(f"chattrain: {_printable(str(error))}", file=sys.stderr)
         else:
             time.sleep(SPEAK_FIRST_S)
         return error.exit_status
@@ -38,3 +38,12 @@ def _is_of_composing(error: BaseException) -> bool:
     """Was it raised while Hydra read the YAML files? Some that are malformed end in a ValueError, or in one of yaml's own."""
     frames = traceback.extract_tb(error.__traceback__) if isinstance(error, Exception) else []
     return not isinstance(error, UserError | RunFailed) and any(f.filename.endswith("config_loader_impl.py") for f in frames)
+
+
+def _printable(message: str) -> str:
+    """One line: control characters, which a value that was typed or read may hold, as escapes.
+
+    >>> print(_printable("no key a\\nb \\x1b[2J ü"))
+    no key a\\nb \\x1b[2J ü
+    """
+    return "".join(repr(c)[1:-1] if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in message)
