@@ -116,13 +116,22 @@ class Server:
 
 @contextmanager
 def serving(folder: Path, empty: Path) -> Iterator[Server]:
-    """A server for the time of a test, and settings that make MLflow's client give up after a second."""
+    """A server for the time of a test, and settings that make MLflow's client give up after a second. The server leaves its
+    store in MLflow's variables, where runs of later tests would find it."""
+    before = _mlflow_variables()
     server = Server(folder, empty)
     with environment(MLFLOW_HTTP_REQUEST_TIMEOUT="1"):
         try:
             yield server
         finally:
             server.close()
+    for name in _mlflow_variables().keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+def _mlflow_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(("MLFLOW", "_MLFLOW"))}
 
 
 def make_empty_store(folder: Path) -> Path:
