@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from chattrain.config.run import CheckpointConfig
 from chattrain.errors import UserError
+from chattrain.setup.saving import Best
 from chattrain.storage import checkpoint
 from tests.helpers import TINY, metrics, train, write_talk
 
@@ -52,6 +55,21 @@ def test_the_best_is_kept_besides_the_newest_and_the_next_stage_can_start_from_i
     for pick, step in (("best", best), ("last", 6)):
         after = train("sft", pick, f"init.pick={pick}", "train.max_steps=1", "init.strict=true")
         assert after["init"].endswith(f"step_{step:06d}")
+
+
+def test_a_value_that_is_no_number_and_the_model_of_the_start_are_never_the_best():
+    best = Best(CheckpointConfig(keep_best="val/loss"), None)
+    values = [1.0, math.nan, 5.0, math.nan, 6.0, 4.0, -math.inf]
+    assert [best.improves(step, {"val/loss": value}) for step, value in enumerate(values)] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert best.at(5) == {"metric": "val/loss", "value": 4.0, "maximize": False} and best.at(6) is None
 
 
 def test_the_best_of_a_resumed_run_is_the_best_of_all(place):

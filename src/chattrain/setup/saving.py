@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -46,7 +47,9 @@ class Saver:
         self.run_dir, self.data, self.model, self.optimizer = run_dir, data, model, optimizer
         self.tracker, self.ranks, self.strategy = tracker, ranks, strategy
         self.lineage = to_json(lineage)
-        self.best = Best(cfg.checkpoint, run_dir) if cfg.checkpoint.keep_best else None
+        self.best = (
+            Best(cfg.checkpoint, ranks.run_on_rank0(lambda: checkpoint.best(run_dir))) if cfg.checkpoint.keep_best else None
+        )
         self._saved_at = time.monotonic()
         self._writing: Writing | None = None
 
@@ -135,12 +138,12 @@ class Writing:
 
 
 class Best:
-    """The best value of checkpoint.keep_best so far, that of checkpoints of an earlier part of the run included."""
+    """The best value of checkpoint.keep_best so far. `found`: what an earlier part of the run has kept, the same on all ranks, as
+    these must agree on when to save."""
 
-    def __init__(self, config: CheckpointConfig, run_dir: Path):
+    def __init__(self, config: CheckpointConfig, found: tuple[Path, dict] | None):
         assert config.keep_best is not None
         self.metric, self.maximize = config.keep_best, config.maximizes
-        found = checkpoint.best(run_dir)
         self.value = float(found[1]["value"]) if found and found[1]["metric"] == self.metric else None
         self.step = -1  # of the value, in this process
 
@@ -150,10 +153,12 @@ class Best:
                 return False
             raise UserError(f"checkpoint.keep_best={self.metric} is not measured; measured are {', '.join(metrics)}")
         value = metrics[self.metric]
+        if not step or not math.isfinite(value):  # the model that the run begins with is not saved, so it is no best to keep
+            return False
         if self.value is not None and (value <= self.value if self.maximize else value >= self.value):
             return False
         self.value, self.step = value, step
-        return step > 0  # the model that the run begins with is not saved
+        return True
 
     def at(self, step: int) -> dict | None:
         """For the checkpoint of this step: the value, if it is the best."""
