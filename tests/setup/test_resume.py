@@ -261,6 +261,18 @@ def test_a_file_moved_elsewhere_is_the_same_data_and_an_edited_one_is_not(short,
         again(short, "data.train_path=moved.jsonl", "train.max_steps=6")
 
 
+def test_leave_for_another_key_is_no_leave_for_edited_data(short):
+    shutil.copy("talk.jsonl", "kept.jsonl")
+    try:
+        with Path("talk.jsonl").open("a") as file:
+            file.write(Path("kept.jsonl").read_text().splitlines()[0].replace("What", "Which") + "\n")
+        for changed in ("eval.every=2", "train.max_grad_norm=1.0"):
+            with pytest.raises(UserError, match=r"the contents of the data: training.*run\.allow_change=\[data\]"):
+                again(short, changed, "train.max_steps=6", "run.allow_change=[eval,train]")
+    finally:
+        shutil.move("kept.jsonl", "talk.jsonl")
+
+
 def test_resume_never_moves_the_old_run_aside_and_starts_anew(short, place, caplog):
     before = contents(Path(short["run_dir"]))
     for number in (1, 2):

@@ -23,7 +23,12 @@ from chattrain.storage.files import read_json
 
 log = logging.getLogger("chattrain")
 
-DECIDE_CONTENTS = (*BY_CONTENT, "run.seed", "train", "collator", "loss", "eval", "tokenizer")
+# Keys whose change explains that a part of the data differs; where none of them has changed, the files have.
+DECIDES = {
+    "training": (*BY_CONTENT, "run.seed", "train.seq_len", "collator", "loss", "tokenizer"),
+    "validation": ("data", "eval", "train.seq_len", "collator", "tokenizer"),
+    "questions": ("data", "eval", "tokenizer"),
+}
 
 
 def find_resume(resume: Resume, run_dir: Path) -> Path | None:
@@ -110,8 +115,9 @@ def _check_changes(cfg: Config, run_dir: Path, resume: Path, contents: list[str]
     if not contents:
         changed = {key: text for key, text in changed.items() if not any(is_within(key, entry) for entry in BY_CONTENT)}
     refused = {key: text for key, text in changed.items() if on_resume(key) == Change.refused}
-    if contents and not any(is_within(key, entry) for key in refused for entry in DECIDE_CONTENTS):
-        refused["data"] = f"the contents of the data: {', '.join(contents)}"
+    edited = [part for part in contents if not any(is_within(key, entry) for key in refused for entry in DECIDES[part])]
+    if edited:
+        refused["data"] = f"the contents of the data: {', '.join(edited)}"
     allowed = {key for key in refused if any(is_within(key, entry) for entry in cfg.run.allow_change)}
     if fixed := [text for key, text in refused.items() if key.endswith("_target_") and key.startswith("optimizer")]:
         raise UserError(f"{run_dir} cannot resume with another optimizer ({fixed[0]}): its state is of the one before; {anew}")
