@@ -97,7 +97,7 @@ def command_line(capsys, *arguments: str) -> Outcome:
 
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("CHATTRAIN_LAUNCH", "HYDRA_FULL_ERROR"):  # main sets them
+        for name in ("CHATTRAIN_LAUNCH", "CHATTRAIN_JOB", "HYDRA_FULL_ERROR"):  # main sets them
             patch.setenv(name, "")
         patch.setattr(sys, "argv", ["chattrain", *arguments])
         with pytest.raises(SystemExit) as ended:

@@ -331,3 +331,15 @@ def test_a_store_that_hangs_does_not_keep_the_run_from_ending(store, tmp_path, c
     monkeypatch.setattr("chattrain.tracking.mlflow_sink.PATIENCE", 0.1)
     train(tracked(tmp_path, store.uri, "chattrain"))
     assert_one_warning(caplog)
+
+
+def test_a_log_within_another_is_undone_to_it(tmp_path, capsys):
+    """As of a run that a command starts: the command's own lines after it are printed, and none is printed twice."""
+    undo_outer = setup_logging(None, console=True, resume=False)
+    undo_inner = setup_logging(tmp_path, console=True, resume=False)
+    logging.getLogger("chattrain").info("within")
+    undo_inner()
+    logging.getLogger("chattrain").info("after")
+    undo_outer()
+    assert capsys.readouterr().err.split() == ["within", "after"]
+    assert "within" in (tmp_path / "train.log").read_text() and "after" not in (tmp_path / "train.log").read_text()

@@ -14,7 +14,6 @@ from chattrain.model.causal_lm import CausalLM
 from chattrain.model.generate import generate_batch
 from chattrain.setup.start import find_checkpoint, with_own_settings
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
-from chattrain.tracking.console import setup_logging
 
 MAX_BATCH = 32  # prompts answered in one batch, at most
 
@@ -24,7 +23,6 @@ def main(cfg: Config) -> dict:
 
     Each text is a conversation of its own. Returns the checkpoint and the replies to chat.prompt.
     """
-    close_log = setup_logging(None, console=True, resume=False)
     folder = find_checkpoint(cfg)
     cfg = with_own_settings(cfg, folder)
     tokenizer = Tokenizer.load(folder)
@@ -41,7 +39,6 @@ def main(cfg: Config) -> dict:
         print(f"> {text}\n{reply}\n")
     if not prompts:
         _converse(cfg.chat, cfg.run.seed, model, tokenizer)
-    close_log()
     return {"checkpoint": str(folder), "replies": replies}
 
 

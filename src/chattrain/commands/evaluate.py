@@ -46,13 +46,10 @@ def main(cfg: Config) -> dict:
     Returns checkpoint, stage, part, metrics, validation (what the loss was measured on) and folder; with `runs` these of each
     run, and the differences.
     """
-    close_log = setup_logging(None, console=is_main_process(), resume=False)
     try:
         return compare(cfg) if cfg.runs else _public(_show(measure(cfg)))
     except launch.Stopped:
         raise KeyboardInterrupt from None
-    finally:
-        close_log()
 
 
 def measure(cfg: Config) -> dict:

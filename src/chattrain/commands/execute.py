@@ -7,7 +7,9 @@ import importlib
 from chattrain.config import Config
 from chattrain.errors import UserError
 from chattrain.parallel import launch
+from chattrain.setup.names import is_main_process
 from chattrain.setup.runs import check_names
+from chattrain.tracking.console import setup_logging
 
 MANY_PROCESSES = ("train", "evaluate")  # commands that can run on several ranks
 
@@ -21,4 +23,8 @@ def execute(cfg: Config) -> dict:
         raise UserError(f"command={cfg.command.name} runs in one process; leave torchrun out")
     check_names(cfg)
     module = "import_" if cfg.command.name == "import" else cfg.command.name  # import is a keyword
-    return importlib.import_module(f"chattrain.commands.{module}").main(cfg)
+    close_log = setup_logging(None, console=is_main_process(), resume=False)
+    try:
+        return importlib.import_module(f"chattrain.commands.{module}").main(cfg)
+    finally:
+        close_log()

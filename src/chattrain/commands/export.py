@@ -25,7 +25,6 @@ from chattrain.storage import checkpoint
 from chattrain.storage.files import read_json, replace_folder
 from chattrain.storage.tensors import read_tensors
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
-from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
 
@@ -37,23 +36,19 @@ def main(cfg: Config) -> dict:
 
     Returns {"folder", "checkpoint"}. Raises UserError where the folder holds anything but an earlier export.
     """
-    close_log = setup_logging(None, console=True, resume=False)
-    try:
-        source = find_checkpoint(cfg)
-        folder = _target(cfg, source)
-        if folder.is_file():
-            raise UserError(f"export.dir={folder} is a file; name a folder")
-        if folder.exists() and any(folder.iterdir()) and not (folder / EXPORT_FILE).is_file():
-            raise UserError(f"export.dir={folder} is in use and holds no earlier export; name another folder")
-        replace_folder(folder, lambda scratch: _write(scratch, source, cfg.format))
-        kind = checkpoint.load_state(source).model.get("model_type", huggingface.MODEL_TYPE)
-        log.info("exported %s (model type %s) to", source, kind)
-        if cfg.format == Format.mlflow:
-            log.info("serve it: mlflow models serve -m %s --env-manager local", folder)
-        print(folder)
-        return {"folder": str(folder), "checkpoint": str(source)}
-    finally:
-        close_log()
+    source = find_checkpoint(cfg)
+    folder = _target(cfg, source)
+    if folder.is_file():
+        raise UserError(f"export.dir={folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / EXPORT_FILE).is_file():
+        raise UserError(f"export.dir={folder} is in use and holds no earlier export; name another folder")
+    replace_folder(folder, lambda scratch: _write(scratch, source, cfg.format))
+    kind = checkpoint.load_state(source).model.get("model_type", huggingface.MODEL_TYPE)
+    log.info("exported %s (model type %s) to", source, kind)
+    if cfg.format == Format.mlflow:
+        log.info("serve it: mlflow models serve -m %s --env-manager local", folder)
+    print(folder)
+    return {"folder": str(folder), "checkpoint": str(source)}
 
 
 def _target(cfg: Config, source: Path) -> Path:

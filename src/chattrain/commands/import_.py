@@ -16,7 +16,6 @@ from chattrain.formats import convert
 from chattrain.formats.folder import hint, locate
 from chattrain.formats.imported import ModelFolder
 from chattrain.storage.files import replace_folder, replace_text
-from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
 
@@ -27,30 +26,26 @@ def main(cfg: Config) -> dict:
     Raises UserError for a folder that holds no model of the GPT's architecture, one of another stage, and a run folder
     that is not empty.
     """
-    close_log = setup_logging(None, console=True, resume=False)
-    try:
-        if cfg.init.source in ("auto", "scratch"):
-            raise UserError(
-                "command=import needs a model to import: init.from=<nanochat's folder, a Hugging Face folder, or a hub name>"
-            )
-        source = locate(cfg.init.source)
-        folder = source.path
-        if not source.is_foreign:
-            raise UserError(
-                f"init.from={cfg.init.source} is no model of nanochat (model_NNNNNN.pt) or Hugging Face "
-                f"(config.json, model.safetensors){hint(folder)}"
-            )
-        if source.stage not in (None, cfg.stage):
-            raise UserError(
-                f"{folder} holds a {source.stage} model, but stage={cfg.stage} asks for another; write stage={source.stage}"
-            )
-        name = cfg.run.name or Path(cfg.init.source).name
-        run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / name).expanduser().resolve()
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise UserError(f"{run_dir} is in use; choose another run.name, or remove the folder")
-        return _write_run(cfg, source, run_dir)
-    finally:
-        close_log()
+    if cfg.init.source in ("auto", "scratch"):
+        raise UserError(
+            "command=import needs a model to import: init.from=<nanochat's folder, a Hugging Face folder, or a hub name>"
+        )
+    source = locate(cfg.init.source)
+    folder = source.path
+    if not source.is_foreign:
+        raise UserError(
+            f"init.from={cfg.init.source} is no model of nanochat (model_NNNNNN.pt) or Hugging Face "
+            f"(config.json, model.safetensors){hint(folder)}"
+        )
+    if source.stage not in (None, cfg.stage):
+        raise UserError(
+            f"{folder} holds a {source.stage} model, but stage={cfg.stage} asks for another; write stage={source.stage}"
+        )
+    name = cfg.run.name or Path(cfg.init.source).name
+    run_dir = Path(cfg.run.dir or Path(cfg.run.root) / cfg.stage / name).expanduser().resolve()
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is in use; choose another run.name, or remove the folder")
+    return _write_run(cfg, source, run_dir)
 
 
 def _write_run(cfg: Config, source: ModelFolder, run_dir: Path) -> dict:

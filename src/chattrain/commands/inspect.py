@@ -17,12 +17,10 @@ from chattrain.setup.report_data import describe_left_out, describe_sources, rep
 from chattrain.setup.start import find_start
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.tokenizer import AnyTokenizer
-from chattrain.tracking.console import setup_logging
 
 
 def main(cfg: Config) -> dict:
     """Print inspect.rows rows with the loss weights of their tokens marked, and the counts of the mixture. Starts no training."""
-    close_log = setup_logging(None, console=True, resume=False)
     start = find_start(cfg)
     world_size = launch.processes_here(cfg.distributed.nproc, cfg.train.device)
     cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are shown
@@ -52,7 +50,6 @@ def main(cfg: Config) -> dict:
         print(f"  {line}")
     for line in describe_left_out(data.train):
         print(line)
-    close_log()
     return facts
 
 

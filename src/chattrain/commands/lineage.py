@@ -8,7 +8,6 @@ from itertools import pairwise
 from chattrain.config import Config
 from chattrain.setup.start import find_checkpoint
 from chattrain.storage.lineage import Ancestor, read_lineage, to_json, whereabouts
-from chattrain.tracking.console import setup_logging
 
 WIDTH = 60  # characters of a value
 HASH = 12
@@ -19,18 +18,12 @@ def main(cfg: Config) -> dict:
 
     An ancestor is `there`, `gone`, or `changed`: another model lies where it lay.
     """
-    close_log = setup_logging(None, console=True, resume=False)
-    try:
-        chain = read_lineage(find_checkpoint(cfg))
-        found = {
-            "lineage": [{**entry, "whereabouts": whereabouts(each)} for entry, each in zip(to_json(chain), chain, strict=True)]
-        }
-        for line in [*table(chain), *differences(chain)]:
-            print(line)
-        print(json.dumps(found))
-        return found
-    finally:
-        close_log()
+    chain = read_lineage(find_checkpoint(cfg))
+    found = {"lineage": [{**entry, "whereabouts": whereabouts(each)} for entry, each in zip(to_json(chain), chain, strict=True)]}
+    for line in [*table(chain), *differences(chain)]:
+        print(line)
+    print(json.dumps(found))
+    return found
 
 
 def table(chain: list[Ancestor]) -> list[str]:

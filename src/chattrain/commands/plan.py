@@ -23,7 +23,6 @@ from chattrain.setup.data import RunData, open_data, pass_limits
 from chattrain.setup.report_data import report_data
 from chattrain.setup.start import Start, find_start
 from chattrain.setup.tokenizer import choose_tokenizer
-from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
 MAX_ROWS = 1024  # the largest train.device_batch_size that is tried
@@ -35,56 +34,52 @@ def main(cfg: Config) -> dict:
 
     Raises UserError for what cannot be planned: a Hugging Face model without its folder, fp8, a batch that does not divide.
     """
-    close_log = setup_logging(None, console=True, resume=False)
-    try:
-        hardware = hardware_of(cfg.plan)
-        start = _start(cfg)
-        cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are planned
-        data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
-        report_data(data)
-        limits = pass_limits(cfg.train, "cpu" if cfg.train.device == Device.cpu else "cuda")
-        if cfg.train.compile == Compile.auto.value:
-            compilation = choose(planned_work(cfg, data, start, cfg.plan.world_size, limits.device))
-            log.info(compilation.reason)
-            cfg.train.compile = compilation.on
-        counts = count(data, limits, cfg.plan.world_size)
-        work, groups = workload(cfg, data, start.checkpoint, counts)
-        memory, fits = _memory(cfg, data, start, limits, hardware.usable)
-        mfu = cfg.plan.mfu or hardware.mfu
-        step = cost.step_on(work, hardware, mfu, cfg.plan.world_size)
-        rows = cost.scaling(work, hardware, mfu)
-        hours = cost.hours_of(work, step)
-        price = cfg.plan.price_per_gpu_hour
-        facts = {
-            "device": hardware.name,
-            "world_size": cfg.plan.world_size,
-            "mfu": mfu,
-            "mfu_is": _source_of_mfu(cfg, hardware),
-            "strategy": work.strategy,
-            "parameters": groups,
-            "parameters_total": sum(groups.values()),
-            "memory": asdict(memory),
-            "usable_bytes": int(hardware.usable),
-            "fits": memory.peak <= hardware.usable,
-            "largest_device_batch_size": fits,
-            "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
-            **_batch(cfg, data, limits, fits),
-            "flops_per_token": work.flops_a_token,
-            "num_steps": data.num_steps,
-            "tokens": counts.tokens,
-            "supervised_tokens": counts.supervised,
-            "supervised_exact": counts.exact,
-            "bytes_sent_per_step": step.bytes_sent,
-            "seconds_per_step": step.seconds,
-            "hours": hours,
-            "cost": None if price is None else hours * cfg.plan.world_size * price,
-            "communication_dominates_from": cost.dominated_from(rows),
-            "scaling": [show.scaling_row(work, row, price) for row in rows],
-        }
-        show.plan(facts, step, cfg)
-        return facts
-    finally:
-        close_log()
+    hardware = hardware_of(cfg.plan)
+    start = _start(cfg)
+    cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are planned
+    data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
+    report_data(data)
+    limits = pass_limits(cfg.train, "cpu" if cfg.train.device == Device.cpu else "cuda")
+    if cfg.train.compile == Compile.auto.value:
+        compilation = choose(planned_work(cfg, data, start, cfg.plan.world_size, limits.device))
+        log.info(compilation.reason)
+        cfg.train.compile = compilation.on
+    counts = count(data, limits, cfg.plan.world_size)
+    work, groups = workload(cfg, data, start.checkpoint, counts)
+    memory, fits = _memory(cfg, data, start, limits, hardware.usable)
+    mfu = cfg.plan.mfu or hardware.mfu
+    step = cost.step_on(work, hardware, mfu, cfg.plan.world_size)
+    rows = cost.scaling(work, hardware, mfu)
+    hours = cost.hours_of(work, step)
+    price = cfg.plan.price_per_gpu_hour
+    facts = {
+        "device": hardware.name,
+        "world_size": cfg.plan.world_size,
+        "mfu": mfu,
+        "mfu_is": _source_of_mfu(cfg, hardware),
+        "strategy": work.strategy,
+        "parameters": groups,
+        "parameters_total": sum(groups.values()),
+        "memory": asdict(memory),
+        "usable_bytes": int(hardware.usable),
+        "fits": memory.peak <= hardware.usable,
+        "largest_device_batch_size": fits,
+        "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
+        **_batch(cfg, data, limits, fits),
+        "flops_per_token": work.flops_a_token,
+        "num_steps": data.num_steps,
+        "tokens": counts.tokens,
+        "supervised_tokens": counts.supervised,
+        "supervised_exact": counts.exact,
+        "bytes_sent_per_step": step.bytes_sent,
+        "seconds_per_step": step.seconds,
+        "hours": hours,
+        "cost": None if price is None else hours * cfg.plan.world_size * price,
+        "communication_dominates_from": cost.dominated_from(rows),
+        "scaling": [show.scaling_row(work, row, price) for row in rows],
+    }
+    show.plan(facts, step, cfg)
+    return facts
 
 
 def _source_of_mfu(cfg: Config, hardware: Hardware) -> str:

@@ -11,7 +11,6 @@ from chattrain.setup.runs import named_run, run_of_name, run_to_read, typed
 from chattrain.tracking import sweep_record
 from chattrain.tracking.answer import find_answer
 from chattrain.tracking.comparison import write_comparison
-from chattrain.tracking.console import setup_logging
 from chattrain.tracking.ranking import read_runs
 from chattrain.tracking.report import write_report
 from chattrain.tracking.sweep_record import SweepRecord
@@ -20,14 +19,10 @@ from chattrain.tracking.table import show_sweep
 
 def main(cfg: Config) -> dict:
     """Print the path of the report and return it. Raises UserError where there is no such run or sweep."""
-    close_log = setup_logging(None, console=True, resume=False)
-    try:
-        if cfg.runs:
-            return _compare(cfg)
-        sweep = _sweep_folder(cfg)
-        return _report_sweep(sweep) if sweep else _report_run(cfg)
-    finally:
-        close_log()
+    if cfg.runs:
+        return _compare(cfg)
+    sweep = _sweep_folder(cfg)
+    return _report_sweep(sweep) if sweep else _report_run(cfg)
 
 
 def _report_run(cfg: Config) -> dict:

@@ -17,7 +17,6 @@ from chattrain.setup.repeat import Original, check_same_inputs, configuration_of
 from chattrain.setup.runs import NEWEST, run_to_read
 from chattrain.storage import checkpoint
 from chattrain.storage.files import read_json, replace_text
-from chattrain.tracking.console import setup_logging
 
 log = logging.getLogger("chattrain")
 
@@ -35,22 +34,18 @@ def main(cfg: Config) -> dict:
     left unfinished goes on. Returns what was found. Raises RunFailed where the two differ by more than the tolerance, UserError
     where start or data are gone or others.
     """
-    close_log = setup_logging(None, console=True, resume=False)
-    try:
-        named = cfg.init.source not in NEWEST
-        name, folder = (cfg.run.name, cfg.run.dir) if named else (None, None)
-        read = replace(cfg, run=replace(cfg.run, name=None, dir=None) if named else cfg.run)
-        original = read_original(run_to_read(read))
-        new = configuration_of(original, read, current_job())
-        new.run.dir = str(_folder_for(Path(cfg.run.root) / new.stage, original.run_dir, name, folder))
-        check_same_inputs(original, new)
-        with as_job(replace(current_job(), overrides=[])):  # those of this command are no settings of the run
-            summary = runner.train(new)
-        if summary["steps"] < original.step:
-            raise KeyboardInterrupt
-        return _report(original, Path(summary["run_dir"]))
-    finally:
-        close_log()
+    named = cfg.init.source not in NEWEST
+    name, folder = (cfg.run.name, cfg.run.dir) if named else (None, None)
+    read = replace(cfg, run=replace(cfg.run, name=None, dir=None) if named else cfg.run)
+    original = read_original(run_to_read(read))
+    new = configuration_of(original, read, current_job())
+    new.run.dir = str(_folder_for(Path(cfg.run.root) / new.stage, original.run_dir, name, folder))
+    check_same_inputs(original, new)
+    with as_job(replace(current_job(), overrides=[])):  # those of this command are no settings of the run
+        summary = runner.train(new)
+    if summary["steps"] < original.step:
+        raise KeyboardInterrupt
+    return _report(original, Path(summary["run_dir"]))
 
 
 def _folder_for(runs: Path, original: Path, name: str | None, folder: str | None) -> Path:

@@ -11,7 +11,6 @@ from chattrain.redact import redact
 from chattrain.setup.mlflow_target import mlflow_target
 from chattrain.setup.runs import check_stage, is_run, reference_of, run_folder, stage_of, typed
 from chattrain.tracking import mlflow_store as store
-from chattrain.tracking.console import setup_logging
 from chattrain.tracking.mlflow_state import FILE, Busy, read_state
 from chattrain.tracking.mlflow_sync import sync
 
@@ -24,38 +23,34 @@ def main(cfg: Config) -> dict:
     tracking.uri and tracking.experiment: where they get a copy; without them each goes to its own store. Returns the folders
     that were sent, had everything, or go on. Raises RunFailed where a store did not take something.
     """
-    close_log = setup_logging(None, console=True, resume=False)
-    try:
-        if not cfg.tracking.mlflow:
-            raise UserError("tracking=none, but command=sync sends runs to MLflow; leave it out")
-        named = _named(cfg)
-        folders = [named] if named else _all(cfg)
-        result: dict[str, list[str]] = {"sent": [], "complete": [], "going_on": []}
-        failed = []
-        for folder in folders:
-            try:
-                result[_sync(cfg, folder, named is not None)].append(str(folder))
-            except UserError:
-                raise
-            except Exception as error:
-                reason = store.reason_of(error)
-                if isinstance(error, store.Deleted):
-                    reason += f"; command=sync run.dir={folder} restores it"
-                failed.append(f"{_label(folder)}: {reason}")
-        log.info(
-            "%d sent, %d had everything, %d go on, %d failed, of %s",
-            *(len(result[kind]) for kind in ("sent", "complete", "going_on")),
-            len(failed),
-            _label(named) if named else f"{len(folders)} runs and sweeps in {Path(cfg.run.root).resolve()}",
+    if not cfg.tracking.mlflow:
+        raise UserError("tracking=none, but command=sync sends runs to MLflow; leave it out")
+    named = _named(cfg)
+    folders = [named] if named else _all(cfg)
+    result: dict[str, list[str]] = {"sent": [], "complete": [], "going_on": []}
+    failed = []
+    for folder in folders:
+        try:
+            result[_sync(cfg, folder, named is not None)].append(str(folder))
+        except UserError:
+            raise
+        except Exception as error:
+            reason = store.reason_of(error)
+            if isinstance(error, store.Deleted):
+                reason += f"; command=sync run.dir={folder} restores it"
+            failed.append(f"{_label(folder)}: {reason}")
+    log.info(
+        "%d sent, %d had everything, %d go on, %d failed, of %s",
+        *(len(result[kind]) for kind in ("sent", "complete", "going_on")),
+        len(failed),
+        _label(named) if named else f"{len(folders)} runs and sweeps in {Path(cfg.run.root).resolve()}",
+    )
+    if failed:
+        raise RunFailed(
+            "MLflow did not take everything; the same command goes on (user and password of a store are not kept: give them "
+            "by the environment or tracking.uri). " + "\n".join(failed)
         )
-        if failed:
-            raise RunFailed(
-                "MLflow did not take everything; the same command goes on (user and password of a store are not kept: give them "
-                "by the environment or tracking.uri). " + "\n".join(failed)
-            )
-        return result
-    finally:
-        close_log()
+    return result
 
 
 def _sync(cfg: Config, folder: Path, named: bool) -> str:

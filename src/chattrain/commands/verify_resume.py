@@ -20,7 +20,6 @@ from chattrain.errors import RunFailed
 from chattrain.setup.compare_runs import compare_tensors, read_numbers
 from chattrain.setup.job import JOB_VARIABLE, current_job
 from chattrain.storage import checkpoint
-from chattrain.tracking.console import setup_logging
 from chattrain.tracking.metrics import read_metrics
 
 log = logging.getLogger("chattrain")
@@ -35,7 +34,6 @@ def main(cfg: Config) -> dict:
 
     Returns what was seen. Raises RunFailed where the two differ, or a run fails.
     """
-    close_log = setup_logging(None, console=True, resume=False)
     steps = cfg.verify.steps
     killed_at = random.randint(1, steps - 1)
     Path(cfg.run.root).mkdir(parents=True, exist_ok=True)
@@ -60,7 +58,6 @@ def main(cfg: Config) -> dict:
         return found
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        close_log()
 
 
 def _start(cfg: Config, run_dir: Path) -> subprocess.Popen:

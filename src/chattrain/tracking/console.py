@@ -51,8 +51,8 @@ class _StderrHandler(logging.Handler):
 def setup_logging(run_dir: Path | None, console: bool, resume: bool, name: str = "train.log") -> Callable[[], None]:
     """Send the logger "chattrain" to run_dir/<name> (None: no file) and, with `console`, to stderr; returns what undoes this.
 
-    `resume`: append to the file instead of replacing it. A second call replaces the first, so that a sweep in one process prints
-    each line once. `propagate` stays on for pytest's caplog; a handler of the root logger would print each line twice.
+    `resume`: append to the file instead of replacing it. A call within another replaces it until it is undone, so that each line
+    is printed once. `propagate` stays on for pytest's caplog; a handler of the root logger would print each line twice.
     """
     handlers: list[logging.Handler] = [logging.NullHandler()]  # without a handler, logging prints warnings to stderr
     if run_dir is not None:
@@ -64,15 +64,22 @@ def setup_logging(run_dir: Path | None, console: bool, resume: bool, name: str =
         handlers.append(file)
     if console and not is_quiet():
         handlers.append(_StderrHandler())
-    _detach([handler for handler in logger.handlers if handler.name == logger.name])
+    replaced, level = [handler for handler in logger.handlers if handler.name == logger.name], logger.level
+    for handler in replaced:
+        logger.removeHandler(handler)
     for handler in handlers:
         handler.set_name(logger.name)  # by this name the next call finds them
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    return lambda: _detach(handlers)
 
+    def undo() -> None:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+            handler.set_name(None)
+        for handler in replaced:
+            if handler.name:  # it was not undone in the meantime
+                logger.addHandler(handler)
+        logger.setLevel(level)
 
-def _detach(handlers: list[logging.Handler]) -> None:
-    for handler in handlers:
-        logger.removeHandler(handler)
-        handler.close()
+    return undo
