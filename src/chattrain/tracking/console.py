@@ -80,6 +80,7 @@ def setup_logging(run_dir: Path | None, console: bool, resume: bool, name: str =
         for handler in replaced:
             if handler.name:  # it was not undone in the meantime
                 logger.addHandler(handler)
-        logger.setLevel(level)
+        if not any(handler.name == logger.name for handler in logger.handlers):
+            logger.setLevel(level)
 
     return undo
