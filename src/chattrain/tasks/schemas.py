@@ -91,7 +91,8 @@ def no_schema(columns: Iterable[str]) -> str:
     its columns (id, prompt, response) fit no schema. They look most like prompt_completion, without completion. Rename or \
 convert them to the columns of one: messages (messages), sharegpt (conversations (or conversation, messages)), \
 alpaca (instruction, output), prompt_completion (prompt, completion), \
-multiple_choice (question, choices, answer (or answerKey)), gsm8k (question, answer), humaneval (prompt, canonical_solution, test, entry_point), text (text)
+multiple_choice (question, choices, answer (or answerKey)), gsm8k (question, answer), \
+humaneval (prompt, canonical_solution, test, entry_point), text (text)
     """
     columns = list(columns)
     said = f"its columns ({', '.join(columns) or 'none'}) fit no schema."

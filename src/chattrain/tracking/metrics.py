@@ -11,10 +11,10 @@ from pathlib import Path
 def is_detail(name: str) -> bool:
     """Is the metric recorded, but not shown in tables and on log lines: how sure an accuracy is, and validation by source?
 
-    >>> [is_detail(name) for name in ("eval/arc_acc", "eval/arc_stderr", "val/loss", "val/loss/gsm8k")]
-    [False, True, False, True]
+    >>> [is_detail(name) for name in ("eval/arc_acc", "eval/arc_stderr", "val/loss", "val/loss/gsm8k", "eval/gsm8k_ended")]
+    [False, True, False, True, True]
     """
-    return name.endswith(("_stderr", "_n", "_bpb")) or (name.startswith(("val/", "test/")) and name.count("/") > 1)
+    return name.endswith(("_stderr", "_n", "_bpb", "_ended")) or (name.startswith(("val/", "test/")) and name.count("/") > 1)
 
 
 def read_metrics(path: Path) -> list[dict]:
