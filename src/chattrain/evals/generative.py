@@ -18,7 +18,7 @@ from chattrain.chat import Malformed, render_prompt
 from chattrain.data.malformed import MalformedRows
 from chattrain.data.records import Records
 from chattrain.evals import sandbox
-from chattrain.evals.replies import Write, gather, text_of, write_on_all_ranks
+from chattrain.evals.replies import Reply, Writer, gather, text_of
 from chattrain.parallel.ranks import Ranks
 from chattrain.tasks import humaneval, record_to_document
 from chattrain.tasks.gsm8k import last_number, marked_answer
@@ -102,8 +102,7 @@ class Generative:
 
     name: str
     problems: list[Problem]
-    write: Write
-    max_tokens: int  # of a reply
+    write: Writer
     tokenizer: AnyTokenizer
     ranks: Ranks
     answers: list[dict[str, Any]] = field(default_factory=list)  # in the order of the source
@@ -112,9 +111,9 @@ class Generative:
     def __call__(self) -> dict[str, float]:
         """The measures over all ranks, by name."""
         began = time.perf_counter()
-        replies = write_on_all_ranks(self.write, [problem.ids for problem in self.problems], self.ranks)
-        self.speed = {"seconds": time.perf_counter() - began, "tokens": sum(map(len, replies))}
-        texts = [text_of(reply, self.tokenizer) for reply in replies]
+        replies = self.write([problem.ids for problem in self.problems])
+        self.speed = {"seconds": time.perf_counter() - began, "tokens": sum(len(reply.ids) for reply in replies)}
+        texts = [text_of(reply.ids, self.tokenizer) for reply in replies]
         self.answers = [
             self._answer(problem, reply, text, right)
             for problem, reply, text, right in zip(self.problems, replies, texts, self._judge(texts), strict=True)
@@ -128,7 +127,7 @@ class Generative:
             right = pool.map(suite.is_right, self.problems[share], texts[share])
         return [bool(row[0]) for row in gather([[int(ok)] for ok in right], len(texts), self.ranks)]
 
-    def _answer(self, problem: Problem, reply: list[int], text: str, right: bool) -> dict[str, Any]:
+    def _answer(self, problem: Problem, reply: Reply, text: str, right: bool) -> dict[str, Any]:
         suite = SUITES[self.name]
         compared = {} if suite.runs else {"expected": problem.expected, "extracted": suite.extract(text)}
         flexible = {"flexible": suite.flexible(text) == suite.flexible(problem.expected)} if suite.flexible else {}
@@ -141,8 +140,8 @@ class Generative:
             **compared,
             "right": right,
             **flexible,
-            "ended": len(reply) < self.max_tokens,
-            "tokens": len(reply),
+            "ended": reply.ended,
+            "tokens": len(reply.ids),
         }
 
     def _metrics(self) -> dict[str, float]:

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+from chattrain.chat.tools import Tool
+from chattrain.model.causal_lm import CausalLM
+from chattrain.model.engine import Engine, Request
 from chattrain.parallel.ranks import Ranks
 from chattrain.tokenizer import AnyTokenizer, HFTokenizer
 
-Write = Callable[[list[list[int]]], list[list[int]]]  # token ids of prompts -> those of the replies
 TIMES, LEAST = 3, 12  # a loop is one piece this many times in a row, of this many tokens together at least
 
 
-def write_on_all_ranks(write: Write, prompts: list[list[int]], ranks: Ranks) -> list[list[int]]:
-    """The reply to each prompt, on every rank. Each rank writes its share, so it must hold all weights.
+class Reply(NamedTuple):
+    ids: list[int]  # without the token that ended it
+    ended: bool  # by such a token, before it was as long as it may be
 
-    Replies to prompts of similar length are written together, and ranks get the same mix of lengths.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    mine = order[ranks.rank :: ranks.world_size]
-    replies = write([prompts[i] for i in mine]) if mine else []
-    gathered = gather(replies, len(prompts), ranks)
-    return [reply for _, reply in sorted(zip(order, gathered, strict=True))]
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes replies with the likeliest token at each place, up to `rows` of them at once. `tool` answers their calls."""
+
+    model: CausalLM
+    max_tokens: int  # of a reply
+    stop_ids: set[int]
+    tool: Tool | None
+    rows: int
+    ranks: Ranks
+
+    def __call__(self, prompts: list[list[int]]) -> list[Reply]:
+        """The reply to each prompt, on every rank. Each rank writes its share, for which it must hold all weights.
+
+        Replies to prompts of similar length are written together, and ranks get the same mix of lengths.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        mine = [self._request(prompts[i]) for i in order[self.ranks.rank :: self.ranks.world_size]]
+        if mine:
+            engine = Engine(self.model, min(self.rows, len(mine)), max(request.most_tokens for request in mine))
+            for request in mine:
+                engine.submit(request)
+            while engine.busy:
+                engine.step()
+        written = gather([[int(request.ended == "stop"), *request.reply] for request in mine], len(prompts), self.ranks)
+        by_prompt = dict(zip(order, written, strict=True))
+        return [Reply(by_prompt[i][1:], bool(by_prompt[i][0])) for i in range(len(prompts))]
+
+    def _request(self, prompt: list[int]) -> Request:
+        positions = self.model.max_positions
+        room = self.max_tokens if positions is None else max(0, min(self.max_tokens, positions - len(prompt)))
+        return Request(prompt, room, self.stop_ids, tool=self.tool)
 
 
 def gather(rows: list[list[int]], total: int, ranks: Ranks) -> list[list[int]]:

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from chattrain.chat import chat_format
+from chattrain.chat.tools import tool_of
 from chattrain.config.eval import EvalConfig
 from chattrain.data.passes import PassLimits
 from chattrain.evals.chatcore import chatcore
 from chattrain.evals.generative import Generative
 from chattrain.evals.multiple_choice import MultipleChoice
-from chattrain.evals.replies import Write
+from chattrain.evals.replies import Writer
 from chattrain.evals.validation import Validation
 from chattrain.model.causal_lm import CausalLM
-from chattrain.model.generate import generate_batch
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import ParallelStrategy
 from chattrain.setup.data import EvalData
@@ -108,11 +108,8 @@ def build_written(config: EvalConfig, data: EvalData, model: CausalLM, ranks: Ra
     """The suites whose answers the model writes."""
     if not data.problem_sets:
         return []
-    write = writer(config, data, model, chat_format(data.tokenizer).stop_ids)
-    return [
-        Generative(name, problems, write, config.max_reply_tokens, data.tokenizer, ranks)
-        for name, problems in data.problem_sets.items()
-    ]
+    write = _writer(config, data, model, chat_format(data.tokenizer).stop_ids, ranks)
+    return [Generative(name, problems, write, data.tokenizer, ranks) for name, problems in data.problem_sets.items()]
 
 
 def build_samples(
@@ -121,21 +118,13 @@ def build_samples(
     """What answers eval.prompts; None where there are none, and in command=evaluate, which has no run folder."""
     if run_dir is None or data.prompts is None:
         return None
-    write = writer(config, data, model, data.prompts.stop_ids)
-    return Samples(data.prompts, write, config.max_reply_tokens, data.tokenizer, ranks, run_dir, start_step)
+    return Samples(
+        data.prompts, _writer(config, data, model, data.prompts.stop_ids, ranks), data.tokenizer, ranks, run_dir, start_step
+    )
 
 
-def writer(config: EvalConfig, data: EvalData, model: CausalLM, stop_ids: set[int]) -> Write:
-    """Writes replies, the likeliest token at each place, several at once."""
-
-    def write(prompts: list[list[int]]) -> list[list[int]]:
-        replies: list[list[int]] = []
-        for start in range(0, len(prompts), config.reply_batch_size):
-            batch = prompts[start : start + config.reply_batch_size]
-            replies += generate_batch(model, batch, config.max_reply_tokens, stop_ids)
-        return replies
-
-    return write
+def _writer(config: EvalConfig, data: EvalData, model: CausalLM, stop_ids: set[int], ranks: Ranks) -> Writer:
+    return Writer(model, config.max_reply_tokens, stop_ids, tool_of(data.tokenizer), config.reply_batch_size, ranks)
 
 
 def keep_answers(data: EvalData, name: str, answers: list[dict]) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 from pathlib import Path
 
-from chattrain.evals.replies import Write, repeats, text_of, write_on_all_ranks
+from chattrain.evals.replies import Writer, repeats, text_of
 from chattrain.parallel.ranks import Ranks
 from chattrain.setup.suites import Prompts
 from chattrain.storage.files import replace_text
@@ -29,14 +29,13 @@ class Samples:
     def __init__(
         self,
         prompts: Prompts,
-        write: Write,
-        max_tokens: int,  # of a reply
+        write: Writer,
         tokenizer: AnyTokenizer,
         ranks: Ranks,
         run_dir: Path,
         start_step: int,
     ):
-        self.prompts, self.write, self.max_tokens, self.tokenizer, self.ranks = prompts, write, max_tokens, tokenizer, ranks
+        self.prompts, self.write, self.tokenizer, self.ranks = prompts, write, tokenizer, ranks
         self.file = run_dir / SAMPLES
         if ranks.is_main:
             forget_later(self.file, start_step)
@@ -44,10 +43,9 @@ class Samples:
     def __call__(self, step: int) -> dict[str, float]:
         """Fractions of the replies, over all prompts: samples/ended (by themselves, before eval.max_reply_tokens),
         samples/repeating (they end in a loop) and samples/empty."""
-        replies = write_on_all_ranks(self.write, self.prompts.ids, self.ranks)
         rows = []
-        for prompt, ids in zip(self.prompts.texts, replies, strict=True):
-            ended, text = len(ids) < self.max_tokens, text_of(ids, self.tokenizer)
+        for prompt, (ids, ended) in zip(self.prompts.texts, self.write(self.prompts.ids), strict=True):
+            text = text_of(ids, self.tokenizer)
             rows.append({"step": step, "prompt": prompt, "reply": text, "ended": ended, "repeating": repeats(ids)})
         if self.ranks.is_main:
             with self.file.open("a", encoding="utf-8") as file:

@@ -91,6 +91,8 @@ def open_prompts(cfg: Config, tokenizer: AnyTokenizer) -> Prompts | None:
     texts = _lines(Path(texts).expanduser()) if isinstance(texts, str) else list(map(str, texts))
     if not texts:
         return None
+    if not all(text.strip() for text in texts):
+        raise UserError(f"eval.prompts={texts} holds an empty text; leave it out")
     if cfg.stage == "base":
         begin, stops = _document_borders(tokenizer)
         return Prompts(texts, [[*begin, *ids] for ids in tokenizer.encode_batch(texts)], stops)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,6 +32,16 @@ def parse_row(line: str) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def now_row(step: int, metrics: dict[str, float]) -> dict[str, float | None]:
+    """A line of a metrics.jsonl. nan and inf become null: JSON has neither."""
+    return {"step": step, "time": round(time.time(), 3), **{name: _finite(value) for name, value in metrics.items()}}
+
+
+def _finite(value: float) -> float | None:
+    value = value if isinstance(value, int) else float(value)
+    return value if math.isfinite(value) else None
 
 
 def write_metrics(path: Path, rows: Iterable[dict]) -> None:
