@@ -118,7 +118,7 @@ def repeated(cfg: Config, file: Path, overrides: list[str], config_dirs: list[st
 
 def _chosen(typed: dict[str, str], other_stage: bool, keys: list[str]) -> list[str]:
     """The keys of `eval` that the choices on the command line set: all `keys`, where the file of one is the user's own."""
-    chosen = list(CHOSEN) if other_stage or "eval" in typed else []
+    chosen: list[str] = list(CHOSEN) if other_stage or "eval" in typed else []
     if "eval" not in typed:
         return chosen
     for choice in typed["eval"].strip("[]").split(","):
