@@ -15,7 +15,7 @@ from pathlib import Path
 
 from chattrain import device
 from chattrain.config import Config
-from chattrain.config.compose import compose
+from chattrain.config.compose import compose, key_of
 from chattrain.config.eval import SUITES
 from chattrain.config.instantiate import instantiate_config
 from chattrain.config.plain_yaml import read_yaml, section
@@ -28,6 +28,7 @@ from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.strategy import SingleProcess
 from chattrain.setup.data import EvalData, open_eval_data, pass_limits
 from chattrain.setup.evaluation import ANSWERS, build_evaluation, write_answers
+from chattrain.setup.job import current_job
 from chattrain.setup.mlflow_evaluation import send_evaluation
 from chattrain.setup.names import is_main_process, launch_name
 from chattrain.setup.report_data import report_notes
@@ -52,6 +53,8 @@ def main(cfg: Config) -> dict:
     Returns checkpoint, stage, part, metrics, validation (what the loss was measured on), questions (how many of how many were
     asked), subjects (accuracies by subject) and folder; with `runs` these of each run, and the differences.
     """
+    if "eval.prompts" in map(key_of, current_job().overrides):
+        raise UserError("eval.prompts is answered while a training goes on; to ask a checkpoint, use command=chat chat.prompt=[...]")
     try:
         return compare(cfg) if cfg.runs else _public(_show(measure(cfg)))
     except launch.Stopped:
