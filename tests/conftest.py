@@ -44,6 +44,7 @@ INTEGRATION = [
     "config/test_trusted.py",
     "setup/test_provenance.py",
     "setup/test_saving.py",
+    "setup/test_samples.py",
     "storage/test_kills.py",
     "storage/test_lock.py",
     "test_device.py",
