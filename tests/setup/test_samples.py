@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 import chattrain
 from chattrain.errors import UserError
-from chattrain.tracking.mlflow_store import connect
 from tests.helpers import TINY, metrics, train
 from tests.tiny_hf import write_model
 from tests.tracking.stores import environment
@@ -159,11 +158,12 @@ def test_a_run_goes_on_with_other_prompts(asked):
 
 
 def test_replies_are_a_table_in_mlflow(place):
-    with environment(MLFLOW_RUN_ID=""):
-        rest = [o for o in TINY if not o.startswith("tracking")]
+    import mlflow
+
+    rest = [o for o in TINY if not o.startswith("tracking")]
+    with environment(MLFLOW_RUN_ID="", MLFLOW_TRACKING_URI=f"sqlite:///{place}/store.db", MLFLOW_EXPERIMENT_NAME="chattrain"):
         typed = ["stage=sft", *rest, *ASKED, "train.max_steps=4", "run.name=tracked", "tracking=mlflow"]
         summary = chattrain.run(typed)
-        client, run_id = connect(f"sqlite:///{place}/runs/mlflow.db"), summary["mlflow_run_id"]
-        table = client.load_table(client.get_run(run_id).info.experiment_id, "samples.json", [run_id])
+        table = mlflow.load_table("samples.json", run_ids=[summary["mlflow_run_id"]])
     assert list(table["step"]) == [0, 0, 2, 2, 4, 4] and list(table["prompt"]) == PROMPTS * 3
     assert list(table["reply"]) == [row["reply"] for row in samples(summary)]
