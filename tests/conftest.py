@@ -55,6 +55,8 @@ INTEGRATION = [
     "model/test_attention.py",
     "commands/test_command_line.py",
     "commands/test_evaluate.py",
+    "commands/test_evaluate_written.py",
+    "evals/test_lm_eval.py",
     "setup/test_resume.py",
     "setup/test_compilation.py",
     "test_imports.py",

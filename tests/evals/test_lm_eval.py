@@ -28,7 +28,11 @@ SUBJECTS = ("adding", "counting")
 def sum_of(i: int) -> dict:
     a, b = i % 9 + 1, i // 9 % 9 + 1
     ending = ["#### {}", "It is {}.", "#### {}."][i % 3]  # marked, flexible alone, and marked with a full stop
-    return {"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = <<{a}+{b}={a + b}>>{a + b}\n#### {a + b}", "ending": ending}
+    return {
+        "question": f"What is {a} + {b}?",
+        "answer": f"{a} + {b} = <<{a}+{b}={a + b}>>{a + b}\n#### {a + b}",
+        "ending": ending,
+    }
 
 
 def choice_of(i: int) -> dict:

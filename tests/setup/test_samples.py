@@ -118,7 +118,9 @@ def test_prompts_that_cannot_be_asked_are_refused_before_there_is_a_run(place, v
 
 
 def test_a_base_model_goes_on_with_the_text(place):
-    (place / "text.jsonl").write_text("".join(json.dumps({"text": f"Once upon a time there were {i}."}) + "\n" for i in range(60)))
+    (place / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"Once upon a time there were {i}."}) + "\n" for i in range(60))
+    )
     typed = ["data.train_path=text.jsonl", "data.schema=text", "eval.prompts=['Once upon a']", "optimizer.lr_scale=3"]
     summary = train("base", "goes_on", *ASKED[1:], *typed, "train.max_steps=60", "eval.every=60")
     first, last = (row["reply"] for row in samples(summary))
