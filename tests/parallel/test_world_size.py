@@ -300,7 +300,7 @@ def test_questions_get_the_same_answers_from_weights_that_are_sharded(ran):
 
 
 def test_replies_are_the_same_from_weights_that_are_sharded(ran):
-    """Of the questions of suites, and to eval.prompts. Ranks write replies of different lengths, so they make different passes."""
+    """Of the questions of suites, and to eval.prompts. Ranks write replies of different lengths, with as many passes."""
     first = {}
     for name in ("asked", "asked-ddp", "asked-fsdp"):
         folder = Path(ran[name]["run_dir"])
