@@ -109,8 +109,11 @@ def test_a_parameter_that_the_loss_does_not_reach_counts_as_one_of_gradient_zero
 
 @pytest.mark.parametrize("waits", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("make", [muon_adamw_build, adamw_build, adamw_bf16_build], ids=["muon_adamw", "adamw", "adamw_bf16"])
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_state(make, waits):
-    here = Recorder("cpu", factors=[1.0, 1.0, float("nan"), 1.0, 1.0, 1.0], build=make)
+@pytest.mark.parametrize("alone", [False, True], ids=["loss and gradient", "the loss alone"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_state(make, waits, alone):
+    here = Recorder("cpu", factors=[1.0, 1.0, 1.0 if alone else float("nan"), 1.0, 1.0, 1.0], build=make)
+    added = iter([0.0, 0.0, float("inf") if alone else 0.0])
+    here.parts.loss_of = lambda batch: here.loss(batch) + next(added, 0.0)  # as of a target whose logit is -inf
     here.parts.checks_each_step = waits
     loop.train_step(here.parts, here.parts.loader.step(0), 0)
     weights = [p.detach().clone() for p in here.model.parameters()]
