@@ -14,7 +14,10 @@ from chattrain.data.batch import Batch
 from chattrain.errors import RunFailed
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw
+from chattrain.optim.adamw_bf16 import AdamWBF16
+from chattrain.optim.groups import parameter_groups
 from chattrain.optim.muon_adamw import build
+from chattrain.optim.named import NamedOptimizer
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import SingleProcess
 from tests.optim.small_model import ADAMW
@@ -45,6 +48,13 @@ def adamw_build(model):
 
 def adamw_bf16_build(model):
     return adamw.build(model, **ADAMW, state_dtype=StateDType.bf16)
+
+
+def as_on_cuda(model):
+    """muon_adamw, with an AdamW that reads nothing on the device meta either: torch's fused one does not run there."""
+    muon, adamw = muon_adamw_build(model).optimizers
+    members = [{key: group[key] for key in ("name", "params", "lr")} for group in adamw.param_groups]
+    return NamedOptimizer([muon, AdamWBF16(members, lr=0.0, betas=(0.8, 0.95), eps=1e-10)], parameter_groups(model))
 
 
 class Recorder:
@@ -90,7 +100,7 @@ class Recorder:
 
 def test_a_step_on_another_device_reads_nothing_back():
     """A meta tensor has no values: whatever asks for one raises, as waiting for a GPU would cost time."""
-    there = Recorder("meta")
+    there = Recorder("meta", build=as_on_cuda)
     for step in range(2):
         result = loop.train_step(there.parts, there.parts.loader.step(step), step, logged=True)
     with pytest.raises(RuntimeError):
