@@ -24,15 +24,16 @@ from pathlib import Path
 import numpy as np
 
 from chattrain.chat import Kind, Segment, chat_format
+from chattrain.chat.fields import without_fields
 from chattrain.config.data import Limits, SourceConfig
 from chattrain.config.words import Schema
-from chattrain.data.counting import OpenTurns, count_open_turns, count_tokens
+from chattrain.data.counting import OPEN_TURNS, SAMPLED, Fault, Faults, count_open_turns, count_tokens, misplaced_mask
 from chattrain.data.malformed import MalformedRows
 from chattrain.data.places import Places
 from chattrain.data.records import Records
 from chattrain.data.sources import LIMITS, identity, open_records, with_schema
 from chattrain.storage.files import make_folder
-from chattrain.tasks import record_to_segments
+from chattrain.tasks import record_to_document, record_to_segments
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
 FORMAT_VERSION = 6
@@ -72,7 +73,7 @@ class TokenizedSource:
     left_out: dict[str, int] = field(default_factory=dict)  # times: fields of data.ignore; what a chat template drops by design
     malformed: MalformedRows = field(default_factory=MalformedRows)  # what was skipped, by reason
     places: Places = field(default_factory=Places)  # of all records of the source, for messages
-    open_turns: OpenTurns = field(default_factory=OpenTurns)
+    faults: Faults = field(default_factory=Faults)  # of the marks of what the model must generate
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -149,14 +150,14 @@ def _open(name: str, folder: Path) -> TokenizedSource:
     arrays = {field: np.load(folder / f"{file}.npy", mmap_mode="r") for field, file in ARRAYS.items()}
     malformed, places = MalformedRows(meta["malformed"]), Places.load(folder)
     noted = {"left_out": meta["left_out"], "malformed": malformed, "skipped": malformed.count, "places": places}
-    open_turns = OpenTurns(**meta["open_turns"])
-    return TokenizedSource(name=name, content_hash=meta["content_hash"], open_turns=open_turns, **noted, **arrays)
+    faults = Faults({kind: Fault(**fault) for kind, fault in meta["faults"].items()})
+    return TokenizedSource(name=name, content_hash=meta["content_hash"], faults=faults, **noted, **arrays)
 
 
 def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
     """Write a cache folder. What there is of each token goes to disk chunk by chunk, so that memory does not grow with the
     source."""
-    malformed, open_turns, content_hash = MalformedRows(), OpenTurns(), hashlib.sha256()
+    malformed, faults, content_hash = MalformedRows(), Faults(), hashlib.sha256()
     left_out: Counter[str] = Counter()
     lengths, counts, record_indices = [0], [], []
     files = {name: (folder / f"{name}.raw") for name in ("tokens", "kinds", "turns")}
@@ -172,7 +173,7 @@ def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dt
             counts += chunk.counts
             record_indices += chunk.record_indices
             malformed.merge(chunk.malformed)
-            open_turns.merge(chunk.open_turns)
+            faults.merge(chunk.faults)
             left_out += chunk.left_out
     if not record_indices:
         raise records.nothing_usable(malformed)
@@ -190,7 +191,7 @@ def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dt
     meta = {
         "malformed": malformed.reasons,
         "left_out": dict(left_out),
-        "open_turns": asdict(open_turns),
+        "faults": {kind: asdict(fault) for kind, fault in faults.items()},
         "content_hash": content_hash.hexdigest()[:24],
         "source": records.path,
         "documents": len(record_indices),
@@ -223,7 +224,7 @@ class Chunk:
     counts: list[tuple[int, int, int, int]]  # `count_tokens` of each document
     record_indices: list[int]
     malformed: MalformedRows
-    open_turns: OpenTurns
+    faults: Faults
     left_out: Counter[str]
 
     @property
@@ -304,11 +305,15 @@ def _render(
         documents.append(segments)
         record_indices.append(i)
         left_out += of_record
-    rendered, open_turns = form.encode(documents), OpenTurns()
-    if source.schema != Schema.text:  # a text has no turn
+    rendered = form.encode(documents)
+    dtype, faults = _token_dtype(tokenizer), Faults()
+    if source.schema != Schema.text:  # a text has neither turns nor a prompt
         for i, document in zip(record_indices, rendered, strict=True):
-            open_turns.add(i, count_open_turns(document, form.stop_ids))
-    dtype = _token_dtype(tokenizer)
+            faults.add(OPEN_TURNS, i, count_open_turns(document, form.stop_ids))
+        for i, document in list(zip(record_indices, rendered, strict=True))[:SAMPLED]:
+            given = without_fields(record_to_document(records.table[i], source.schema.name), ignore, Counter())
+            for kind in misplaced_mask(given, document, form):
+                faults.add(kind, i)
     return Chunk(
         tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
         kinds=b"".join(bytes(r.kinds) for r in rendered),
@@ -317,6 +322,6 @@ def _render(
         counts=[count_tokens(r) for r in rendered],
         record_indices=record_indices,
         malformed=malformed,
-        open_turns=open_turns,
+        faults=faults,
         left_out=left_out,
     )

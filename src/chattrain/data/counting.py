@@ -4,30 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from chattrain.chat import Encoded, Kind
+from chattrain.chat import ChatFormat, Encoded, Kind, Malformed
 from chattrain.data.loss_weights import last_turn
 
 NAMED = 5  # records that a message names
+SAMPLED = 8  # records of each chunk whose mask is compared with the prompt that a chat would give
+OPEN_TURNS, UNTRAINED_REPLIES, TRAINED_PROMPTS = "open_turns", "untrained_replies", "trained_prompts"
 
 
 @dataclass
-class OpenTurns:
-    """Assistant turns that are trained without the token that ends them: a model trained so does not learn to stop."""
+class Fault:
+    """A kind of fault in the marks of what the model must generate: how often it is there, and in which records first."""
 
     count: int = 0
-    records: list[int] = field(default_factory=list)  # indices of the first few records that have one
+    records: list[int] = field(default_factory=list)
 
-    def add(self, record: int, count: int) -> None:
-        self.count += count
-        if count and len(self.records) < NAMED:
-            self.records.append(record)
 
-    def merge(self, other: OpenTurns) -> None:
-        self.count += other.count
-        self.records = (self.records + other.records)[:NAMED]
+class Faults(dict[str, Fault]):
+    """Faults by kind.
+
+    open_turns: turns that are trained without the token that ends them: a model trained so does not learn to stop.
+    untrained_replies, trained_prompts: of a sample of conversations, those whose last reply is not marked, or whose prompt is.
+    """
+
+    def add(self, kind: str, record: int, count: int = 1) -> None:
+        if count:
+            self._merge(kind, Fault(count, [record]))
+
+    def merge(self, other: Faults) -> None:
+        for kind, fault in other.items():
+            self._merge(kind, fault)
+
+    def _merge(self, kind: str, fault: Fault) -> None:
+        held = self.setdefault(kind, Fault())
+        held.count += fault.count
+        held.records = (held.records + fault.records)[:NAMED]
 
 
 def count_tokens(document: Encoded) -> tuple[int, int, int, int]:
@@ -65,3 +80,24 @@ def count_open_turns(document: Encoded, stop_ids: Collection[int]) -> int:
         after = ids[last + 1 :][turn[last + 1 :]]
         count += is_trained and (not len(after) or bool(np.isin(after, list(stop_ids)).any()))
     return count
+
+
+def misplaced_mask(document: dict[str, Any], encoded: Encoded, form: ChatFormat) -> list[str]:
+    """The kinds of fault of a conversation that ends with a reply, found without what marked it: by the prompts that a chat with
+    the model would give for its first and its last reply. [] for other documents, and where those prompts do not begin it."""
+    messages = document.get("messages") or []
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    if any(kind & Kind.OFF for kind in encoded.kinds) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return []
+    try:
+        shared = form.prompt({**document, "messages": messages[: first + 1]})
+        prompt = form.prompt({**document, "messages": messages[:-1]})
+    except Malformed:
+        return []
+    if encoded.ids[: len(prompt)] != prompt or encoded.ids[: len(shared)] != shared or len(encoded.ids) == len(prompt):
+        return []
+    marked = [kind == Kind.ASSISTANT for kind in encoded.kinds]
+    end = next((i for i in range(len(prompt), len(marked)) if encoded.ids[i] in form.stop_ids), None)
+    is_trained = marked[len(prompt)] and end is not None and marked[end]
+    trains_prompt = any(marked[: len(shared)]) or marked[len(prompt) - 1]
+    return [UNTRAINED_REPLIES] * (not is_trained) + [TRAINED_PROMPTS] * trains_prompt
