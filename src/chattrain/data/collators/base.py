@@ -74,6 +74,11 @@ class Collator(ABC):
             found[cache.name] = SourceCounts(len(here), int(tokens[here].sum()), int(supervised[here].sum()))
         return found
 
+    def pieces(self, row: int) -> list[tuple[int, int, int]] | None:
+        """The documents that a row is made of, in order: (document, begin, end) for its tokens begin to end, of which the last one
+        of a row, or of an isolated document, is a target only. None: the collator does not say."""
+        return None
+
     @abstractmethod
     def describe(self, row: int) -> str:
         """The documents that a row is made of, for messages."""
