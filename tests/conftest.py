@@ -86,6 +86,7 @@ INTEGRATION = [
     "fuzz/test_folders.py",
     "fuzz/test_command_lines.py",
     "test_offline.py",
+    "test_examples.py",
 ]
 
 

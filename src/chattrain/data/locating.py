@@ -113,7 +113,9 @@ class Search:
             sizes = self.lengths.get(openings[at], np.empty(0, np.int64))
             sizes = sizes[sizes <= len(inputs) - at]
             hashes = (sums[at + sizes] - sums[at]) * self.inverses[at]
-            size, document = next(((n, self.whole[h]) for n, h in zip(sizes.tolist(), hashes.tolist()) if h in self.whole), (1, -1))
+            size, document = next(
+                ((n, self.whole[h]) for n, h in zip(sizes.tolist(), hashes.tolist()) if h in self.whole), (1, -1)
+            )
             if document != UNKNOWN:
                 found.place(at, document, 0, size)
             at += size
