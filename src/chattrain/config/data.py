@@ -42,6 +42,7 @@ class MixtureConfig:
     train: dict[str, SourceConfig] = field(default_factory=dict)
     val: dict[str, SourceConfig] = field(default_factory=dict)
     test: dict[str, SourceConfig] = field(default_factory=dict)  # for eval.on=test only: neither trained on nor chosen by
+    prompts: list[str] = field(default_factory=list)  # of eval.prompts, where it is null
 
     def part(self, part: Part) -> dict[str, SourceConfig]:
         return self.test if part == Part.test else self.val

@@ -106,6 +106,7 @@ class Schema(Enum):
     prompt_completion = "prompt_completion"
     multiple_choice = "multiple_choice"
     gsm8k = "gsm8k"
+    humaneval = "humaneval"
     text = "text"
 
 

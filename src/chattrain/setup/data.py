@@ -18,9 +18,11 @@ from chattrain.data.mixture import Mixture
 from chattrain.data.overlap import VERSION as OVERLAP_VERSION
 from chattrain.data.overlap import Overlap, overlap
 from chattrain.data.passes import PassLimits
+from chattrain.evals.generative import Problem
 from chattrain.evals.multiple_choice import Question
 from chattrain.evals.validation import Measured
 from chattrain.setup.opening import Opening, cache_dir
+from chattrain.setup.suites import Prompts, open_prompts, open_suites
 from chattrain.storage.files import make_folder, replace_text
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
@@ -34,9 +36,13 @@ class EvalData:
     validation_rows: int
     also: dict[str, tuple[Collator, int]]  # eval.also: stage -> its validation data, rows
     question_sets: dict[str, list[Question]]
+    problem_sets: dict[str, list[Problem]]  # the same, of suites whose answers the model writes
+    prompts: Prompts | None  # eval.prompts; None: there are none
+    asked: dict[str, dict[str, int | None]]  # of each set: how many questions are asked, `of` how many
     notes: list[tuple[int, str]]  # (level, message) of what was found when it was opened; `report_data` logs them
     measured: Measured | None = field(default=None, init=False)  # what the validation loss was measured on; None: not yet
     answers: list[dict] = field(default_factory=list, init=False)  # to the questions, when they were last asked
+    speed: dict[str, dict[str, float]] = field(default_factory=dict, init=False)  # seconds and tokens of the replies of a suite
 
 
 @dataclass(kw_only=True)
@@ -60,7 +66,7 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     rows_per_step = cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
     train = opening.training()
     evals = _eval_data(opening)
-    shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers")}
+    shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers", "speed")}
     return RunData(
         **shared,
         train=train,
@@ -81,7 +87,9 @@ def _eval_data(opening: Opening) -> EvalData:
     validation, rows = opening.validation() if config.validation else (None, 0)
     also = opening.also()
     question_sets = opening.question_sets() if config.multiple_choice else {}
-    return EvalData(opening.tokenizer, validation, rows, also, question_sets, opening.notes)
+    problem_sets = open_suites(opening) if config.generates else {}
+    prompts = open_prompts(opening.cfg, opening.tokenizer)
+    return EvalData(opening.tokenizer, validation, rows, also, question_sets, problem_sets, prompts, opening.asked, opening.notes)
 
 
 def _num_steps(config: TrainConfig, train: Collator, rows_per_step: int) -> int:
