@@ -22,7 +22,7 @@ INVERSE = np.uint64(pow(int(P), -1, 1 << 64))
 
 @dataclass
 class Located:
-    """The inputs of a row: the document of each, and its index in that document, both (T,) int64; UNKNOWN where neither is known."""
+    """The inputs of a row: the document of each, and its index in that document, both (T,) int64; UNKNOWN where not known."""
 
     documents: np.ndarray
     positions: np.ndarray
@@ -113,10 +113,10 @@ class Search:
             sizes = self.lengths.get(openings[at], np.empty(0, np.int64))
             sizes = sizes[sizes <= len(inputs) - at]
             hashes = (sums[at + sizes] - sums[at]) * self.inverses[at]
-            size, document = next(((n, self.whole[h]) for n, h in zip(sizes.tolist(), hashes.tolist()) if h in self.whole), (1, -1))
-            if document != UNKNOWN:
-                found.place(at, document, 0, size)
-            at += size
+            fitting = [i for i, window in enumerate(hashes.tolist()) if window in self.whole]
+            if fitting:  # the longest one
+                found.place(at, self.whole[int(hashes[fitting[0]])], 0, int(sizes[fitting[0]]))
+            at += int(sizes[fitting[0]]) if fitting else 1
         return found
 
     def _openings(self, row: np.ndarray) -> np.ndarray:

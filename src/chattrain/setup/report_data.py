@@ -6,6 +6,7 @@ import logging
 
 from chattrain.chat.format import DROPPED_THOUGHTS
 from chattrain.data.collators import Collator
+from chattrain.setup.audit import FAULT, LEVELS, AuditReport
 from chattrain.setup.data import EvalData, RunData
 
 log = logging.getLogger("chattrain")
@@ -25,25 +26,18 @@ def report_data(data: RunData) -> None:
     for line in describe_sources(data.train):
         log.info("  %s", line)
     if data.overlap is not None:
-        documents, exact, near = data.overlap
-        log.info("validation: %s documents", f"{documents:,}")
-        if exact or near:
-            log.warning(
-                "%s of %s validation documents are in the training data too: %s copies but for case and punctuation, %s near "
-                "copies (70 %% of their runs of 8 words); val/loss is lower for it",
-                f"{exact + near:,}",
-                f"{documents:,}",
-                f"{exact:,}",
-                f"{near:,}",
-            )
+        log.info("validation: %s documents", f"{data.overlap.documents:,}")
     for line in describe_left_out(data.train):
         log.info("%s", line)
-    if counts.truncated:
-        log.warning(
-            "%d documents are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
-        )
-    if counts.left_out:
-        log.warning("%d documents have no token that carries loss within train.seq_len and are left out", counts.left_out)
+    report_audit(data.audit)
+
+
+def report_audit(report: AuditReport) -> None:
+    """Log what the audit found, and that it found nothing."""
+    for finding in report.findings:
+        log.log(LEVELS[finding.level], "%s", finding.message)
+    if not report.of(FAULT):
+        log.info("audit: the masks of %s tokens of real batches are those asked for", f"{report.tokens:,}")
 
 
 def describe_left_out(collator: Collator) -> list[str]:
