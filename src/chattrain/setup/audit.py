@@ -105,17 +105,22 @@ def refuse(report: AuditReport, strictness: Strictness) -> None:
 
 
 def _sources_without_loss(collator: Collator, policy: Policy) -> Iterator[Finding]:
-    """Sources of which no token is trained."""
+    """Sources of which no token is trained: a fault, unless their conversations are cut, which a longer row would mend."""
     mixture = collator.mixture
     for cache, a, b in zip(mixture.caches, mixture.starts.tolist(), mixture.starts[1:].tolist(), strict=False):
         if not mixture.num_supervised[a:b].any():
-            what, reason = "", "they have no reply, or all is flagged off, or the mask is lost: mend the source, or leave it out"
+            level, what = FAULT, ""
+            reason = "they have no reply, or all is flagged off, or the mask is lost: mend the source, or leave it out"
         elif not mixture.keep[a:b].any():
-            what, reason = f" within train.seq_len={collator.seq_len} tokens", "raise train.seq_len, or leave the source out"
+            level, what, reason = (
+                WARNING,
+                f" within train.seq_len={collator.seq_len} tokens",
+                "raise train.seq_len, or leave the source out",
+            )
         else:
             continue
         yield Finding(
-            FAULT,
+            level,
             "no_supervised_token",
             b - a,
             f"data source {cache.name}: none of its {b - a:,} documents has a token that carries loss "
