@@ -6,6 +6,7 @@ import logging
 
 from chattrain.chat.format import DROPPED_THOUGHTS
 from chattrain.data.collators import Collator
+from chattrain.data.statistics import SourceStatistics
 from chattrain.setup.audit import FAULT, LEVELS, AuditReport
 from chattrain.setup.data import EvalData, RunData
 
@@ -38,6 +39,49 @@ def report_audit(report: AuditReport) -> None:
         log.log(LEVELS[finding.level], "%s", finding.message)
     if not report.of(FAULT):
         log.info("audit: the masks of %s tokens of real batches are those asked for", f"{report.tokens:,}")
+
+
+def describe_findings(report: AuditReport) -> list[str]:
+    """A line for each finding of the audit, the gravest first, and one for what was compared."""
+    found = sorted(report.findings, key=lambda finding: -LEVELS[finding.level])
+    lines = [f"{finding.level}: {finding.message}" for finding in found]
+    return [*lines, f"the loss weights of {report.tokens:,} tokens of real batches were compared with their documents"]
+
+
+def mixture_table(sources: dict[str, SourceStatistics]) -> list[list[str]]:
+    """A header, a line a source, a line for all of them."""
+    header = ["source", "records", "skipped", "documents", "tokens", "supervised", "share", "truncated", "left out", "longest"]
+    lines = [
+        [
+            name,
+            f"{source.records:,}",
+            f"{sum(source.skipped.values()):,}" + "".join(f" ({reason})" for reason in source.skipped),
+            f"{source.documents:,}",
+            f"{source.tokens:,}",
+            f"{source.supervised_tokens:,}",
+            f"{source.share:.1%}",
+            f"{source.truncated:,}",
+            f"{source.left_out:,}",
+            f"{source.longest:,}",
+        ]
+        for name, source in sources.items()
+    ]
+    found = list(sources.values())
+    tokens, supervised = sum(s.tokens for s in found), sum(s.supervised_tokens for s in found)
+    skipped, records = sum(sum(s.skipped.values()) for s in found), sum(s.records for s in found)
+    numbers = [records, skipped, sum(s.documents for s in found), tokens, supervised]
+    cut = [sum(s.truncated for s in found), sum(s.left_out for s in found), max(s.longest for s in found)]
+    share = f"{supervised / max(1, tokens):.1%}"
+    return [header, *lines, ["all", *(f"{n:,}" for n in numbers), share, *(f"{n:,}" for n in cut)]]
+
+
+def ranges(lengths: dict[int, int]) -> dict[str, int]:
+    """A histogram by powers of 2 with its ranges in words.
+
+    >>> ranges({2: 1, 4: 2})
+    {'2 to 3': 1, '4 to 7': 2}
+    """
+    return {f"{least:,} to {2 * least - 1:,}": count for least, count in lengths.items()}
 
 
 def describe_left_out(collator: Collator) -> list[str]:
