@@ -39,6 +39,7 @@ ON_RESUME = {
     "eval.batch_size": Change.silent,
     "eval.reply_batch_size": Change.silent,
     "eval.prompts": Change.silent,  # samples/* and samples.jsonl are of other prompts from then on
+    "data.audit": Change.silent,
     "data.cache_dir": Change.silent,
     "data.workers": Change.silent,
     # How long it is, and what a run that goes on does not read.

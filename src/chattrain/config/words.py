@@ -115,6 +115,11 @@ class Part(Enum):
     test = "test"
 
 
+class Audit(Enum):
+    warn = "warn"
+    refuse = "refuse"
+
+
 class OnMalformed(Enum):
     refuse = "refuse"
     skip = "skip"

@@ -22,7 +22,7 @@ INVERSE = np.uint64(pow(int(P), -1, 1 << 64))
 
 @dataclass
 class Located:
-    """The inputs of a row: the document of each, and its index in that document, both (T,) int64; UNKNOWN where neither is known."""
+    """The inputs of a row: the document of each, and its index in that document, both (T,) int64; UNKNOWN where not known."""
 
     documents: np.ndarray
     positions: np.ndarray
@@ -56,12 +56,10 @@ def locate(inputs: np.ndarray, pieces: Pieces | None, mixture: Mixture) -> Locat
     """
     if pieces is None:
         return None
-    for apart in (True, False):
+    for apart in (False, True):  # in this order: a stream whose last token begins a document also looks like the other
         found, at = Located.nowhere(len(inputs)), 0
         for number, (document, begin, end) in enumerate(pieces, start=1):
-            end -= apart or number == len(pieces)
-            if at + end - begin > len(inputs):
-                return None
+            end = min(end - (apart or number == len(pieces)), begin + len(inputs) - at)
             found.place(at, document, begin, end)
             at += end - begin
         if np.array_equal(_tokens(found, mixture), inputs[:at]):
@@ -113,12 +111,10 @@ class Search:
             sizes = self.lengths.get(openings[at], np.empty(0, np.int64))
             sizes = sizes[sizes <= len(inputs) - at]
             hashes = (sums[at + sizes] - sums[at]) * self.inverses[at]
-            size, document = next(
-                ((n, self.whole[h]) for n, h in zip(sizes.tolist(), hashes.tolist()) if h in self.whole), (1, -1)
-            )
-            if document != UNKNOWN:
-                found.place(at, document, 0, size)
-            at += size
+            fitting = [i for i, window in enumerate(hashes.tolist()) if window in self.whole]
+            if fitting:  # the longest one
+                found.place(at, self.whole[int(hashes[fitting[0]])], 0, int(sizes[fitting[0]]))
+            at += int(sizes[fitting[0]]) if fitting else 1
         return found
 
     def _openings(self, row: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Are the targets of real batches those that the loss.* keys ask for? Compared with the documents, apart from what made the batch.
+"""Are the targets of real batches those that the loss.* keys ask for? Their documents tell, apart from what made the batches.
 
 A mask can be lost anywhere between the chat format and the model, and the loss does not show it: nanochat trained on every token
 for 31 days. So the weights are computed anew here, from kinds and turns, and not by `LossWeights`.

@@ -45,6 +45,7 @@ class Collator(ABC):
     """The interface that the loader uses."""
 
     supervises = Supervise.assistant  # what loss.supervise=auto means with it
+    follows_loss_keys = True  # False: it weighs tokens in another way than the keys loss.* say, so the audit compares none
     mixture: Mixture
     seq_len: int  # tokens a row, at most
     counts: Counts
@@ -75,8 +76,8 @@ class Collator(ABC):
         return found
 
     def pieces(self, row: int) -> list[tuple[int, int, int]] | None:
-        """The documents that a row is made of, in order: (document, begin, end) for its tokens begin to end, of which the last one
-        of a row, or of an isolated document, is a target only. None: the collator does not say."""
+        """The documents that a row is made of, in order: (document, begin, end) for its tokens begin to end. The last token of a
+        row, or of each document where they are joined without it, is a target only. None: the collator does not say."""
         return None
 
     @abstractmethod
