@@ -22,6 +22,8 @@ from chattrain.setup import names
 from chattrain.sweeps.callback import Refused
 from chattrain.sweeps.launching import Launch
 
+SWEEPS = ("-m", "--multirun")
+
 
 def main() -> None:
     """Exit status 0 only when the work was done; 2 for a user's mistake, 1 for a failed run, 130 when interrupted."""
@@ -33,11 +35,13 @@ def main() -> None:
     schema.register_schemas()
     names.set_launch()
     try:
+        if help.is_requested(sys.argv[1:]):
+            print(help.text(sys.argv[1:]))
+            sys.exit(0)
         typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
     except UserError as error:
         sys.exit(report_error(error))
-    show_help = help.is_requested(arguments)
-    sys.argv[1:] = help.hydra_arguments(arguments) if show_help else flags_first(arguments)
+    sys.argv[1:] = flags_first(arguments)
     launch = Launch(typed)
     sweep = launch.sweep
 
@@ -46,7 +50,7 @@ def main() -> None:
         return sweep.run_job(composed)
 
     with launch.workspace():
-        for act in (lambda: help.show(job, arguments) if show_help else job(), launch.show):
+        for act in (job, launch.show):
             try:
                 act()
             except BaseException as error:
@@ -59,7 +63,7 @@ def main() -> None:
 
 def flags_first(arguments: list[str]) -> list[str]:
     """The arguments with -m before all others: Python's argparse does not take it between the overrides."""
-    return sorted(arguments, key=lambda argument: argument not in help.SWEEPS)
+    return sorted(arguments, key=lambda argument: argument not in SWEEPS)
 
 
 def _status(error: BaseException, launch: Launch) -> int:

@@ -11,15 +11,16 @@ from chattrain.errors import UserError
 @dataclass
 class EvalConfig:
     on: Part = Part.val  # part of the data; test, with command=evaluate: data that chose neither checkpoint nor settings
-    every: int | None = 100  # optimizer steps, besides before the first and after the last step; null: only those two
+    # optimizer steps between evaluations, besides before the first and after the last step; null: only those two
+    every: int | None = 100
     validation: bool = True  # val/loss and val/bpb of the validation mixture
     multiple_choice: bool = False  # accuracy on the question sets of the data, MMLU and ARC
     multiple_choice_every: int | None = None  # optimizer steps, a multiple of `every`; null: at every evaluation
     max_tokens: int | None = None  # tokens of the validation mixture at most; null: all
     max_problems: int | None = None  # questions of each set at most; null: all
     batch_size: int = 16  # questions a forward pass, for questions of average length: more if shorter, fewer if longer
-    mmlu_path: str | None = None  # hub name, or a folder with the hub's file layout
-    arc_path: str | None = None  # the same; contains ARC-Easy and ARC-Challenge
+    mmlu_path: str | None = None  # MMLU: hub name, or a folder with the hub's file layout; null: it is not asked
+    arc_path: str | None = None  # ARC: the same; contains ARC-Easy and ARC-Challenge
     split: str = "test"  # of MMLU and ARC
     also: list[str] = field(default_factory=list)  # other stages whose validation data is measured too, as val/loss/<stage>
 
