@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from chattrain.commands import help
+from chattrain.commands import completion, help
 from chattrain.commands.exit import report_error
 from chattrain.config import compose, schema
 from chattrain.errors import RunFailed, UserError
@@ -35,9 +35,10 @@ def main() -> None:
     schema.register_schemas()
     names.set_launch()
     try:
-        if help.is_requested(sys.argv[1:]):
-            print(help.text(sys.argv[1:]))
-            sys.exit(0)
+        for page in (completion, help):
+            if page.is_requested(sys.argv[1:]):
+                print(page.text(sys.argv[1:]))
+                sys.exit(0)
         typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
     except UserError as error:
         sys.exit(report_error(error))

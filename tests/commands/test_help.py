@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -150,3 +151,32 @@ def test_help_explains_an_own_part_by_its_signature(workplace, capsys, monkeypat
 
 def test_the_values_of_a_command_line_are_shown_by_cfg_job(capsys):
     assert "seq_len: 123" in shown(capsys, "stage=sft", "train.seq_len=123", "--cfg", "job")
+
+
+# --- completion ------------------------------------------------------------------------------------------------------
+
+
+def completed(line: str) -> list[str]:
+    """What bash offers for a line, with the script of -sc install=bash evaluated as README says."""
+    script = f"""
+    python() {{ {sys.executable} "$@"; }}
+    eval "$(python -m chattrain -sc install=bash)"
+    compopt() {{ :; }}
+    COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}
+    _chattrain
+    printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_groups_choices_keys_words_and_files(workplace):
+    (workplace / "talk.jsonl").write_text("")
+    assert completed("python -m chattrain stage=mid optimizer=") == ["optimizer=adamw", "optimizer=muon_adamw"]
+    assert completed("python -m chattrain train.max_st") == ["train.max_steps="]
+    assert completed("python -m chattrain train.dtype=b") == ["train.dtype=bf16"]
+    assert completed("python -m chattrain --help verify") == ["verify_resume", "verify", "verify.steps"]
+    assert completed("python -m chattrain data.train_path=ta") == ["data.train_path=talk.jsonl"]
+    assert completed("python -m pytest o") == []

@@ -9,9 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import io
 import re
-import tokenize
 import types
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
@@ -23,9 +21,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from omegaconf import MISSING
 
+from chattrain.config.comments import field_comments
 from chattrain.config.compose import compose, conf_dir
 from chattrain.config.own import GROUPS as OWN_GROUPS
-from chattrain.config.own import OwnPart, is_own, schema_of
+from chattrain.config.own import is_own, schema_of
 from chattrain.config.root import Config
 from chattrain.config.schema import VARIANTS
 from chattrain.config.train import ALTERNATIVES
@@ -205,50 +204,6 @@ def _names(one: Key, other: Key) -> bool:
     return bool(short or re.search(rf"(?<![\w.]){re.escape(other.name)}\b(?!\.\w)", one.meaning)) and "." in other.name
 
 
-# --- comments --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def field_comments(schema: type) -> dict[str, str]:
-    """The comment of each field of a dataclass and of those that it inherits: behind the field, else in the lines above it."""
-    comments: dict[str, str] = {}
-    for cls in reversed(schema.__mro__):
-        if is_dataclass(cls) and not issubclass(cls, OwnPart):
-            comments |= _class_comments(cls)
-    return comments
-
-
-def _class_comments(cls: type) -> dict[str, str]:
-    text = Path(inspect.getfile(cls)).read_text()
-    behind, above = _comments(text)
-    found = {}
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.ClassDef) or node.name != cls.__name__:
-            continue
-        for decorator in node.decorator_list:  # a field whose name is a keyword of Python stands in a decorator
-            if isinstance(decorator, ast.Call) and decorator.args and isinstance(decorator.args[0], ast.Constant):
-                found[str(decorator.args[0].value)] = behind.get(decorator.lineno) or above.get(decorator.lineno, "")
-        for field in node.body:
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                found[field.target.id] = behind.get(field.end_lineno or 0) or above.get(field.lineno, "")
-    return found
-
-
-def _comments(text: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Comments of a source: behind the code of a line, by its number; in lines of their own, by the number of the line below."""
-    behind: dict[int, str] = {}
-    above: dict[int, str] = {}
-    lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            comment, row = token.string.lstrip("# "), token.start[0]
-            if lines[row - 1].lstrip().startswith("#"):
-                above[row + 1] = f"{above.pop(row, '')} {comment}".strip()
-            else:
-                behind[row] = comment
-    return behind, above
-
-
 # --- groups and commands ---------------------------------------------------------------------------------------------
 
 
@@ -259,17 +214,28 @@ def sections() -> dict[str, str]:
 
 
 def groups(own: tuple[Path, ...] = ()) -> dict[str, list[Choice]]:
-    """The groups in conf/ and in the user's own folders -> their choices, ours in the order of size or name."""
-    found: dict[str, dict[str, Choice]] = {}
-    for folder in (conf_dir(), *own):
-        for file in sorted(
-            folder.rglob("*.yaml"), key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.as_posix())]
-        ):
-            group = file.parent.relative_to(folder).as_posix()
-            if group.partition("/")[0] not in (".", "hydra"):
-                found.setdefault(group, {})[file.stem] = Choice(group, file.stem, _first_comment(file), file)
+    """The groups in conf/ and in the user's own folders -> their choices."""
+    found = {group: dict(choices) for group, choices in _choices(conf_dir()).items()}
+    for folder in own:
+        for group, choices in _choices.__wrapped__(folder).items():
+            found.setdefault(group, {}).update(choices)
     order = [*(field.name for field in fields(Config)), *default_choices(), *sorted(found)]
     return {group: list(found[group].values()) for group in dict.fromkeys(order) if group in found}
+
+
+@cache
+def _choices(folder: Path) -> dict[str, dict[str, Choice]]:
+    """The choices in a folder, by group and name, in the order of names, numbers by their size."""
+    found: dict[str, dict[str, Choice]] = {}
+    for file in sorted(folder.rglob("*.yaml"), key=_by_number):
+        group = file.parent.relative_to(folder).as_posix()
+        if group.partition("/")[0] not in (".", "hydra"):
+            found.setdefault(group, {})[file.stem] = Choice(group, file.stem, _first_comment(file), file)
+    return found
+
+
+def _by_number(file: Path) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.as_posix())]
 
 
 @cache

@@ -37,9 +37,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)  # the folder of a run, its seed, whether it resumes
     init: InitConfig = field(default_factory=InitConfig)  # what a run starts from; the run that a command reads
     train: TrainConfig = field(default_factory=TrainConfig)  # length, rows, batches, number formats, compilation, device
-    model: ModelConfig = field(
-        default_factory=ModelConfig
-    )  # sizes of our GPT, with row length and batch; or a Hugging Face model
+    model: ModelConfig = field(default_factory=ModelConfig)  # our GPT in a size, with rows and batch; or a Hugging Face model
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # a saved tokenizer, or the size of a new one
     data: DataConfig = MISSING  # what is trained on and measured, for each stage
     collator: CollatorConfig = field(default_factory=CollatorConfig)  # how documents become rows
