@@ -315,6 +315,8 @@ def stages() -> dict[str, Config]:
 
 def defaults(key: Key) -> dict[str, str]:
     """The values of a key where nothing else is typed, by stage; of a key that only some choices of a group have, by these."""
+    if key.name in groups():
+        return {"": str(default_choices()[key.name])}
     if key.owners:
         chosen = [choice for choice in groups()[key.section] if f"{choice.group}={choice.name}" in key.owners]
         return {choice.name: as_yaml(choice.sets.get(key.name, key.default)) for choice in chosen}

@@ -15,9 +15,10 @@ from chattrain.config.on_resume import BY_CONTENT, Change, is_within, on_resume
 
 INDENT = 17
 ON_RESUME = {
-    Change.silent: "may change it",
-    Change.warned: "may change it, with a warning",
-    Change.refused: "may not change it (run.allow_change=[{}] allows it)",
+    "silent": "may change it",
+    "warned": "may change it, with a warning",
+    "content": "may change it where the rows stay the same (run.allow_change allows others)",
+    "refused": "may not change it (run.allow_change=[{}] allows it)",
 }
 
 
@@ -125,7 +126,7 @@ def key_page(name: str, own: tuple[Path, ...]) -> str:
     facts = {
         "set by": ", ".join(f"{choice} ({value})" for choice, value in setters.items()),
         "goes with": ", ".join(describe.related(found[0])),
-        "a resumed run": resume_line(found[0]),
+        "a resumed run": ON_RESUME[on_resume_word(found[0])].format(found[0].name),
     }
     return "\n".join([*lines, *entries({k: v for k, v in facts.items() if v}), ""])
 
@@ -147,11 +148,11 @@ def is_section_alone(name: str) -> bool:
     return name in COMMANDS and name in COMMANDS[name].whole
 
 
-def resume_line(key: Key) -> str:
-    """Whether a resumed run may change a key."""
-    if any(is_within(key.name, entry) for entry in BY_CONTENT) and on_resume(key.name) == Change.refused:
-        return "may change it where the rows stay the same (run.allow_change allows others)"
-    return ON_RESUME[on_resume(key.name)].format(key.name)
+def on_resume_word(key: Key) -> str:
+    """silent, warned or refused; content: what the key leads to is compared, not its value."""
+    change = on_resume(key.name)
+    by_content = any(is_within(key.name, entry) for entry in BY_CONTENT)
+    return "content" if by_content and change == Change.refused else change.value
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
