@@ -2,8 +2,9 @@
 
 - Under autocast, weights are cast once for all passes (2 bytes a weight while it generates), not in every pass.
 - On CUDA a pass of one token is recorded as a CUDA graph and replayed: to start its kernels one by one takes many times as long
-  as they run. Recording takes as long as a few passes, so it pays in every reply, where compiling would pay after thousands.
-- On a CPU, products of few rows are computed as in thin.py, and a row that has ended leaves the batch.
+  as they run. Recording takes as long as a few passes, so it pays in every reply, where compiling would pay after thousands. More
+  rows take hardly longer there and another number of rows is another recording, so passes keep rows that nothing uses.
+- On a CPU, products of few rows are computed as in thin.py, and a pass has as many rows as replies that go on.
 
 B rows, T tokens, V vocabulary.
 """
@@ -28,13 +29,14 @@ from chattrain.model.thin import ROWS, ThinProducts
 log = logging.getLogger("chattrain")
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+RECORDINGS = 4  # shapes of passes that are kept recorded
 # cuDNN's attention, which is not among them, plans anew for each shape.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _not_recorded: WeakSet[CausalLM] = WeakSet()  # models whose recording has failed: it is not tried again in every reply
 
 
 class Decoder:
-    """Logits of the next tokens of `rows` rows, of at most `max_tokens` tokens each, prompts included.
+    """Logits of the next tokens of up to `rows` rows, of at most `max_tokens` tokens each, prompts included.
 
     It computes in the dtype of autocast where it is made, or of the weights. `record` makes of a pass a function that repeats it
     with whatever its tensors hold then; None: CUDA graphs on CUDA, nothing elsewhere. Where it fails, passes run unrecorded from
@@ -47,50 +49,78 @@ class Decoder:
         self._pass, self._weights = _Pass(model), {}
         if self.dtype != weight.dtype:
             self._weights = {name: p.to(self.dtype) for name, p in self._pass.named_parameters()}
+        self.rows, self.max_tokens = rows, max_tokens
         self.cache = model.new_cache(rows, max_tokens)
         self._record: Record | None = None
-        if isinstance(self.cache, KVCache) and self.cache.recordable and model not in _not_recorded:
-            self._record = record or (cuda_graph if self.device.type == "cuda" else None)
-            self.cache.static = self._record is not None
+        if isinstance(self.cache, KVCache):
+            self.cache.keep([])
+            if self.cache.recordable and model not in _not_recorded:
+                self._record = record or (cuda_graph if self.device.type == "cuda" else None)
+                self.cache.static = self._record is not None
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)  # what recorded passes read
-        self._recorded: tuple[Any, Callable[[], Tensor]] | None = None  # the shape of the last recorded pass, and the pass
+        self._recorded: dict[Any, Callable[[], Tensor]] = {}  # by shape, the last recorded one last
+        self._width = 0  # rows of the last recorded pass, used or not
+
+    @property
+    def refills(self) -> bool:
+        """May rows come and go while others go on? Otherwise the rows of one `read` stay until the next."""
+        return isinstance(self.cache, KVCache)
+
+    def reserve(self, rows: int, max_tokens: int) -> None:
+        """Make space for so many rows of so many tokens, more than which neither has space."""
+        if isinstance(self.cache, KVCache) and self.cache.reserve(min(rows, self.rows), min(max_tokens, self.max_tokens)):
+            self._recorded.clear()  # they know where the memory was
 
     def read(self, prompts: list[list[int]]) -> Tensor:
-        """Logits (B, V) of the token after each prompt."""
+        """Logits (B, V) of the token after each prompt. The prompts become rows behind those in use; without `refills`, the only
+        ones."""
         counts = [len(prompt) for prompt in prompts]
         inputs = [prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts]
+        if isinstance(self.cache, KVCache):
+            self.cache.admit(len(prompts))
+        else:
+            self.cache = self.model.new_cache(self.rows, self.max_tokens)
         logits = self._run(torch.tensor(inputs, device=self.device), torch.tensor(counts, device=self.device))
         self.cache.advance(counts)
+        if isinstance(self.cache, KVCache):
+            self.cache.first = 0
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) of the token after tokens (B,). Valid until the next pass."""
-        inputs = self._tokens[: len(tokens)].copy_(tokens[:, None])
-        again = self._recorded_pass(self._record, inputs) if self._record else None
-        logits = again() if again else self._run(inputs)
+        """Logits (B, V) of the token after tokens (B,) of all rows in use. Valid until the next `step`."""
+        again = self._recorded_pass(self._record, tokens) if self._record else None
+        logits = again()[: len(tokens)] if again else self._run(tokens[:, None])
         self.cache.advance([1] * len(tokens))
         return logits
 
-    def _recorded_pass(self, record: Record, inputs: Tensor) -> Callable[[], Tensor] | None:
-        """The pass of inputs (B, 1), recorded now if none of its shape was the last; None, with a warning, if that fails."""
-        shape = len(inputs), self.cache.window(1)
-        if self._recorded is None or self._recorded[0] != shape:
-            self._recorded = None  # its memory is free for the next
+    def _recorded_pass(self, record: Record, tokens: Tensor) -> Callable[[], Tensor] | None:
+        """The pass of tokens (B,), recorded now if none of its shape is kept; None, with a warning, if that fails."""
+        cache: KVCache = self.cache
+        self._width = _width(len(tokens), self._width, cache.rows)
+        inputs = self._tokens[: self._width]
+        inputs[: len(tokens), 0] = tokens
+        shape = self._width, cache.window(1)
+        if shape not in self._recorded:
+            if len(self._recorded) == RECORDINGS:  # the memory of the oldest is free for the next
+                del self._recorded[next(iter(self._recorded))]
+            cache.idle = self._width - len(tokens)
             try:
-                self._recorded = shape, record(lambda: self._run(inputs))
+                self._recorded[shape] = record(lambda: self._run(inputs))
             except RuntimeError as error:  # the model waits for the device, or the device is out of memory
-                self._record, self.cache.static = None, False
+                self._record, cache.static = None, False
+                self._recorded.clear()
                 _not_recorded.add(self.model)
                 reason = str(error).strip().partition("\n")[0]
                 log.warning("a pass of generation cannot be recorded (%s): its kernels start one by one, slower", reason)
                 return None
-        return self._recorded[1]
+            finally:
+                cache.idle = 0
+        return self._recorded[shape]
 
-    def keep(self, rows: list[int], of: int) -> list[int]:
-        """Drop all of the `of` rows but these where that pays. The rows that are left, in their new order."""
-        # On CUDA more rows take hardly longer, and another number of rows is another recording.
-        few_enough = len(rows) * 2 <= of if self._record else len(rows) < of
-        return self.cache.keep(rows) if few_enough and isinstance(self.cache, KVCache) else list(range(of))
+    def keep(self, rows: list[int]) -> list[int]:
+        """Give the space of all rows in use but these to new ones; these in their new order. Only with `refills`."""
+        assert isinstance(self.cache, KVCache)
+        return self.cache.keep(rows)
 
     def _run(self, inputs: Tensor, counts: Tensor | None = None) -> Tensor:
         with ExitStack() as contexts:
@@ -100,6 +130,17 @@ class Decoder:
             if self.device.type == "cuda":
                 contexts.enter_context(sdpa_kernel(BACKENDS))
             return torch.func.functional_call(self._pass, self._weights, (inputs, self.cache, counts))
+
+
+def _width(rows: int, before: int, space: int) -> int:
+    """The rows of a recorded pass of which `rows` are used, where the last one had `before` (0: there was none).
+
+    >>> [_width(rows, before, 32) for rows, before in ((5, 0), (5, 5), (3, 5), (2, 5), (6, 5), (20, 20), (21, 20))]
+    [5, 5, 5, 2, 10, 20, 32]
+    """
+    if before == 0 or 2 * rows <= before:
+        return rows
+    return before if rows <= before else max(rows, min(2 * before, space))  # where rows were added, more may come
 
 
 class _Pass(nn.Module):

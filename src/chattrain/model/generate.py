@@ -1,17 +1,12 @@
-"""Generation of replies, token by token, with a key-value cache; several prompts at once.
-
-A reply is the same, to rounding, whichever prompts share its batch: every row draws with the same random numbers.
-"""
+"""Replies to prompts that are known from the start: thin layers on the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
-from torch import Tensor
-
 from chattrain.model.causal_lm import CausalLM
-from chattrain.model.decoder import Decoder
+from chattrain.model.engine import Engine, Request
+from chattrain.model.sampling import Sampling
 
 
 def generate(
@@ -22,13 +17,20 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,
+    tool: Callable[[list[int]], list[int]] | None = None,
 ) -> Iterator[int]:
     """Yield the token ids after the prompt, until a stop id (which is not yielded) or for `max_tokens` tokens.
 
-    temperature 0 takes the likeliest token; otherwise tokens are drawn from the top_k likeliest (None: all).
+    temperature 0 takes the likeliest token; otherwise tokens are drawn from the top_k likeliest (None: all). `tool` is given the
+    reply after each token and returns tokens that must follow, which are yielded too: see chat/tools.py.
     """
-    for column in _columns(model, [prompt], max_tokens, stop_ids, temperature, top_k, seed):
-        yield column[0]
+    request = Request(prompt, max_tokens, stop_ids, Sampling(temperature, top_k), seed, tool)
+    engine, yielded = Engine(model, 1, request.most_tokens), 0
+    engine.submit(request)
+    while engine.busy:
+        engine.step()
+        yield from request.reply[yielded:]
+        yielded = len(request.reply)
 
 
 def generate_batch(
@@ -39,80 +41,18 @@ def generate_batch(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,
+    tool: Callable[[list[int]], list[int]] | None = None,
+    batch_size: int = 32,
 ) -> list[list[int]]:
-    """The reply to each prompt, as `generate` yields it, computed together. The prompts may differ in length."""
-    replies: list[list[int]] = [[] for _ in prompts]
-    if prompts:
-        for column in _columns(model, prompts, max_tokens, stop_ids, temperature, top_k, seed):
-            for reply, token in column.items():
-                replies[reply].append(token)
-    return replies
+    """The reply to each prompt, as `generate` yields it, `batch_size` of them computed at once. Prompts may differ in length.
 
-
-@torch.inference_mode()
-def _columns(
-    model: CausalLM,
-    prompts: list[list[int]],
-    max_tokens: int,
-    stop_ids: set[int],
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-) -> Iterator[dict[int, int]]:
-    """Yield the next token of each reply that has not ended, by its index, until all have ended or have `max_tokens` tokens."""
-    if max_tokens < 1:
-        return
-    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_tokens)
-    generator = torch.Generator(device=decoder.device).manual_seed(seed)
-    # A device that computes on its own goes on with the next token before we have read this one.
-    ahead = decoder.device.type == "cuda"
-    replies: list[int | None] = list(range(len(prompts)))  # the reply of each row of the batch; None: it has ended
-    logits = decoder.read(prompts)
-    for left in reversed(range(max_tokens)):
-        tokens = _draw(logits, temperature, top_k, generator)
-        read = _to_host(tokens)
-        if ahead and left:
-            logits = decoder.step(tokens)
-        column: dict[int, int] = {}
-        for row, (reply, token) in enumerate(zip(replies, read(), strict=True)):
-            if reply is None or token in stop_ids:
-                replies[row] = None
-            else:
-                column[reply] = token
-        if not column:
-            return
-        yield column
-        rows = decoder.keep([row for row, reply in enumerate(replies) if reply is not None], of=len(replies))
-        if len(rows) < len(replies):
-            replies, tokens, logits = [replies[row] for row in rows], tokens[rows], logits[rows]
-        if not ahead and left:
-            logits = decoder.step(tokens)
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """Draw a token (B,) for each row of logits (B, V); at temperature 0 the likeliest.
-
-    Of probabilities p, the index of the largest p / e is drawn, with e from an exponential distribution: as torch.multinomial
-    does, but with the same e for every row, so that no row depends on the number of others.
+    A reply that ends makes room for the next prompt. Long prompts come first: short ones then fill the gaps.
     """
-    if temperature <= 0:
-        return logits.argmax(dim=1)
-    if top_k is not None:
-        threshold = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    return (probabilities / torch.empty_like(probabilities[0]).exponential_(generator=generator)).argmax(dim=1)
-
-
-def _to_host(tokens: Tensor) -> Callable[[], list[int]]:
-    """Begin to copy tokens (B,) from the device; the function returned waits for them, and for nothing that is started later."""
-    if tokens.device.type != "cuda":
-        return tokens.tolist
-    copy, arrived = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
-
-    def read() -> list[int]:
-        arrived.synchronize()
-        return copy.tolist()
-
-    return read
+    sampling = Sampling(temperature, top_k)
+    requests = [Request(prompt, max_tokens, stop_ids, sampling, seed, tool) for prompt in prompts]
+    engine = Engine(model, batch_size, max((request.most_tokens for request in requests), default=0))
+    for request in sorted(requests, key=lambda request: len(request.prompt), reverse=True):
+        engine.submit(request)
+    while engine.busy:
+        engine.step()
+    return [request.reply for request in requests]

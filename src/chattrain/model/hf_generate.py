@@ -30,22 +30,21 @@ class HFCache:
     Shorter prompts are padded on the left, so that the next token of every row is in the same column.
     """
 
-    def __init__(self, max_tokens: int):
-        self.max_tokens, self.columns = max_tokens, 0  # columns: padding counts
-        self.attention_mask: Tensor | None = None  # (B, max_tokens) 0 where padding, else 1; None: no row is padded
+    def __init__(self) -> None:
+        self.columns = 0  # padding counts
+        self.padding: Tensor | None = None  # (B, 1) columns at the left of each row; None: no row has any
         self.past: Any = None  # past_key_values of transformers
 
     def begin(self, inputs: Tensor, counts: Tensor | None) -> dict[str, Any]:
         """The arguments of transformers for the next inputs (B, T), of which counts (B,) are tokens; None: all."""
-        columns = torch.arange(self.max_tokens, device=inputs.device)
-        if counts is not None and (counts != inputs.size(1)).any():
-            padding = inputs.size(1) - counts[:, None]
-            inputs = inputs.gather(1, (columns[: inputs.size(1)] - padding) % inputs.size(1))
-            self.attention_mask = (columns >= padding).long()
         before, self.columns = self.columns, self.columns + inputs.size(1)
-        if self.attention_mask is None:
+        columns = torch.arange(self.columns, device=inputs.device)
+        if counts is not None and (counts != inputs.size(1)).any():
+            self.padding = inputs.size(1) - counts[:, None]
+            inputs = inputs.gather(1, (columns - self.padding) % inputs.size(1))
+        if self.padding is None:
             return {"input_ids": inputs, "past_key_values": self.past}
-        mask = self.attention_mask[:, : self.columns]
+        mask = (columns >= self.padding).long()  # (B, columns)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
         return {"input_ids": inputs, "past_key_values": self.past, "attention_mask": mask, "position_ids": positions}
 
@@ -60,7 +59,7 @@ def new_cache(inner: Any, rows: int, max_tokens: int) -> KVCache | HFCache:
     if inner not in _said:
         _said.add(inner)
         log.warning("%s keeps its own key-value cache, copied for every token, slower: %s", inner.config.model_type, obstacle)
-    return HFCache(max_tokens)
+    return HFCache()
 
 
 def next_logits(inner: Any, inputs: Tensor, cache: KVCache | HFCache, counts: Tensor | None) -> Tensor:
