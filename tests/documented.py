@@ -9,7 +9,7 @@ from itertools import zip_longest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 
-from chattrain.commands import help
+from chattrain.commands import completion, help
 from chattrain.config import Config
 from chattrain.config.compose import compose, key_of
 
@@ -26,6 +26,7 @@ def typed_in(text: str) -> list[list[str]]:
     found = []
     for line in text.replace("\\\n", " ").splitlines():
         if entry := ENTRY.search(line.strip()):
+            line = line.replace(')"', "")  # of `eval "$(python -m chattrain ...)"`
             rest = PLACEHOLDER.sub(lambda name: re.sub(r"\W+", "_", name[1]), line.strip()[entry.end() :])
             found.append(shlex.split(rest, comments=True))
     return found
@@ -33,15 +34,18 @@ def typed_in(text: str) -> list[list[str]]:
 
 def composed(arguments: list[str]) -> list[Config]:
     """The configurations of a command line, one a value of a swept key; a question for help is answered. Raises UserError."""
-    if help.is_requested(arguments):
-        assert help.text(arguments)
-        return []
+    for page in (completion, help):
+        if page.is_requested(arguments):
+            assert page.text(arguments)
+            return []
     words = iter(arguments)
     typed, folders = [], []
     for word in words:
-        if word in ("--config-dir", "--cfg", "-sc"):
-            folders += [next(words)] if word == "--config-dir" else [next(words)][:0]
-        elif not word.startswith("-") or word.startswith("-c"):
+        if word == "--config-dir":
+            folders.append(next(words))
+        elif word == "--cfg":
+            next(words)
+        elif not word.startswith("-"):
             typed.append(word)
     if folders:
         typed.append(f"hydra.searchpath=[{','.join(folders)}]")
