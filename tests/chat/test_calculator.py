@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -146,7 +147,7 @@ def test_the_calls_of_gsm8k_have_the_values_that_their_answers_give():
     same = calls = 0
     for row in pq.read_table(SHARED_DATA / "gsm8k" / "main" / "test.parquet").to_pylist():
         parts = conversation(row)["messages"][1]["content"]
-        for call, output in zip(parts, parts[1:], strict=False):
+        for call, output in pairwise(parts):
             if call["type"] == "python":
                 calls += 1
                 value = calculate(call["text"])
