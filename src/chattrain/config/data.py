@@ -26,7 +26,7 @@ class Limits(NamedTuple):
 class SourceConfig:
     """One source of records. Its key in the mixture is its name in messages and reports."""
 
-    path: str = MISSING  # hub name, file, folder, or generate:<task>
+    path: str = MISSING  # hub name, file, folder, generate:<task>, or python:<module>.<function>
     schema: Schema = Schema.messages
     subset: str | None = None  # the hub's configuration name
     split: str = "train"
@@ -112,7 +112,7 @@ class NanochatDataConfig(DataConfig):
 
 @dataclass
 class LocalDataConfig(DataConfig):
-    train_path: Any = None  # file, folder or hub name; or a list of these. Only an evaluation may leave it out
+    train_path: Any = None  # file, folder, hub name or python:<module>.<function>, or a list; only an evaluation may leave it out
     val_path: Any = None  # null: every 20th record of train_path is held out for validation
     test_path: Any = None  # for eval.on=test; null: none
     schema: Any = "auto"  # one for all paths, or a list with one for each; auto: told by the columns
