@@ -268,3 +268,15 @@ def test_replies_of_one_seed_begin_alike_whatever_their_length():
     model = random_gpt()
     short, long = (list(generate(model, PROMPTS[0], count, set(), 1.0, seed=3)) for count in (5, 12))
     assert long[:5] == short
+
+
+def test_a_model_with_a_window_keeps_short_requests_in_our_cache_and_answers_long_ones_too():
+    model = MODELS["mistral, window 8"]()
+    prompts = [PROMPTS[1], PROMPTS[7], PROMPTS[6], PROMPTS[4], PROMPTS[2]]
+    expected = [generate_batch(model, [prompt], 5, set())[0] for prompt in prompts]
+    requests, engine = [Request(prompt, 5) for prompt in prompts], Engine(model, 3, 60)
+    for request in requests:
+        engine.submit(request)
+        engine.step()
+    finish(engine)
+    assert [request.reply for request in requests] == expected
