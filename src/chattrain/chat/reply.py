@@ -9,7 +9,6 @@ import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
 
 from chattrain.chat.calculator import calculate
 from chattrain.tokenizer import AnyTokenizer, HFTokenizer, Tokenizer

@@ -20,6 +20,7 @@ from chattrain.config.optimizer import OptimizerConfig
 from chattrain.config.plan import PlanConfig
 from chattrain.config.run import CheckpointConfig, InitConfig, LogConfig, RunConfig
 from chattrain.config.schedule import ScheduleConfig
+from chattrain.config.serve import ServeConfig
 from chattrain.config.sweep import SweepConfig
 from chattrain.config.tokenizer import TokenizerConfig
 from chattrain.config.tracking import TrackingConfig
@@ -51,6 +52,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
@@ -72,6 +74,7 @@ class Config:
             self.distributed,
             self.sweep,
             self.chat,
+            self.serve,
             self.inspect,
             self.plan,
             self.verify,
