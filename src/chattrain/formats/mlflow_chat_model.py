@@ -40,7 +40,7 @@ class ChatModel(ResponsesAgent):
         self.tokenizer = Tokenizer.load(folder)
         model = instantiate_config(config, vocab_size=self.tokenizer.vocab_size, start=folder, seed=0)
         self.model = model.to(pick_device(Device.auto)).eval()
-        self.bf16 = use_bf16(DType[saved["train"]["dtype"]], self.model.lm_head.weight.device)
+        self.bf16 = use_bf16(DType[(saved.get("train") or {}).get("dtype") or "auto"], self.model.lm_head.weight.device)
 
     def predict(self, request: ResponsesAgentRequest) -> ResponsesAgentResponse:
         """One assistant message. A conversation that cannot be rendered is the caller's mistake (HTTP status 400)."""
