@@ -26,6 +26,7 @@ ON_RESUME = {
     "distributed": Change.silent,
     "sweep": Change.silent,
     "chat": Change.silent,
+    "serve": Change.silent,
     "inspect": Change.silent,
     "plan": Change.silent,
     "verify": Change.silent,
