@@ -62,6 +62,8 @@ INTEGRATION = [
     "test_imports.py",
     "setup/test_runs.py",
     "test_runner.py",
+    "test_docs.py",
+    "commands/test_help.py",
     "commands/test_import_export.py",
     "formats/test_parity.py",
     "data/test_best_fit.py::test_a_run_",
@@ -89,6 +91,7 @@ INTEGRATION = [
     "fuzz/test_folders.py",
     "fuzz/test_command_lines.py",
     "test_offline.py",
+    "test_examples.py",
 ]
 
 

@@ -13,6 +13,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+import chattrain
+from chattrain.config.compose import compose as compose_settings
+from chattrain.config.quoting import as_overrides
 from chattrain.config.words import Device
 from chattrain.device import deterministic
 from chattrain.errors import UserError
@@ -98,3 +101,57 @@ def test_deterministic_runs_need_cublas_variable_before_cuda_starts(monkeypatch)
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+
+def test_a_dict_says_what_the_command_line_says(place):
+    """Texts that Hydra would read as something else stay texts, and a text with spaces or brackets needs no quotes."""
+    (place / "my [talk], true.jsonl").write_text((place / "talk.jsonl").read_text())
+    settings = {
+        "stage": "sft",
+        "command": "inspect",
+        "data": "local",
+        "data.train_path": place / "my [talk], true.jsonl",
+        "data.val_path": None,
+        "train": {"seq_len": 64, "max_steps": 2, "compile": False},
+        "run": {"name": "null"},
+        "optimizer.lr_scale": 1e-3,
+    }
+    cfg = compose_settings(as_overrides(settings))
+    assert (cfg.run.name, cfg.optimizer.lr_scale, cfg.train.seq_len, cfg.data.val_path) == ("null", 0.001, 64, None)
+    assert cfg.data.train_path == str(place / "my [talk], true.jsonl")
+    assert chattrain.run({**settings, "init": {"from": "scratch"}})["num_steps"] == 2
+    for wrong, message in (
+        ({"train": {"seq_lenn": 1}}, "seq_len"),
+        ({"train": {"seq_len": object()}}, "train.seq_len is a object"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chattrain.run({**settings, **wrong})
+
+
+def test_a_second_thread_is_refused_while_a_run_goes_on(place):
+    """The schedule is a part of one's own: it calls run from another thread, and from the run's own."""
+    (place / "threads.py").write_text(
+        "import threading\nimport chattrain\nfrom chattrain.errors import UserError\n\nseen = []\n\n\n"
+        "def ask():\n    try:\n        chattrain.run(['command=report', 'stage=sft'])\n"
+        "    except UserError as error:\n        seen.append(str(error))\n\n\n"
+        "def factor(step, num_steps):\n    if not seen:\n        thread = threading.Thread(target=ask)\n"
+        "        thread.start()\n        thread.join()\n    return 1.0\n"
+    )
+    (place / "conf/schedule").mkdir(parents=True)
+    (place / "conf/schedule/threads.yaml").write_text("_target_: threads.factor\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(place)
+        train(
+            "sft", "one", f"hydra.searchpath=[file://{place}/conf]", "schedule=threads", "init.from=scratch", "train.max_steps=1"
+        )
+        import threads  # type: ignore
+
+        assert "another thread of this process" in threads.seen[0]
+
+
+def test_a_run_in_a_thread_of_its_own_is_a_run(place):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(train("sft", "one", "init.from=scratch", "train.max_steps=1")))
+    thread.start()
+    thread.join()
+    assert done[0]["status"] == "completed"

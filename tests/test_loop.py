@@ -14,7 +14,10 @@ from chattrain.data.batch import Batch
 from chattrain.errors import RunFailed
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw
+from chattrain.optim.adamw_bf16 import AdamWBF16
+from chattrain.optim.groups import parameter_groups
 from chattrain.optim.muon_adamw import build
+from chattrain.optim.named import NamedOptimizer
 from chattrain.parallel.ranks import Ranks
 from chattrain.parallel.strategy import SingleProcess
 from tests.optim.small_model import ADAMW
@@ -45,6 +48,13 @@ def adamw_build(model):
 
 def adamw_bf16_build(model):
     return adamw.build(model, **ADAMW, state_dtype=StateDType.bf16)
+
+
+def as_on_cuda(model):
+    """muon_adamw, with an AdamW that reads nothing on the device meta either: torch's fused one does not run there."""
+    muon, adamw = muon_adamw_build(model).optimizers
+    members = [{key: group[key] for key in ("name", "params", "lr")} for group in adamw.param_groups]
+    return NamedOptimizer([muon, AdamWBF16(members, lr=0.0, betas=(0.8, 0.95), eps=1e-10)], parameter_groups(model))
 
 
 class Recorder:
@@ -90,7 +100,7 @@ class Recorder:
 
 def test_a_step_on_another_device_reads_nothing_back():
     """A meta tensor has no values: whatever asks for one raises, as waiting for a GPU would cost time."""
-    there = Recorder("meta")
+    there = Recorder("meta", build=as_on_cuda)
     for step in range(2):
         result = loop.train_step(there.parts, there.parts.loader.step(step), step, logged=True)
     with pytest.raises(RuntimeError):
@@ -109,8 +119,11 @@ def test_a_parameter_that_the_loss_does_not_reach_counts_as_one_of_gradient_zero
 
 @pytest.mark.parametrize("waits", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("make", [muon_adamw_build, adamw_build, adamw_bf16_build], ids=["muon_adamw", "adamw", "adamw_bf16"])
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_state(make, waits):
-    here = Recorder("cpu", factors=[1.0, 1.0, float("nan"), 1.0, 1.0, 1.0], build=make)
+@pytest.mark.parametrize("alone", [False, True], ids=["loss and gradient", "the loss alone"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_state(make, waits, alone):
+    here = Recorder("cpu", factors=[1.0, 1.0, 1.0 if alone else float("nan"), 1.0, 1.0, 1.0], build=make)
+    added = iter([0.0, 0.0, float("inf") if alone else 0.0])
+    here.parts.loss_of = lambda batch: here.loss(batch) + next(added, 0.0)  # as of a target whose logit is -inf
     here.parts.checks_each_step = waits
     loop.train_step(here.parts, here.parts.loader.step(0), 0)
     weights = [p.detach().clone() for p in here.model.parameters()]

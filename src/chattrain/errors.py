@@ -1,5 +1,7 @@
 """Errors whose message names the problem, the value, and the way out."""
 
+import errno
+
 from chattrain.redact import redact
 
 # Seconds that the first rank to fail waits after it has told the others: if it hosts the store, the store ends with it.
@@ -27,6 +29,19 @@ class RunFailed(_WithoutCredentials):
 
 class OtherRankFailed(RunFailed):
     """The run failed, but the failing rank or the launcher prints the message, so this process prints nothing."""
+
+
+def explain_file_error(error: OSError, where: str = "a file") -> Exception | None:
+    """A full disk, a folder that is read-only or another user's: states of the machine, and no bugs. None: another error.
+
+    where: named where the error names no file.
+    """
+    what = f"{error.filename or where}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFailed(f"{what}. Make room; a run that had begun goes on from its last checkpoint when it is started again")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return UserError(f"{what}. Name another folder (run.root, or CHATTRAIN_CACHE for caches), or change its permissions")
+    return None
 
 
 def describe_error(error: BaseException) -> str:

@@ -159,8 +159,9 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logg
 
     `logged`: take the gradient norm of each group too, which reads the gradients once more.
     The loss of a step is the weighted sum over its targets divided by the sum of their weights, over all micro-batches and ranks:
-    a mean of means would give a token in a batch with few of them more weight. Where the gradient norm is not finite, neither the
-    weights nor the optimizer's state change; `sync_and_check_finite` reports it. Raises RunFailed if no target carries loss.
+    a mean of means would give a token in a batch with few of them more weight. Where the loss or the gradient norm is not finite,
+    neither the weights nor the optimizer's state change; `sync_and_check_finite` reports it. Raises RunFailed if no target
+    carries loss.
     """
     ranks = trainer.ranks
     ranks.at(f"step {step + 1}")
@@ -173,7 +174,7 @@ def train_step(trainer: TrainerComponents, batches: list[Batch], step: int, logg
     for number, batch in enumerate(batches, start=1):
         trainer.strategy.set_requires_gradient_sync(last=number == len(batches))
         loss = trainer.loss_of(batch) / weight
-        loss.backward()
+        loss.backward(1 + 0 * loss.detach())  # 1, or NaN where the loss is not finite: then no rank's gradient norm is finite
         losses.append(loss.detach())
     norm = trainer.strategy.reduce_gradients(trainer.optimizer)
     group_norms = trainer.strategy.group_norms(trainer.optimizer, norm) if logged else None

@@ -17,7 +17,6 @@ Rank 0 may be ended before it can write summary.json: after another rank has fai
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from contextlib import contextmanager
 
 from chattrain import device, loop
 from chattrain.config import Config
-from chattrain.errors import RunFailed, UserError
+from chattrain.errors import RunFailed, UserError, explain_file_error
 from chattrain.parallel import launch, slurm
 from chattrain.parallel.failures import log_name
 from chattrain.parallel.ranks import Ranks, join
@@ -45,8 +44,6 @@ from chattrain.tracking.console import setup_logging
 from chattrain.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger("chattrain")
-
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of files: a state of the machine, and no bug
 
 
 def train(cfg: Config) -> dict:
@@ -145,8 +142,8 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
                 trainer.finish_saving(together=False)
             unexpected = not isinstance(raised, UserError | RunFailed | KeyboardInterrupt)
             log.error("at step %d: %s", state.current_step, raised, exc_info=unexpected, extra={"file_only": True})
-            if isinstance(raised, OSError) and raised.errno in CANNOT_WRITE:
-                raised = RunFailed(f"cannot write {raised.filename or setup.run_dir}: {raised.strerror}. Make room, then resume")
+            if isinstance(raised, OSError):
+                raised = explain_file_error(raised, str(setup.run_dir)) or raised
             if isinstance(raised, RuntimeError) and "does not have a deterministic implementation" in str(raised):
                 reason = str(raised).partition(". ")[0]
                 raised = RunFailed(f"train.deterministic=true: {reason}; leave it out, or use what has one")

@@ -146,9 +146,7 @@ def test_without_its_data_a_suite_says_what_to_give(place, capsys):
     typed = ["command=evaluate", "tracking=none", "init.from=mid/farm", "eval=gsm8k"]
     done = command_line(capsys, *typed, "eval.gsm8k_path=null")
     assert done.status == 2 and "nothing to evaluate" in done.message and "eval.gsm8k_path" in done.message
-    done = command_line(
-        capsys, "command=evaluate", "tracking=none", "init.from=mid/farm", "eval=gsm8k", "eval.gsm8k_path=nowhere"
-    )
+    done = command_line(capsys, *typed, "eval.gsm8k_path=nowhere")
     assert done.status == 2 and "nowhere" in done.message
 
 

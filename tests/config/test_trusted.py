@@ -93,6 +93,15 @@ def test_parts_that_only_some_commands_build_are_refused_there(stranger, path):
     assert not Path("came_in").exists()
 
 
+def test_a_source_that_is_a_function_is_called_only_where_this_call_names_it(run, stranger):
+    write_config(stranger, "data", "train_path", value=["talk.jsonl", "python:stranger.build"])
+    typed = ["tracking=none", *COMMANDS["evaluate"], f"init.from={stranger}"]
+    with pytest.raises(UserError, match=r"python:stranger\.build again, or add the folder"):
+        chattrain.run(typed)
+    assert not Path("came_in").exists()
+    assert chattrain.run([*typed, "data.train_path=talk.jsonl"])["metrics"]
+
+
 def test_the_winner_of_a_sweep_is_measured_with_parts_of_the_users_own(run, capsys):
     """The launching process, which has run no job itself, reads a run of this call: its folder of choices names the parts."""
     Path("mine.py").write_text("from chattrain.data.collators import Padded\n\n\nclass Mine(Padded):\n    pass\n")

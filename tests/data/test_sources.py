@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -236,3 +238,67 @@ def test_what_is_held_out_is_never_trained_on_whatever_the_limits(tmp_path, cach
     for limit in (5, 100, 300):
         assert set(numbers_of(path, cache, part="val", limit=limit)) <= held_out
         assert not held_out & set(numbers_of(path, cache, part="train", limit=limit))
+
+
+# --- functions of the user's own -------------------------------------------------------------------------------------
+
+OWN = """
+calls = []
+rows = ["eins", "zwei"]
+
+def texts(split):
+    calls.append(split)
+    yield from ({"text": f"{split} {row}"} for row in rows)
+
+def nothing(split):
+    return []
+
+def broken(split):
+    yield {"text": "one"}
+    raise KeyError("no file")
+
+def strange(split):
+    return [{"text": "one"}, "two"]
+
+def unwritable(split):
+    return [{"text": object()}]
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "ownsource.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("ownsource", None)
+    return importlib.import_module("ownsource")
+
+
+def test_a_function_of_the_users_own_is_a_source(own, cache):
+    assert rows_of("python:ownsource.texts", cache) == texts("train eins", "train zwei")
+    assert rows_of("python:ownsource.texts", cache, split="test") == texts("test eins", "test zwei")
+    assert rows_of("python:ownsource.texts", cache) == texts("train eins", "train zwei")
+    assert own.calls == ["train", "test"]  # once a process
+
+
+def test_other_records_of_a_function_are_another_source(own, cache):
+    source = SourceConfig(path="python:ownsource.texts", schema=Schema.text)
+    before = identity("mine", source, cache)
+    again = importlib.reload(own)
+    assert identity("mine", source, cache) == before
+    importlib.reload(again).rows.append("drei")
+    assert identity("mine", source, cache) != before
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("nothing", "is empty"),
+        ("broken", "python:ownsource.broken('train') failed: KeyError: 'no file'"),
+        ("strange", "record 1 of python:ownsource.strange is a str, not a dict"),
+        ("unwritable", "record 0 of python:ownsource.unwritable cannot be written as JSON"),
+        ("missing", "has no attribute 'missing'"),
+    ],
+)
+def test_a_function_that_gives_no_records_is_refused_by_name(own, cache, function, said):
+    assert said in refusal(f"python:ownsource.{function}", cache)
+    assert not [file for file in (cache / "files").glob(".*")]

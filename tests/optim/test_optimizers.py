@@ -9,6 +9,7 @@ from torch import nn
 from chattrain.errors import UserError
 from chattrain.optim import adamw, muon_adamw
 from chattrain.optim.groups import parameter_groups
+from chattrain.optim.named import over_groups
 from tests.optim.small_model import ADAMW, MUON, gradients, small_gpt
 
 
@@ -109,3 +110,68 @@ def test_state_of_another_optimizer_is_refused():
     one.step()
     with pytest.raises(ValueError, match="another optimizer"):
         muon_adamw.build(small_gpt(), **MUON).load_state(one.state())
+
+
+class Signed(torch.optim.Optimizer):
+    """One of a user's own, that knows nothing of chattrain."""
+
+    def __init__(self, params, lr, decay=0.5):
+        super().__init__(params, {"lr": lr, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, group["decay"])
+                p.add_(average.sign(), alpha=-group["lr"])
+
+
+ANY = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "sgd without state": (torch.optim.SGD, {}),
+    "nadam": (torch.optim.NAdam, {}),
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
+    "adamax": (torch.optim.Adamax, {}),
+    "one's own": (Signed, {}),
+}
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_any_torch_optimizer_over_the_groups_goes_on_from_its_state_to_the_same_bits(name):
+    make, settings = ANY[name]
+    model, twin = small_gpt(), small_gpt()
+    one, two = (over_groups(make, m, None, lr=0.01, **settings) for m in (model, twin))
+    assert set(one.learning_rates()) == {"lr/matrix", "lr/embed", "lr/lm_head"}
+    for step in range(2):
+        gradients(model, step)
+        one.step()
+    twin.load_state_dict(model.state_dict())
+    if one.state():
+        two.load_state(one.state())
+    for m, optimizer in ((model, one), (twin, two)):
+        gradients(m, 9)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_state_of_another_torch_optimizer_is_refused():
+    one = over_groups(torch.optim.SGD, small_gpt(), None, lr=0.01, momentum=0.9)
+    gradients(model := small_gpt(), 0)
+    other = over_groups(torch.optim.NAdam, model, None, lr=0.01)
+    other.step()
+    with pytest.raises(ValueError, match="another optimizer"):
+        one.load_state(other.state())
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_a_void_step_of_any_torch_optimizer_changes_nothing(name):
+    make, settings = ANY[name]
+    model = small_gpt()
+    optimizer = over_groups(make, model, None, lr=0.01, **settings)
+    before = [p.detach().clone() for p in model.parameters()]
+    for void, same in ((1.0, True), (0.0, False)):
+        gradients(model, 0)
+        optimizer.void_if(torch.tensor(void))
+        optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)) == same

@@ -236,3 +236,13 @@ def test_every_device_is_known_whole(device):
     found = hardware_of(PlanConfig(device=device))
     assert found.name == device.name and 20 * 2**30 < found.usable < found.memory and found.fp32 < found.bf16
     assert found.between(8) == found.link > found.between(9)
+
+
+def test_a_plan_says_which_data_it_counts(workplace, capsys):
+    write_talk(workplace)
+    facts = plan("mid")
+    assert "talk.jsonl" in facts["data"] and "demo" not in facts["data"]
+    assert facts["data"] in " ".join(capsys.readouterr().out.split())
+    settings = [o for o in TINY if not o.startswith("data")]
+    demo = chattrain.run(["command=plan", "stage=sft", *settings, "plan.world_size=1", "train.max_steps=1"])
+    assert "generated, for a demo" in demo["data"]

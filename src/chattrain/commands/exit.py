@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from chattrain.config.compose import explain
-from chattrain.errors import REPORT_DELAY_S, OtherRankFailed, RunFailed, UserError
+from chattrain.errors import REPORT_DELAY_S, OtherRankFailed, RunFailed, UserError, explain_file_error
 from chattrain.redact import redact
 from chattrain.setup.names import is_main_process
 
@@ -21,6 +21,8 @@ def report_error(error: BaseException) -> int:
     """Print the error on stderr, one message or, for a bug, a traceback; returns the exit status. One rank prints for all."""
     if isinstance(error, HydraException | OmegaConfBaseException) or _is_of_composing(error):
         error = explain(error)
+    if isinstance(error, OSError):
+        error = explain_file_error(error) or error
     if isinstance(error, OtherRankFailed):
         time.sleep(SPEAK_FIRST_S + REPORT_DELAY_S)
         return error.exit_status

@@ -17,7 +17,8 @@ CHOSEN = (*SUITES, "max_problems", "max_generative", "max_reply_tokens")
 @dataclass
 class EvalConfig:
     on: Part = Part.val  # part of the data; test, with command=evaluate: data that chose neither checkpoint nor settings
-    every: int | None = 100  # optimizer steps, besides before the first and after the last step; null: only those two
+    # optimizer steps between evaluations, besides before the first and after the last step; null: only those two
+    every: int | None = 100
     validation: bool = False  # val/loss and val/bpb of the validation mixture
     multiple_choice: bool = False  # accuracy on the question sets of the data, MMLU and ARC
     multiple_choice_every: int | None = None  # optimizer steps, a multiple of `every`; null: at every evaluation
@@ -31,10 +32,10 @@ class EvalConfig:
     batch_size: int = 16  # questions a forward pass, for questions of average length: more if shorter, fewer if longer
     reply_batch_size: int = 32  # replies that are written at once; each takes a row of the key-value cache
     max_reply_tokens: int = 256  # tokens of a written reply at most
-    mmlu_path: str | None = None  # hub name, or a folder with the hub's file layout
-    arc_path: str | None = None  # the same; contains ARC-Easy and ARC-Challenge
-    gsm8k_path: str | None = None  # the same; or generate:arithmetic, sums that a small model can learn
-    humaneval_path: str | None = None  # the same
+    mmlu_path: str | None = None  # MMLU: hub name, or a folder with the hub's file layout; null: it is not asked
+    arc_path: str | None = None  # ARC: the same; contains ARC-Easy and ARC-Challenge
+    gsm8k_path: str | None = None  # GSM8K: the same; or generate:arithmetic, sums that a small model can learn
+    humaneval_path: str | None = None  # HumanEval: hub name or folder; null: it is not asked
     words_path: str | None = None  # word list of `spelling`, one word a line; null: common words of Python's documentation
     split: str = "test"  # of MMLU, ARC, GSM8K and HumanEval
     also: list[str] = field(default_factory=list)  # other stages whose validation data is measured too, as val/loss/<stage>

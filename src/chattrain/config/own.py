@@ -90,7 +90,7 @@ def schema_of(group: str, target: str, keys: tuple[str, ...] = ()) -> type:
 
     Raises UserError where the target cannot be imported or takes nothing that chattrain passes.
     """
-    part, function = GROUPS[group], _import(group, target)
+    part, function = GROUPS[group], import_target(f"{group}._target_={target}", target)
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: part.positional]
     passed = {*positional, *part.named}
@@ -131,8 +131,8 @@ def _rebuild(group: str, target: str, keys: tuple[str, ...], values: dict[str, A
     return made
 
 
-def _import(group: str, target: str) -> Callable:
-    """The function or class of a dotted path. Only the user's module is imported."""
+def import_target(label: str, target: str) -> Callable:
+    """The function or class of a dotted path. Only the user's module is imported. Raises UserError, which begins with `label`."""
     module, _, name = target.rpartition(".")
     try:
         try:
@@ -143,11 +143,9 @@ def _import(group: str, target: str) -> Callable:
             outer, _, owner = module.rpartition(".")
             found = getattr(getattr(importlib.import_module(outer), owner), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{group}._target_={target} cannot be imported: {error}. Install its package, or put its folder on PYTHONPATH"
-        ) from error
+        raise UserError(f"{label} cannot be imported: {error}. Install its package, or put its folder on PYTHONPATH") from error
     if not callable(found):
-        raise UserError(f"{group}._target_={target} is {found!r}, nothing that can be called; name a function or a class")
+        raise UserError(f"{label} is {found!r}, nothing that can be called; name a function or a class")
     return found
 
 

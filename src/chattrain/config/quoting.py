@@ -5,14 +5,18 @@ Where only one meaning is possible, the value is put into the quotes that Hydra 
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from chattrain.errors import UserError
 
 _KEY = re.compile(r"[+~]{0,2}[\w./@:$-]+", re.ASCII)
 _READ_AS_TYPED = re.compile(r"[\w./:+@%*$?|\\-]*", re.ASCII)  # characters that Hydra reads as themselves
+_A_WORD = re.compile(r"(?!(true|false|null|inf|nan|on|off|yes|no|[einf._]+)$)[a-zA-Z_][\w./-]*", re.ASCII | re.IGNORECASE)
 _MEANINGS = re.compile(r"[\[\]{}()'\",]")  # characters that it may read as something else
 
 
@@ -63,6 +67,35 @@ def in_quotes(value: str) -> str:
     """
     escaped = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" if m[2] else "") + m[2], value.replace("${", "\\${"))
     return f'"{escaped}"'
+
+
+def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What to type for these settings: a section of keys may be a mapping of its own. Raises UserError for a value that no
+    command line can hold.
+
+    >>> as_overrides({"stage": "sft", "data.train_path": "my talk.jsonl", "train": {"max_steps": 20, "compile": False}})
+    ['stage=sft', 'data.train_path="my talk.jsonl"', 'train.max_steps=20', 'train.compile=false']
+    """
+    overrides: list[str] = []
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and not prefix and "." not in key:
+            overrides += as_overrides(value, f"{key}.")
+        else:
+            overrides.append(f"{key}={_as_value(key, value)}")
+    return overrides
+
+
+def _as_value(key: str, value: Any) -> str:
+    if isinstance(value, str | Path):
+        return str(value) if _A_WORD.fullmatch(str(value)) else in_quotes(str(value))
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_as_value(key, item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_as_value(key, name)}:{_as_value(key, item)}" for name, item in value.items()) + "}"
+    raise UserError(f"{key} is a {type(value).__name__}; a setting is a text, a number, true or false, None, a list or a dict")
 
 
 def _exists(*names: str) -> bool:

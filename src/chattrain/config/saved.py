@@ -58,7 +58,7 @@ def with_saved(cfg: Config, file: Path, overrides: list[str], config_dirs: list[
         if "experiment" in typed or replaced or name not in saved:
             continue
         tree = copy.deepcopy(section(saved, name, file))
-        check_section(name, tree, file, config_dirs)
+        check_section(name, tree, file, config_dirs, typed)
         kind = _kind(name, tree, cfg)
         if name == "eval":
             tree |= {key: now[name][key] for key in _chosen(typed, other_stage, list(now[name]))}
@@ -103,7 +103,7 @@ def repeated(cfg: Config, file: Path, overrides: list[str], config_dirs: list[st
     for name in TRAINING:
         if name in saved:
             tree = copy.deepcopy(section(saved, name, file))
-            check_section(name, tree, file, config_dirs)
+            check_section(name, tree, file, config_dirs, typed)
             kind = _kind(name, tree, cfg)
             for key in (key for key in typed if key.startswith(f"{name}.")):
                 _refuse_unknown(key, tree, kind)

@@ -1,11 +1,13 @@
 """A run folder is data: what its config.yaml says is built is only ours, or named by the user's own folder of choices.
 
-A `_target_` is imported and called. So one in a folder, which may come from anywhere, is refused unless it is a part of chattrain
-that stands in conf/, or a YAML file in a `--config-dir` of this call names it.
+A `_target_`, and a source `python:<module>.<function>`, is imported and called. So one in a folder, which may come from
+anywhere, is refused unless it is a part of chattrain that stands in conf/, or this call names it: on its command line, or in a
+YAML file in a `--config-dir`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,31 @@ from chattrain.config.targets import current_target
 from chattrain.errors import UserError
 
 TARGET = "_target_"
+PYTHON = "python:"  # in the path of a source
 
 
-def check_section(section: str, tree: Any, file: Path, config_dirs: list[str]) -> None:
-    """Check one section of the config.yaml `file` before anything is built of it. `config_dirs`: of this call.
+def check_section(section: str, tree: Any, file: Path, config_dirs: list[str], typed: Collection[str] = ()) -> None:
+    """Check one section of the config.yaml `file` before anything is built of it. `config_dirs`: of this call. `typed`: keys that
+    this call gives, whose values in the file are not used.
 
     Raises UserError for a `_target_` that is neither ours nor named there.
     """
     for key, value in leaves(tree, section):
-        if key.rpartition(".")[2] != TARGET:
+        if not _is_code(key, value) or any(f"{key}.".startswith(f"{name}.") for name in typed):
             continue
         if key == f"{section}.{TARGET}" and isinstance(value, str) and current_target(value) in _ours(section):
             continue
         run = file.parents[2] if file.parent.parent.name == "checkpoints" else file.parent
         if value not in _named(config_dirs, run):
+            again = f"type {key}={value} again, or " if str(value).startswith(PYTHON) and ".stages." not in key else ""
             raise UserError(
                 f"{file}: {key}={value} is no part of chattrain, and a run folder is data, so it is not imported. If it is your "
-                "own, add the folder whose YAML file names it: --config-dir <folder>"
+                f"own, {again}add the folder whose YAML file names it: --config-dir <folder>"
             )
+
+
+def _is_code(key: str, value: Any) -> bool:
+    return key.rpartition(".")[2] == TARGET or (isinstance(value, str) and value.startswith(PYTHON))
 
 
 def _ours(section: str) -> set[str]:
@@ -50,7 +59,7 @@ def _named(config_dirs: list[str], apart_from: Path) -> set[str]:
     folder is the current one, names nothing for itself: files in the folder `apart_from` do not count."""
     files = [file for folder in config_dirs for group in groups() for file in (Path(folder) / group).rglob("*.yaml")]
     own = [file for file in files if apart_from.resolve() not in file.resolve().parents]
-    return {str(value) for file in own for key, value in leaves(_read(file), "") if key.endswith(TARGET)}
+    return {str(value) for file in own for key, value in leaves(_read(file), "") if _is_code(key, value)}
 
 
 def _read(file: Path) -> Any:

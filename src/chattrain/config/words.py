@@ -14,6 +14,7 @@ Command = Enum(
         "train": "train",
         "evaluate": "evaluate",
         "chat": "chat",
+        "serve": "serve",
         "inspect": "inspect",
         "plan": "plan",
         "verify_resume": "verify_resume",
@@ -26,7 +27,16 @@ Command = Enum(
     },
 )
 # Commands that read a run.
-READING = (Command.chat, Command.evaluate, Command.export, Command.lineage, Command.report, Command.reproduce, Command.sync)
+READING = (
+    Command.chat,
+    Command.evaluate,
+    Command.export,
+    Command.lineage,
+    Command.report,
+    Command.reproduce,
+    Command.serve,
+    Command.sync,
+)
 
 
 class Format(Enum):
@@ -113,6 +123,11 @@ class Schema(Enum):
 class Part(Enum):
     val = "val"
     test = "test"
+
+
+class Audit(Enum):
+    warn = "warn"
+    refuse = "refuse"
 
 
 class OnMalformed(Enum):

@@ -1,4 +1,4 @@
-"""Sources of records: names on the Hugging Face hub, local files and folders, generated tasks.
+"""Sources of records: names on the Hugging Face hub, local files and folders, generated tasks, functions of the user's own.
 
 A record is what a source holds, as a dict: a conversation, a question, a text. Messages for users call it a row.
 """
@@ -19,6 +19,7 @@ from chattrain.config.words import Schema
 from chattrain.data import hub
 from chattrain.data.files import check_whole, files_of, is_local, is_saved_dataset, kind_of, local_path, prepared, stamps
 from chattrain.data.json_files import JsonTable, first_records, is_compressed, unpack
+from chattrain.data.own_source import as_file
 from chattrain.data.places import Places
 from chattrain.data.records import Records, Table
 from chattrain.errors import UserError
@@ -61,6 +62,7 @@ def _empty(name: str, source: SourceConfig) -> UserError:
 
 def identity(name: str, source: SourceConfig, cache_dir: Path) -> list:
     """What the source's records depend on, without reading them: paths, sizes and times of its files. Part of the cache key."""
+    source = as_file(name, source, cache_dir)
     if source.path.startswith(GENERATE):
         from chattrain.tasks.generated import GENERATOR_VERSION
 
@@ -73,7 +75,9 @@ def identity(name: str, source: SourceConfig, cache_dir: Path) -> list:
 
 
 def with_schema(name: str, source: SourceConfig, cache_dir: Path, limits: Limits = LIMITS) -> SourceConfig:
-    """The source with the schema that its columns tell, if it is to be told. Raises UserError where they tell none."""
+    """The source with the schema that its columns tell, if it is to be told; a function of the user's own as the file of what it
+    returns. Raises UserError where they tell none."""
+    source = as_file(name, source, cache_dir)
     if source.schema != Schema.auto:
         return source
     rows = _first_rows(name, source, cache_dir, limits)

@@ -3,13 +3,14 @@ as torch's fused step requires moments in the dtype of the weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from chattrain.config.words import StateDType
 from chattrain.optim.adamw_bf16 import AdamWBF16
-from chattrain.optim.groups import parameter_groups
-from chattrain.optim.muon_adamw import STATE_DTYPES
-from chattrain.optim.named import NamedOptimizer
+from chattrain.optim.named import FUSED, NamedOptimizer, over_groups
 from chattrain.optim.partition import Partition
 from chattrain.optim.trainable import TrainableModel
 
@@ -27,21 +28,7 @@ def build(
 ) -> NamedOptimizer:
     """One learning rate for all groups, weight decay on matrices only; moments in `state_dtype`. `strategy` None: this process
     steps all parameters."""
-    groups = parameter_groups(model)
-    used = [name for name, members in groups.items() if members]
-    groups = strategy.partition_params(groups) if strategy else groups
-    members = [
-        {
-            "name": name,
-            "params": [p for _, p in groups[name]],
-            "lr": lr * lr_scale,
-            "weight_decay": weight_decay if name == "matrix" else 0.0,
-            "state_dtype": STATE_DTYPES[state_dtype],
-        }
-        for name in used
-    ]
-    if state_dtype == StateDType.bf16:
-        return NamedOptimizer([AdamWBF16(members, lr=lr, betas=(betas[0], betas[1]), eps=eps)], groups)
-    fused = model.lm_head.get_parameter("weight").device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(members, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
-    return NamedOptimizer([optimizer], groups)
+    make: Callable[..., torch.optim.Optimizer] = AdamWBF16
+    if state_dtype == StateDType.fp32:
+        make = partial(torch.optim.AdamW, fused=model.lm_head.get_parameter("weight").device.type in FUSED)
+    return over_groups(make, model, strategy, lr * lr_scale, weight_decay, betas=(betas[0], betas[1]), eps=eps)

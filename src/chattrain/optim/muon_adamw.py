@@ -10,7 +10,7 @@ from torch import Tensor
 from chattrain.config.words import StateDType
 from chattrain.errors import UserError
 from chattrain.optim.groups import parameter_groups
-from chattrain.optim.named import NamedOptimizer
+from chattrain.optim.named import FUSED, NamedOptimizer
 from chattrain.optim.newton_schulz import Orthogonalizer
 from chattrain.optim.partition import Partition
 from chattrain.optim.trainable import TrainableModel
@@ -142,7 +142,7 @@ def build(
         ],
         betas=(betas[0], betas[1]),
         eps=eps,
-        fused=model.lm_head.get_parameter("weight").device.type in ("cuda", "cpu"),
+        fused=model.lm_head.get_parameter("weight").device.type in FUSED,
     )
     muon = Muon(
         [{"name": "matrix", "params": params["matrix"], "lr": matrix_lr * lr_scale}],

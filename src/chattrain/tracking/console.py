@@ -76,7 +76,7 @@ def setup_logging(run_dir: Path | None, console: bool, resume: bool, name: str =
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
-            handler.set_name(None)
+            handler.set_name("")
         for handler in replaced:
             if handler.name:  # it was not undone in the meantime
                 logger.addHandler(handler)
