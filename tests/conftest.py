@@ -88,6 +88,7 @@ INTEGRATION = [
     "fuzz/test_folders.py",
     "fuzz/test_command_lines.py",
     "test_offline.py",
+    "test_examples.py",
 ]
 
 

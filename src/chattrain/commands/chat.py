@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from chattrain import device
-from chattrain.chat import Malformed, chat_format, render_prompt
+from chattrain.chat import Malformed, chat_format
+from chattrain.chat.reply import reply_text
+from chattrain.chat.tools import tool_of
 from chattrain.config import Config
 from chattrain.config.commands import ChatConfig
-from chattrain.config.instantiate import instantiate_config
 from chattrain.errors import UserError
-from chattrain.model.causal_lm import CausalLM
 from chattrain.model.generate import generate_batch
-from chattrain.setup.start import find_checkpoint, with_own_settings
-from chattrain.tokenizer import AnyTokenizer, Tokenizer
+from chattrain.model.sampling import Sampling
+from chattrain.serving.conversation import Conversation
+from chattrain.serving.speaker import Speaker, TooLong
+from chattrain.setup.speaker import open_speaker
 
-MAX_BATCH = 32  # prompts answered in one batch, at most
+HELP = """\
+/system TEXT      what the model is told before the conversation; without a text: nothing
+/temperature X    0 takes the likeliest tokens, 1 draws them as the model thinks
+/regenerate       another reply to your last message
+/save FILE        append the conversation to a file, as a line of JSON that data.schema=messages reads
+/new              begin a new conversation
+/help             this list
+quit, exit or Ctrl-D ends, Ctrl-C stops a reply. A message that begins with / is sent with a space before it."""
+ENDINGS = ("quit", "exit")
 
 
 def main(cfg: Config) -> dict:
@@ -23,57 +36,182 @@ def main(cfg: Config) -> dict:
 
     Each text is a conversation of its own. Returns the checkpoint and the replies to chat.prompt.
     """
-    folder = find_checkpoint(cfg)
-    cfg = with_own_settings(cfg, folder)
-    tokenizer = Tokenizer.load(folder)
-    model = instantiate_config(cfg.model, vocab_size=tokenizer.vocab_size, start=folder, seed=cfg.run.seed)
-    model.to(device.pick_device(cfg.train.device)).eval()
+    speaker, folder = open_speaker(cfg)
     print(f"model {folder}", file=sys.stderr)
     given = cfg.chat.prompt if isinstance(cfg.chat.prompt, list) else [cfg.chat.prompt]
     prompts = [str(text) for text in given if text is not None]
-    conversations = [[{"role": "user", "content": text}] for text in prompts]
-    replies: list[str] = []
-    for start in range(0, len(prompts), MAX_BATCH):
-        replies += _replies(cfg.chat, cfg.run.seed, model, tokenizer, conversations[start : start + MAX_BATCH])
+    replies = _answers(cfg.chat, cfg.run.seed, speaker, prompts)
     for text, reply in zip(prompts, replies, strict=True):
         print(f"> {text}\n{reply}\n")
     if not prompts:
-        _converse(cfg.chat, cfg.run.seed, model, tokenizer)
+        sampling = Sampling(cfg.chat.temperature, cfg.chat.top_k)
+        with _sigterm_ends():
+            Terminal(Conversation(speaker, cfg.chat.max_tokens, sampling, cfg.run.seed)).run()
     return {"checkpoint": str(folder), "replies": replies}
 
 
-def _converse(config: ChatConfig, seed: int, model: CausalLM, tokenizer: AnyTokenizer) -> None:
-    """Read the user's turns from the terminal and print the replies, until Ctrl-D."""
-    print("An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
-    messages: list[dict] = []
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            return
-        if not text.strip():
-            messages = []
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            (reply,) = _replies(config, seed, model, tokenizer, [messages])
-        except UserError as error:
-            print(error, file=sys.stderr)
-            messages.pop()
-            continue
-        print(f"{reply}\n")
-        messages.append({"role": "assistant", "content": reply})
-
-
-def _replies(
-    config: ChatConfig, seed: int, model: CausalLM, tokenizer: AnyTokenizer, conversations: list[list[dict]]
-) -> list[str]:
-    """The reply to each conversation, computed in one batch."""
+def _answers(config: ChatConfig, seed: int, speaker: Speaker, prompts: list[str]) -> list[str]:
+    """The reply to each text, as a conversation of its own."""
     try:
-        prompts = [render_prompt({"messages": messages}, tokenizer) for messages in conversations]
-    except Malformed as error:
+        rendered = [speaker.prompt({"messages": [{"role": "user", "content": text}]}) for text in prompts]
+    except (Malformed, TooLong) as error:
         raise UserError(f"the prompt cannot be rendered: {error}") from error
-    replies = generate_batch(
-        model, prompts, config.max_tokens, chat_format(tokenizer).stop_ids, config.temperature, config.top_k, seed
-    )
-    return [tokenizer.decode(ids) for ids in replies]
+    stop_ids, tool = chat_format(speaker.tokenizer).stop_ids, tool_of(speaker.tokenizer)
+    with speaker.autocast():
+        replies = generate_batch(
+            speaker.model, rendered, config.max_tokens, stop_ids, config.temperature, config.top_k, seed, tool
+        )
+    return [reply_text(speaker.tokenizer, ids) for ids in replies]
+
+
+class _Terminated(BaseException):
+    """The process is asked to end, by SIGTERM."""
+
+
+@contextmanager
+def _sigterm_ends() -> Iterator[None]:
+    """Tell SIGTERM from Ctrl-C within, which both are a KeyboardInterrupt elsewhere, and where it ends here."""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    except _Terminated:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminal:
+    """The conversation on stdin and stdout. What is not the model's goes to stderr."""
+
+    def __init__(self, conversation: Conversation):
+        self.conversation, self._dropped = conversation, 0
+        self.is_interactive = sys.stdin.isatty()
+
+    def run(self) -> None:
+        """Read turns and commands until the end."""
+        self._say("/help lists the commands, Ctrl-D ends.")
+        if self.is_interactive:
+            with suppress(ImportError):
+                import readline  # noqa: F401  (input() then edits lines and remembers them)
+        while (line := self._read()) is not None:
+            text = line.strip()
+            if text.lower() in ENDINGS:
+                return
+            if line.startswith("/"):
+                self._command(*text[1:].split(maxsplit=1))
+            elif text:
+                self._print(self.conversation.ask(text))
+
+    def _read(self) -> str | None:
+        """The next line; None at the end of input. Ctrl-C leaves the line that is typed."""
+        while True:
+            try:
+                return input("> ")
+            except EOFError:
+                print()
+                return None
+            except UnicodeDecodeError:
+                self._say("that line is no UTF-8; it is left out")
+            except KeyboardInterrupt:
+                if not self.is_interactive:
+                    raise
+                self._say("\nCtrl-D ends.")
+
+    def _print(self, reply: Generator[str, None, None]) -> None:
+        """Show a reply as it arrives. Ctrl-C stops it, and what was said stays said."""
+        conversation = self.conversation
+        try:
+            for text in reply:
+                sys.stdout.write(_printable(text))
+                sys.stdout.flush()
+        except (Malformed, TooLong) as error:
+            self._say(f"this cannot be answered: {error}")
+            return
+        except KeyboardInterrupt:
+            if not self.is_interactive:
+                raise
+            reply.close()
+            self._say("\n(stopped)")
+        print("\n")
+        if conversation.dropped != self._dropped:
+            self._dropped = conversation.dropped
+            if self._dropped:
+                self._say(
+                    f"(the context of {conversation.speaker.context} tokens is full: the model no longer sees the first "
+                    f"{self._dropped} of {len(conversation.turns)} turns; /new begins anew)"
+                )
+        if conversation.ended == "length":
+            self._say("(the reply was cut: chat.max_tokens, or the end of the model's context)")
+
+    def _command(self, name: str = "", argument: str = "") -> None:
+        commands = {
+            "system": self._system,
+            "temperature": self._temperature,
+            "regenerate": self._regenerate,
+            "save": self._save,
+            "new": self._new,
+            "help": lambda _: self._say(HELP),
+        }
+        if name in commands:
+            commands[name](argument)
+        else:
+            self._say(f"there is no command /{name}; /help lists them, and a space before the / sends it as a message")
+
+    def _system(self, text: str) -> None:
+        self.conversation.system = text
+        self._say("(system message set)" if text else "(no system message)")
+
+    def _temperature(self, text: str) -> None:
+        try:
+            value = float(text)
+            if not 0 <= value < float("inf"):
+                raise ValueError
+        except ValueError:
+            self._say(f"/temperature {text}: give a number, 0 or more")
+            return
+        self.conversation.sampling = self.conversation.sampling._replace(temperature=value)
+        self._say(f"(temperature {value:g})")
+
+    def _regenerate(self, _: str) -> None:
+        if not self.conversation.turns:
+            self._say("there is no message to answer yet")
+            return
+        if self.conversation.sampling.temperature == 0:
+            self._say("(temperature 0 gives the same reply again; /temperature 1 draws another)")
+        self._print(self.conversation.ask_again())
+
+    def _save(self, name: str) -> None:
+        if not name or not self.conversation.turns:
+            self._say("/save FILE: name a file" if not name else "nothing was said yet")
+            return
+        try:
+            count = self.conversation.save(Path(name).expanduser())
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~ of nobody
+            self._say(f"/save {name}: {error}")
+            return
+        self._say(f"({count} messages appended to {name})")
+
+    def _new(self, _: str) -> None:
+        self.conversation.turns, self._dropped = [], 0
+        self._say("(a new conversation)")
+
+    def _say(self, text: str) -> None:
+        sys.stdout.flush()
+        print(text, file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, with which a reply could move the cursor or name the window.
+
+    >>> _printable("a\\tb\\n\\x1b[2Jc")
+    'a\\tb\\n[2Jc'
+    """
+    return "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160))

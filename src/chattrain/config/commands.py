@@ -29,6 +29,8 @@ class InspectConfig:
     step: int = 1  # step whose rows are shown, counted as the log counts them
     row: int | None = None  # the one row of the step to show, from 0; null: the first `rows`
     source: str | None = None  # show only rows that hold a document of this source
+    ids: bool = False  # a table of each row too: id, document, position and weight of each token
+    html: str | None = None  # file to write the rows to, as a page; null: one in the cache folder, whose path is printed
 
     def check(self) -> None:
         if self.rows < 1 or self.step < 1 or (self.row is not None and self.row < 0):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from omegaconf import MISSING
 
 from chattrain.config.quoting import as_argument
-from chattrain.config.words import OnMalformed, Part, Schema, WeightBy
+from chattrain.config.words import Audit, OnMalformed, Part, Schema, WeightBy
 from chattrain.errors import UserError
 
 MAX_ROW_MB, MAX_UNPACKED = 64.0, 100.0
@@ -42,6 +42,7 @@ class MixtureConfig:
     train: dict[str, SourceConfig] = field(default_factory=dict)  # sources that are trained on, by name
     val: dict[str, SourceConfig] = field(default_factory=dict)  # sources that are measured while a run trains; keys as in train
     test: dict[str, SourceConfig] = field(default_factory=dict)  # of eval.on=test alone; keys as in train
+    prompts: list[str] = field(default_factory=list)  # of eval.prompts, where it is null
 
     def part(self, part: Part) -> dict[str, SourceConfig]:
         return self.test if part == Part.test else self.val
@@ -54,6 +55,7 @@ class DataConfig:
     max_row_mb: float = MAX_ROW_MB  # MiB of a row, unpacked; larger ones are malformed
     max_unpacked: float = MAX_UNPACKED  # times its size that a compressed file may unpack to; 1 GiB is always allowed
     ignore: list[str] = field(default_factory=list)  # fields of messages, or `tools`, to leave out instead of refusing the row
+    audit: Audit = Audit.warn  # of documents cut, left out or also in the validation; mask faults refuse a training either way
     workers: int | None = None  # processes that tokenise; null: one for each core
     weight_by: WeightBy = WeightBy.documents  # what the weights of sources are shares of: an epoch's documents or its tokens
     replay: float = 0.0  # share of an epoch's tokens, below 1, that comes from base text: the training sources of the base stage

@@ -20,6 +20,7 @@ from chattrain.config.optimizer import OptimizerConfig
 from chattrain.config.plan import PlanConfig
 from chattrain.config.run import CheckpointConfig, InitConfig, LogConfig, RunConfig
 from chattrain.config.schedule import ScheduleConfig
+from chattrain.config.serve import ServeConfig
 from chattrain.config.sweep import SweepConfig
 from chattrain.config.tokenizer import TokenizerConfig
 from chattrain.config.tracking import TrackingConfig
@@ -51,6 +52,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)  # processes and what they shard
     sweep: SweepConfig = field(default_factory=SweepConfig)  # several jobs from one command line (-m), and which is best
     chat: ChatConfig = field(default_factory=ChatConfig)  # what command=chat asks, and how it samples replies
+    serve: ServeConfig = field(default_factory=ServeConfig)  # address, key and limits of command=serve
     inspect: InspectConfig = field(default_factory=InspectConfig)  # which rows command=inspect shows
     plan: PlanConfig = field(default_factory=PlanConfig)  # the devices that command=plan plans for
     verify: VerifyConfig = field(default_factory=VerifyConfig)  # how long command=verify_resume trains
@@ -72,6 +74,7 @@ class Config:
             self.distributed,
             self.sweep,
             self.chat,
+            self.serve,
             self.inspect,
             self.plan,
             self.verify,

@@ -14,6 +14,7 @@ Command = Enum(
         "train": "train",
         "evaluate": "evaluate",
         "chat": "chat",
+        "serve": "serve",
         "inspect": "inspect",
         "plan": "plan",
         "verify_resume": "verify_resume",
@@ -26,7 +27,16 @@ Command = Enum(
     },
 )
 # Commands that read a run.
-READING = (Command.chat, Command.evaluate, Command.export, Command.lineage, Command.report, Command.reproduce, Command.sync)
+READING = (
+    Command.chat,
+    Command.evaluate,
+    Command.export,
+    Command.lineage,
+    Command.report,
+    Command.reproduce,
+    Command.serve,
+    Command.sync,
+)
 
 
 class Format(Enum):
@@ -106,12 +116,18 @@ class Schema(Enum):
     prompt_completion = "prompt_completion"
     multiple_choice = "multiple_choice"
     gsm8k = "gsm8k"
+    humaneval = "humaneval"
     text = "text"
 
 
 class Part(Enum):
     val = "val"
     test = "test"
+
+
+class Audit(Enum):
+    warn = "warn"
+    refuse = "refuse"
 
 
 class OnMalformed(Enum):

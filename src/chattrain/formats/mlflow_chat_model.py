@@ -18,11 +18,13 @@ from mlflow.pyfunc.model import ResponsesAgent
 from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse
 
 from chattrain.chat import Malformed, chat_format, render_prompt
+from chattrain.chat.reply import reply_text
+from chattrain.chat.tools import tool_of
 from chattrain.config.commands import ChatConfig
 from chattrain.config.instantiate import instantiate_config
 from chattrain.config.targets import current_target
-from chattrain.config.words import Device
-from chattrain.device import pick_device
+from chattrain.config.words import Device, DType
+from chattrain.device import autocast, pick_device, use_bf16
 from chattrain.formats.mlflow_model import as_message
 from chattrain.model.generate import generate_batch
 from chattrain.tokenizer import Tokenizer
@@ -33,11 +35,12 @@ class ChatModel(ResponsesAgent):
 
     def load_context(self, context: Any) -> None:
         folder = Path(context.artifacts["checkpoint"])
-        config = yaml.safe_load((folder / "config.yaml").read_text())["model"]
-        config["_target_"] = current_target(config["_target_"])
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        config = saved["model"] | {"_target_": current_target(saved["model"]["_target_"])}
         self.tokenizer = Tokenizer.load(folder)
         model = instantiate_config(config, vocab_size=self.tokenizer.vocab_size, start=folder, seed=0)
         self.model = model.to(pick_device(Device.auto)).eval()
+        self.bf16 = use_bf16(DType[(saved.get("train") or {}).get("dtype") or "auto"], self.model.lm_head.weight.device)
 
     def predict(self, request: ResponsesAgentRequest) -> ResponsesAgentResponse:
         """One assistant message. A conversation that cannot be rendered is the caller's mistake (HTTP status 400)."""
@@ -47,16 +50,18 @@ class ChatModel(ResponsesAgent):
             prompt = render_prompt({"messages": messages}, self.tokenizer)
         except Malformed as error:
             raise MlflowException.invalid_parameter_value(f"the conversation cannot be rendered: {error}") from error
-        (reply,) = generate_batch(
-            self.model,
-            [prompt],
-            request.max_output_tokens or defaults.max_tokens,
-            chat_format(self.tokenizer).stop_ids,
-            request.temperature or defaults.temperature,
-            custom.get("top_k", defaults.top_k),
-            custom.get("seed", 0),
-        )
-        item = self.create_text_output_item(self.tokenizer.decode(reply), id=f"msg_{uuid.uuid4().hex}")
+        with autocast(self.bf16, self.model.lm_head.weight.device):
+            (reply,) = generate_batch(
+                self.model,
+                [prompt],
+                request.max_output_tokens or defaults.max_tokens,
+                chat_format(self.tokenizer).stop_ids,
+                request.temperature or defaults.temperature,
+                custom.get("top_k", defaults.top_k),
+                custom.get("seed", 0),
+                tool_of(self.tokenizer),
+            )
+        item = self.create_text_output_item(reply_text(self.tokenizer, reply), id=f"msg_{uuid.uuid4().hex}")
         return ResponsesAgentResponse.model_validate({"output": [item]})
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.decoder import Decoder
+from chattrain.model.kv_cache import KVCache
 from chattrain.model.sampling import GREEDY, Sampling, draw, to_device, to_host
 
 PREFILL = 16_384  # tokens of prompts that are read in one pass, padding counted, unless a single prompt is longer
@@ -73,6 +74,8 @@ class Engine:
 
     def __init__(self, model: CausalLM, rows: int, max_tokens: int):
         self.model, self.rows, self.max_tokens = model, rows, max_tokens
+        # Some models of transformers keep rows in our cache only where these are short (hf_generate.py).
+        self._takes_all = isinstance(model.new_cache(1, max_tokens), KVCache)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []  # those with a row, in the order of rows
         self._decoder: Decoder | None = None
@@ -152,19 +155,29 @@ class Engine:
         if len(self._active) == self.rows or (self._active and self._decoder and not self._decoder.refills):
             return
         self._waiting = deque(request for request in self._waiting if not request.ended)
-        new: list[Request] = []
-        while self._waiting and len(self._active) + len(new) < self.rows:
-            longest = max(len(request.prompt) for request in (*new, self._waiting[0]))
-            if new and longest * (len(new) + 1) > PREFILL:
-                break
-            new.append(self._waiting.popleft())
+        if not self._active and not self._takes_all:
+            self._decoder = None  # the next requests may be shorter, or longer
+        new = self._next_to_read()
         if not new:
             return
-        requests = [*self._active, *new, *self._waiting]
-        rows = min(len(requests), self.rows)
         self._active += new  # before anything that may fail
+        known = [*self._active, *self._waiting] if self._takes_all else self._active
+        space = max(request.most_tokens for request in known)
         if self._decoder is None:
-            self._decoder = Decoder(self.model, self.rows, self.max_tokens)
-        self._decoder.reserve(rows, max(request.most_tokens for request in requests))
+            self._decoder = Decoder(self.model, self.rows, self.max_tokens if self._takes_all else space)
+        self._decoder.reserve(min(len(known), self.rows), space)
         logits = self._decoder.read([request.prompt for request in new])
         self._logits = logits if self._logits is None else torch.cat([self._logits, logits])
+
+    def _next_to_read(self) -> list[Request]:
+        """Take from those that wait what there are rows for, one pass takes and the decoder has space for."""
+        new: list[Request] = []
+        while self._waiting and len(self._active) + len(new) < self.rows:
+            request = self._waiting[0]
+            longest = max(len(request.prompt), *(len(other.prompt) for other in new), 0)
+            if new and longest * (len(new) + 1) > PREFILL:
+                break
+            if self._decoder and not self._takes_all and request.most_tokens > self._decoder.max_tokens:
+                break  # until the others have ended
+            new.append(self._waiting.popleft())
+        return new

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from chattrain.config.plain_yaml import load_plain
-from chattrain.tracking.metrics import read_metrics
+from chattrain.tracking.metrics import parse_row, read_metrics
 
 Points = list[tuple[float, float]]  # (step, value)
+SAMPLES = "samples.jsonl"  # replies to eval.prompts, a line each: step, prompt, reply, ended, repeating
 
 # What the validation metrics of a run are over, in words. Earlier versions had one kind of targets for all of them.
 TARGETS = {"all": "all tokens", "replies": "replies"}
@@ -39,6 +40,11 @@ class RunFolder:
         return cls(
             path, config_text, _yaml(config_text), _json(_text(path / "summary.json")), read_metrics(path / "metrics.jsonl")
         )
+
+    @cached_property
+    def samples(self) -> list[dict]:
+        """The lines of samples.jsonl."""
+        return read_samples(self.path / SAMPLES)
 
     @property
     def stage(self) -> str:
@@ -107,6 +113,12 @@ class RunFolder:
                 error = self.last.get(name.removesuffix("_acc") + "_stderr")
                 found[name] = (value, None if error is None else Z95 * error)
         return found
+
+
+def read_samples(file: Path) -> list[dict]:
+    """The complete lines of a samples.jsonl, in order; [] where there is none. A line cut off by a crash is left out."""
+    rows = (parse_row(line) for line in _text(file).splitlines())
+    return [row for row in rows if row and isinstance(row.get("prompt"), str) and isinstance(row.get("reply"), str)]
 
 
 def label(metric: str, targets: str | None) -> str:

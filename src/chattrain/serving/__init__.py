@@ -1,0 +1,1 @@
+"""Conversations with a trained model: on the terminal, and as a server for many."""
