@@ -168,4 +168,79 @@ def test_a_hugging_face_model_is_planned_from_its_config_and_tokenizer_alone(wor
     folder = tiny_hf.write_model(workplace / "llama", "llama")
     for weights in folder.glob("*.safetensors"):
         weights.unlink()
+    settings = [o for o in TINY if not o.startswith(("model.", "tokenizer."))]
+    facts = chattrain.run(
+        [
+            "command=plan",
+            "stage=mid",
+            *settings,
+            "model=hf",
+            f"init.from={folder}",
+            f"optimizer.state_dtype={state}",
+            "plan.world_size=4",
+            "distributed.strategy=fsdp",
+            "train.device_batch_size=1",
+        ]
+    )
+    moments = 2 * (4 if state == "fp32" else 2) * facts["parameters_total"] / 4
+    assert facts["fits"] and facts["memory"]["at_peak"]["optimizer"] == pytest.approx(moments, rel=0.1)
+
+
+def test_supervised_tokens_of_a_plan_are_those_that_the_run_trains_on(workplace):
+    write_talk(workplace)
+    facts = plan("sft", "train.max_steps=4", "plan.world_size=1", "init.from=scratch")
+    trained = chattrain.run(["stage=sft", *TINY, "train.max_steps=4", "train.device_batch_size=2", "init.from=scratch"])
+    assert (facts["tokens"], facts["supervised_tokens"]) == (trained["tokens_seen"], trained["supervised_tokens"])
+
+
+def test_a_plan_of_padded_rows_follows_the_tokens_of_a_pass(workplace):
+    write_talk(workplace)
+    step = ["train.rows_per_step=32", "train.max_steps=4", "plan.world_size=1"]
+    small, large = (plan("sft", *step, f"train.device_batch_tokens={tokens}") for tokens in (64, 1024))
+    assert small["memory"]["phases"]["forward"] < large["memory"]["phases"]["forward"]
+    assert small["tokens"] == large["tokens"] and small["largest_device_batch_tokens"] == 32 * 64
+    passes = [facts["scaling"][0]["grad_accum_steps"] for facts in (small, large)]
+    assert passes[0] > passes[1] and passes[0] > small["grad_accum_steps"] == large["grad_accum_steps"]
+
+
+def test_a_device_that_is_too_small_is_said_to_be(workplace):
+    write_talk(workplace)
+    facts = plan("mid", "plan.device=custom", "plan.memory_gib=1.054", "plan.bandwidth_gb_s=500", "plan.peak_tflops=50")
+    assert not facts["fits"] and facts["largest_device_batch_size"] < 2
+
+
+def test_a_device_whose_name_is_a_number_can_be_typed(workplace, capsys):
+    write_talk(workplace)
+    done = command_line(capsys, "command=plan", "stage=mid", *TINY, "plan.device=4090", "plan.world_size=1")
+    assert done.status == 0 and "1 x 4090" in done.out and "peak" in done.out
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["plan.device=custom"], "plan.memory_gib"),
+        (["plan.mfu=2"], "plan.mfu=2"),
+        (["plan.world_size=0"], "plan.world_size=0"),
+        (["plan.world_size=3"], "train.rows_per_step=4"),
+        (["train.fp8=true", "train.dtype=bf16"], "train.fp8=true"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(workplace, overrides, words):
+    write_talk(workplace)
+    with pytest.raises(UserError, match=words):
+        plan("mid", *overrides)
+
+
+@pytest.mark.parametrize("device", [d for d in PlanDevice if d.name != "custom"])
+def test_every_device_is_known_whole(device):
+    found = hardware_of(PlanConfig(device=device))
+    assert found.name == device.name and 20 * 2**30 < found.usable < found.memory and found.fp32 < found.bf16
+    assert found.between(8) == found.link > found.between(9)
+
+
+def test_a_plan_says_which_data_it_counts(workplace, capsys):
+    write_talk(workplace)
+    facts = plan("mid")
+    assert "talk.jsonl" in facts["data"] and "demo" not in facts["data"]
+    assert facts["data"] in " ".join(capsys.readouterr().out.split())
     assert "generated, for a demo" in plan("sft", "data.train_path=generate:small_talk", "eval=none")["data"]
