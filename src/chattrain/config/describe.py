@@ -262,7 +262,7 @@ def _first_comment(file: Path) -> str:
     """The first sentence of the comment at the head of a file; "" where code stands first."""
     lines = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
     found = [line.lstrip("# ") for line in lines if not line.startswith("# @package")]
-    more = takewhile(lambda line: line[:1].islower(), found[1:])  # a line that goes on with the sentence
+    more = takewhile(lambda line: line[:1].islower() and not line.startswith("python"), found[1:])  # the sentence goes on
     return " ".join([*found[:1], *more]).partition(". ")[0].strip()
 
 
