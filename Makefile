@@ -74,10 +74,10 @@ ui: setup ## open the runs in MLflow in a browser: of runs/, or of MLFLOW_TRACKI
 	$(BIN)/python -m chattrain.tracking.mlflow_ui
 
 docs: setup ## the documentation as a site, in site/: pictures and the reference of keys are made anew, a broken link is an error
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 docs-serve: setup ## the same in a browser, made anew at every change
-	$(BIN)/python -m mkdocs serve --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict
 
 clean: ## remove .venv and caches, keep runs/
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from itertools import zip_longest
@@ -47,6 +48,8 @@ def composed(arguments: list[str]) -> list[Config]:
             next(words)
         elif not word.startswith("-"):
             typed.append(word)
+    for name in re.findall(r"\$\{oc\.env:(\w+)\}", " ".join(typed)):
+        os.environ.setdefault(name, "set-by-the-user")
     if folders:
         typed.append(f"hydra.searchpath=[{','.join(folders)}]")
     return [compose(one) for one in jobs(typed)] if "-m" in arguments else [compose(typed)]

@@ -69,6 +69,7 @@ def place(tmp_path_factory, cache):
         for name in ("talk.jsonl", "held_out.jsonl", "other.jsonl"):
             write_talk(folder, name, factor=len(name))
         (folder / "my_conf").mkdir()
+        (folder / "examples").symlink_to(ROOT / "examples")
         for stage, name in [("base", "farm"), ("mid", "farm"), ("sft", "farm"), ("sft", "field")]:
             train(stage, name, "train.max_steps=2")
         yield folder
@@ -77,8 +78,9 @@ def place(tmp_path_factory, cache):
 @pytest.fixture
 def own_place(place, tmp_path, cache):
     """A copy of it for one page."""
-    folder = shutil.copytree(place, tmp_path / "place")
-    with standing_in(folder, cache):
+    folder = shutil.copytree(place, tmp_path / "place", symlinks=True)
+    with standing_in(folder, cache), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
         yield folder
 
 

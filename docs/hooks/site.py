@@ -19,9 +19,11 @@ ARRIVING = ("inspecting.md", "talking.md", "evaluating.md", "extending.md")  # i
 
 
 def on_config(config):
+    there = {name for name in ARRIVING if (Path(config.docs_dir) / name).is_file()}
     for part in config.nav:
-        for pages in part.values() if isinstance(part, dict) else []:
-            pages[:] = [page for page in pages if page not in ARRIVING or (Path(config.docs_dir) / page).is_file()]
+        for pages in part.values():
+            if isinstance(pages, list):
+                pages[:] = [page for page in pages if not set(page.values()) & set(ARRIVING) - there]
     return config
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     try:
         for page in (completion, help):
             if page.is_requested(sys.argv[1:]):
-                print(page.text(sys.argv[1:]))
+                show(page.text(sys.argv[1:]))
                 sys.exit(0)
         typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
     except UserError as error:
@@ -60,6 +60,14 @@ def main() -> None:
             else:
                 launch.collect()
     sys.exit(launch.status)
+
+
+def show(text: str) -> None:
+    """Print a page, of which `| head` or a pager that is left may read a part."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
 
 
 def flags_first(arguments: list[str]) -> list[str]:

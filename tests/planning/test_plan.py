@@ -243,6 +243,4 @@ def test_a_plan_says_which_data_it_counts(workplace, capsys):
     facts = plan("mid")
     assert "talk.jsonl" in facts["data"] and "demo" not in facts["data"]
     assert facts["data"] in " ".join(capsys.readouterr().out.split())
-    settings = [o for o in TINY if not o.startswith("data")]
-    demo = chattrain.run(["command=plan", "stage=sft", *settings, "plan.world_size=1", "train.max_steps=1"])
-    assert "generated, for a demo" in demo["data"]
+    assert "generated, for a demo" in plan("sft", "data.train_path=generate:small_talk", "eval=none")["data"]

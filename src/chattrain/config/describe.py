@@ -15,6 +15,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache, reduce
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -258,9 +259,11 @@ def _header(file: Path) -> str:
 
 
 def _first_comment(file: Path) -> str:
-    """The first line of a file that is a comment and no directive; "" where code stands first."""
-    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
-    return lines[0].removeprefix("#").strip() if lines and lines[0].startswith("#") else ""
+    """The first sentence of the comment at the head of a file; "" where code stands first."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    found = [line.lstrip("# ") for line in lines if not line.startswith("# @package")]
+    more = takewhile(lambda line: line[:1].islower() and not line.startswith("python"), found[1:])  # the sentence goes on
+    return " ".join([*found[:1], *more]).partition(". ")[0].strip()
 
 
 def choice_keys(choice: Choice) -> list[Key]:

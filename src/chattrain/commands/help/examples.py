@@ -43,6 +43,7 @@ COMMANDS = {
         examples=(
             ("command=evaluate run.name=farm stage=sft", "runs/sft/farm, with its own data and settings"),
             ('command=evaluate "runs=[sft/farm,sft/field]"', "is the difference of two runs more than noise?"),
+            ("command=evaluate init.from=sft/farm eval=full", "on all suites whose data is known"),
         ),
     ),
     "chat": Page(
@@ -55,10 +56,20 @@ COMMANDS = {
             ),
         ),
     ),
+    "serve": Page(
+        keys=(*WHICH_RUN, "init.pick"),
+        examples=(
+            ("command=serve stage=sft", "the newest sft run at http://127.0.0.1:8000, with a page to chat"),
+            (
+                "command=serve init.from=sft/farm serve.host=0.0.0.0 'serve.api_key=${oc.env:SERVE_KEY}'",
+                "for other machines, with the key in $SERVE_KEY",
+            ),
+        ),
+    ),
     "inspect": Page(
         whole=("stage", "data", "collator", "loss"),
         examples=(
-            ("command=inspect stage=sft", "the first rows of the first step"),
+            ("command=inspect stage=sft", "the first rows of the first step, the mixture, and what the audit finds"),
             ("command=inspect stage=mid inspect.step=3 inspect.source=spelling", "rows of step 3 that hold a source"),
         ),
     ),
