@@ -10,9 +10,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 import chattrain
 from chattrain.data.loader import Loader
@@ -121,7 +119,7 @@ def test_the_page_goes_to_the_cache_by_default_and_a_folder_is_refused(place, ca
     with pytest.raises(UserError, match=r"inspect.html=\. is a folder"):
         inspect("inspect.html=.")
     Path("file").write_text("")
-    with pytest.raises(UserError, match="inspect.html"):
+    with pytest.raises(UserError, match=r"inspect\.html"):
         inspect("inspect.html=file/rows.html")
 
 
@@ -131,7 +129,7 @@ def test_text_of_strangers_is_shown_and_does_nothing(workplace, capsys):
     out, text = capsys.readouterr().out, Path("odd.html").read_text()
     page = Page(text)
     for written in (out, text, page.text):
-        assert not {"\x1b", "\u202e", "\u202c", "\t"} & set(written.replace("\t", "", 0))
+        assert not {"\x1b", "\u202e", "\u202c", "\t"} & set(written)
     assert "<script" not in text.lower() and "<script>alert(1)</script>" in page.text
     for seen in (r"\u202e", "⇥", "␛", "⏎", "東京 🙂", "שלום"):
         assert seen in out and seen in page.text
@@ -186,9 +184,6 @@ def test_packing_efficiency_is_the_share_of_real_tokens(place, monkeypatch, coll
 
 
 def test_on_a_terminal_it_is_coloured_and_paged(place):
-    read, out = os.pipe()
-    os.close(read)
-    os.close(out)
     output = b""
 
     def keep(fd: int) -> bytes:
@@ -216,4 +211,3 @@ def test_rows_of_other_ranks_are_shown_too(place, capsys):
     shown = inspect("distributed.nproc=2", "train.device_batch_size=2", "inspect.rows=4")
     assert len(shown["rows"]) == 4
     assert {"rank 0", "rank 1"} == set(re.findall(r"rank \d", capsys.readouterr().out))
-    assert np.isfinite(shown["packing_efficiency"]) and torch.is_grad_enabled()
