@@ -54,9 +54,7 @@ def main(cfg: Config) -> dict:
     asked), subjects (accuracies by subject) and folder; with `runs` these of each run, and the differences.
     """
     if "eval.prompts" in map(key_of, current_job().overrides):
-        raise UserError(
-            "eval.prompts is answered while a training goes on; to ask a checkpoint, use command=chat chat.prompt=[...]"
-        )
+        raise UserError("eval.prompts is answered while a training goes on; ask a checkpoint with command=chat chat.prompt=[...]")
     try:
         return compare(cfg) if cfg.runs else _public(_show(measure(cfg)))
     except launch.Stopped:

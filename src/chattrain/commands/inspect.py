@@ -128,7 +128,10 @@ def _file(cfg: Config) -> Path:
 def _output() -> Iterator[Say]:
     """What takes the lines of the output: a terminal's pager, which colours them, else stdout."""
     if not sys.stdout.isatty():
-        yield lambda line: print(_encodable(str(line)))
+        try:
+            yield lambda line: print(_encodable(str(line)), flush=True)
+        except BrokenPipeError:  # the reader, such as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     os.environ.setdefault("LESS", "-RFX")  # shows colours, and does not wait where all fits on the screen
     console = Console(highlight=False, markup=False, emoji=False)

@@ -59,8 +59,8 @@ def _row(collator: Collator, batch: Batch, b: int, row: int, number: int, name: 
 
 
 def _tokens(collator: Collator, batch: Batch, b: int, located: Located, size: int, spelling: Spelling) -> Iterator[Token]:
-    """The row's inputs in order, and between them the targets that are no inputs. The last token of a document is shown with weight
-    0 where it is no target either."""
+    """The row's inputs in order, and between them the targets that are no inputs. The last token of a document is shown with
+    weight 0 where it is no target either."""
     inputs, targets, weights = batch.inputs[b].tolist(), batch.targets[b].tolist(), trained_weights(batch)[b].tolist()
     places = _places(located)
     order: list[Token] = []

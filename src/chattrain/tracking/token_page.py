@@ -9,7 +9,7 @@ from chattrain.tracking.tokens import NEWLINE, Row, Token
 
 CSS = """
 .tokens { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; padding: .6em 0; }
-.tokens bdi { border-radius: 2px; padding: .1em 0; } .tokens bdi:hover { outline: 1px solid currentColor; }
+.tokens bdi { direction: ltr; border-radius: 2px; padding: .1em 0; } .tokens bdi:hover { outline: 1px solid currentColor; }
 .w1 { background: #2f9e6e40; border-bottom: 2px solid #2f9e6e; }
 .wp { background: #d9a40030; border-bottom: 2px dotted #b7791f; }
 .sp { font-weight: 700; color: #7048c8; } .part { opacity: .45; } .pad { opacity: .6; }
@@ -48,7 +48,7 @@ def write(
 
 
 LEGEND = (
-    '<span class="w1">Loss weight 1</span>, <span class="wp">a weight between 0 and 1</span>, and context, which carries no loss. '
+    '<span class="w1">Loss weight 1</span>, <span class="wp">a weight between 0 and 1</span>, and context, without a loss. '
     '<span class="sp">Special tokens</span> are bold; text that only looks like one is not. <span class="border"></span> stands '
     "between documents. Hover over a token for its id, position, document, source and weight."
 )

@@ -40,7 +40,8 @@ def plain(row: Row, special_names: list[str]) -> str:
         else:
             opening, closing = "[]" if weight == 1 else "()"
             texts = [token.text if special else _escaped(token.text, special_names) for token in tokens if token.text]
-            parts.append("".join(f"{opening}{text}{closing}" for text in texts))
+            bare = [text.rstrip("\n") for text in texts]  # a line break stands behind the closing mark
+            parts += [f"{opening}{a}{closing}{text[len(a) :]}" for a, text in zip(bare, texts, strict=True)]
     return "".join(parts) + padding(row)
 
 
@@ -67,7 +68,7 @@ def table(row: Row) -> list[str]:
         document, position = ("?" if value is None else str(value) for value in (token.document, token.position))
         index = f"{token.index}{'' if token.is_input else '+'}"
         kind = " (special)" if token.special else ""
-        text = repr(token.text.replace("\n", ""))[1:-1] if token.text else "(of the character before)"
+        text = token.text.replace("\n", "") or "(of the character before)"
         lines.append(f"{index:>6s} {document:>8s} {position:>8s} {token.id:>7d} {token.weight:>6.3g}  {text}{kind}")
     return lines
 
