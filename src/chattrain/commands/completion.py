@@ -13,7 +13,8 @@ from chattrain.config import describe
 
 FLAGS = ("-sc", "--shell-completion")
 SCRIPT = r"""_chattrain() {
-    local line="${COMP_LINE:0:COMP_POINT}" word call
+    [[ -n "$ZSH_VERSION" ]] && setopt localoptions shwordsplit ksharrays
+    local line="${COMP_LINE:0:$COMP_POINT}" word call
     case "$line" in
         *python*" -m chattrain "*) call="${line%%-m chattrain *}-m chattrain" ;;
         *python*) return ;;
@@ -23,11 +24,18 @@ SCRIPT = r"""_chattrain() {
     COMPREPLY=($(COMP_LINE="$line" $call -sc query=bash 2> /dev/null))
     if [[ ${#COMPREPLY[@]} == 0 && "$word" == *=* ]]; then
         COMPREPLY=($(compgen -P "${word%%=*}=" -f -- "${word#*=}"))
+        [[ ${#COMPREPLY[@]} == 1 && -d "${COMPREPLY[0]#*=}" ]] && COMPREPLY[0]+=/
     fi
-    [[ ${#COMPREPLY[@]} == 1 && "${COMPREPLY[0]}" == *[=./] ]] && compopt -o nospace
+    if [[ ${#COMPREPLY[@]} == 1 && "${COMPREPLY[0]}" == *[=./] ]]; then
+        compopt -o nospace 2> /dev/null
+    fi
 }
 COMP_WORDBREAKS="${COMP_WORDBREAKS//=}"
-complete -o default -F _chattrain chattrain python python3"""
+if [[ -n "$ZSH_VERSION" ]]; then
+    complete -o nospace -F _chattrain chattrain python python3  # it has no compopt
+else
+    complete -o default -F _chattrain chattrain python python3
+fi"""
 
 
 def is_requested(arguments: list[str]) -> bool:
