@@ -3,12 +3,13 @@
 from functools import partial
 
 from mychat.collator import ShortFirst
+from mychat.eval import EndsWell
 from mychat.model import swiglu
 from mychat.optimizer import lion
 from mychat.schedule import stairs
 from mychat.source import switches
 
-from chattrain.parts import check_collator, check_model, check_optimizer, check_schedule, check_source
+from chattrain.parts import check_collator, check_eval, check_model, check_optimizer, check_schedule, check_source
 
 
 def test_the_parts_keep_their_contracts():
@@ -17,4 +18,5 @@ def test_the_parts_keep_their_contracts():
     check_schedule(stairs)
     check_optimizer(lion)
     check_collator(ShortFirst)
+    check_eval(partial(EndsWell, questions=["Hello!"]))
     check_model(partial(swiglu, n_layer=2, n_embd=32, n_head=2))

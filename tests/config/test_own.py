@@ -188,3 +188,19 @@ def test_an_own_part_trains_on_two_ranks(mine, workplace):
         env={**__import__("os").environ, "PYTHONPATH": f"{workplace}:{Path(chattrain.__file__).parents[1]}"},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_measure_of_ones_own_is_called_at_every_evaluation(mine, workplace):
+    (workplace / "mymeasure.py").write_text(
+        "def words(tokenizer, ranks, plus: int = 0):\n    return lambda model: {'vocabulary': tokenizer.vocab_size + plus}\n"
+    )
+    typed = [*mine, "stage=sft", *TINY, "init.from=scratch", "train.max_steps=1"]
+    own = "+eval.own.size={_target_: mymeasure.words, plus: 1}"
+    assert chattrain.run([*typed, own])["metrics"]["eval/size_vocabulary"] == 321
+    for wrong, said in (
+        ("+eval.own.size={_target_: mymeasure.words, minus: 1}", "unexpected keyword argument 'minus'"),
+        ("+eval.own.size={_target_: mymeasure.word}", "cannot be imported"),
+        ("+eval.own.size=3", "must be {_target_"),
+    ):
+        with pytest.raises(UserError, match=said):
+            chattrain.run([*typed, wrong, "run.resume=never"])

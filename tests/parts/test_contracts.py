@@ -16,6 +16,7 @@ from chattrain.optim.named import NamedOptimizer, over_groups
 from chattrain.parts import (
     ContractBroken,
     check_collator,
+    check_eval,
     check_model,
     check_optimizer,
     check_schedule,
@@ -280,3 +281,41 @@ def test_our_generated_data_keep_the_contract_of_a_source(name):
 )
 def test_a_source_that_breaks_its_contract_is_told_how(source, said):
     assert said in broken(check_source, source)
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def weighs(tokenizer, ranks):
+    return lambda model: {"weights": float(sum(p.abs().sum() for p in model.parameters())), "vocabulary": tokenizer.vocab_size}
+
+
+def trains(tokenizer, ranks):
+    def measure(model):
+        model.lm_head.weight.add_(1.0)
+        return {"one": 1.0}
+
+    return measure
+
+
+def leaves_training(tokenizer, ranks):
+    return lambda model: {"one": float(model.train().training)}
+
+
+def test_a_measure_keeps_the_contract():
+    check_eval(weighs)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda tokenizer, ranks: lambda model: {}, "measures nothing"),
+        (lambda tokenizer, ranks: lambda model: 0.5, "numbers by name"),
+        (lambda tokenizer, ranks: lambda model: {"loss": float("nan")}, "numbers by name"),
+        (lambda tokenizer, ranks: lambda model: {"share": random.random()}, "when asked again"),
+        (trains, "changes weights"),
+        (leaves_training, "training mode"),
+    ],
+)
+def test_a_measure_that_breaks_its_contract_is_told_how(build, said):
+    assert said in broken(check_eval, build)

@@ -43,6 +43,9 @@ class EvalConfig:
     # null: the prompts of the data for this stage, if it has any; []: none.
     prompts: Any = None
 
+    # measures of your own, at every evaluation: name -> {_target_: <module>.<function>, and its keys}; see docs/extending.md
+    own: dict[str, Any] = field(default_factory=dict)
+
     @property
     def generates(self) -> bool:
         """Is there a suite whose answers the model writes?"""

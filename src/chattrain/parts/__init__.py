@@ -11,6 +11,7 @@ AssertionError that says what is wrong. chattrain's own parts pass the same chec
 
 from chattrain.parts.collators import check_collator
 from chattrain.parts.contracts import BuildsCollator, BuildsModel, BuildsOptimizer, ContractBroken, Schedule, Source
+from chattrain.parts.evals import BuildsMeasure, check_eval
 from chattrain.parts.models import check_model
 from chattrain.parts.optimizers import check_optimizer
 from chattrain.parts.schedules import check_schedule
@@ -18,12 +19,14 @@ from chattrain.parts.sources import check_source
 
 __all__ = [
     "BuildsCollator",
+    "BuildsMeasure",
     "BuildsModel",
     "BuildsOptimizer",
     "ContractBroken",
     "Schedule",
     "Source",
     "check_collator",
+    "check_eval",
     "check_model",
     "check_optimizer",
     "check_schedule",

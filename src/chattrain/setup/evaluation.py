@@ -16,6 +16,7 @@ from chattrain.config.eval import EvalConfig
 from chattrain.data.passes import PassLimits
 from chattrain.evals.generative import Generative
 from chattrain.evals.multiple_choice import MultipleChoice
+from chattrain.evals.own import OwnMeasures
 from chattrain.evals.replies import Writer
 from chattrain.evals.validation import Validation
 from chattrain.model.causal_lm import CausalLM
@@ -64,6 +65,7 @@ def build_evaluation(
     ]
     written = build_written(config, data, model, ranks)
     samples = build_samples(config, data, model, ranks, run_dir, start_step)
+    own = OwnMeasures(config.own, data.tokenizer, ranks)
 
     def due(every: int | None, step: int) -> bool:
         return step == num_steps or (every is not None and step % every == 0)
@@ -88,13 +90,14 @@ def build_evaluation(
                 metrics |= choice(model, autocast)
                 keep_answers(data, choice.name, choice.answers)
         now = written if due(config.generative_every, step) else []
-        if now or samples:
+        if now or samples or own.measures:
             with strategy.whole_weights(), autocast:
                 for suite in now:
                     metrics |= suite()
                     keep_answers(data, suite.name, suite.answers)
                     data.speed[suite.name] = suite.speed
                 metrics |= samples(step) if samples else {}
+                metrics |= own(model)
         metrics |= chatcore(metrics)
         if run_dir and step == num_steps and ranks.is_main and data.answers:
             write_answers(run_dir / ANSWERS, data.answers)
