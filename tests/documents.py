@@ -27,6 +27,7 @@ def tokenized(name: str, tokens, kinds, offsets, turns=None, record_indices=None
         num_assistant=np.array([replies[s].sum() for s in spans], np.int64),
         num_last_assistant=np.array([last.sum() for last in of_last], np.int64),
         num_off=np.array([(kinds[s] & Kind.OFF > 0).sum() for s in spans], np.int64),
+        first_reply=np.array([int(np.argmax(replies[s])) if replies[s].any() else len(kinds[s]) for s in spans], np.int64),
         record_indices=np.arange(len(spans)) if record_indices is None else np.asarray(record_indices),
         skipped=0,
         content_hash=name,

@@ -166,6 +166,7 @@ def main() -> None:
         said = subprocess.run(command, capture_output=True, text=True).stdout
         passed, broken = (sum(map(int, re.findall(rf"(\d+) {word}", said))) for word in ("passed", "(?:failed|error)"))
         _row(name, passed + broken, passed)
+        print(*re.findall(r"^(?:FAILED|ERROR) .*", said, flags=re.M), sep="\n", end="\n" * bool(broken))
         failed |= bool(broken) or not passed
     sys.exit(failed)
 

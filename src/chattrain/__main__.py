@@ -14,13 +14,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from chattrain.commands import help
+from chattrain.commands import completion, help
 from chattrain.commands.exit import report_error
 from chattrain.config import compose, schema
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup import names
 from chattrain.sweeps.callback import Refused
 from chattrain.sweeps.launching import Launch
+
+SWEEPS = ("-m", "--multirun")
 
 
 def main() -> None:
@@ -33,11 +35,14 @@ def main() -> None:
     schema.register_schemas()
     names.set_launch()
     try:
+        for page in (completion, help):
+            if page.is_requested(sys.argv[1:]):
+                show(page.text(sys.argv[1:]))
+                sys.exit(0)
         typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
     except UserError as error:
         sys.exit(report_error(error))
-    show_help = help.is_requested(arguments)
-    sys.argv[1:] = help.hydra_arguments(arguments) if show_help else flags_first(arguments)
+    sys.argv[1:] = flags_first(arguments)
     launch = Launch(typed)
     sweep = launch.sweep
 
@@ -46,7 +51,7 @@ def main() -> None:
         return sweep.run_job(composed)
 
     with launch.workspace():
-        for act in (lambda: help.show(job, arguments) if show_help else job(), launch.show):
+        for act in (job, launch.show):
             try:
                 act()
             except BaseException as error:
@@ -57,9 +62,17 @@ def main() -> None:
     sys.exit(launch.status)
 
 
+def show(text: str) -> None:
+    """Print a page, of which `| head` or a pager that is left may read a part."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+
+
 def flags_first(arguments: list[str]) -> list[str]:
     """The arguments with -m before all others: Python's argparse does not take it between the overrides."""
-    return sorted(arguments, key=lambda argument: argument not in help.SWEEPS)
+    return sorted(arguments, key=lambda argument: argument not in SWEEPS)
 
 
 def _status(error: BaseException, launch: Launch) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -230,54 +228,6 @@ def test_a_run_that_goes_wrong_ends_with_status_1_and_a_summary_that_says_so(pla
     assert summary["status"] == "failed" and "non-finite" in summary["error"]
     assert summary["checkpoint"] is None and summary["steps"] < 5
     assert (place / "runs/mid/burst/report.html").is_file()
-
-
-def test_help_names_the_groups_and_loads_nothing_heavy(place):
-    code = (
-        "import sys; sys.argv = ['chattrain', '--help']\nfrom chattrain.__main__ import main\n"
-        "try: main()\nfinally: print('HEAVY', {'torch', 'datasets', 'mlflow', 'numpy', 'tiktoken'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    for group in (
-        "stage: base, mid, sft",
-        "optimizer: adamw, muon_adamw",
-        "collator:",
-        "schedule:",
-        "eval:",
-        "data:",
-        "model:",
-        "tracking:",
-        "experiment:",
-    ):
-        assert group in done.stdout
-    assert "HEAVY set()" in done.stdout
-
-
-def test_help_shows_every_key_with_the_value_that_the_command_line_composes(place, capsys):
-    for flag in ("--help", "-h"):
-        shown = command_line(capsys, "stage=sft", "train.seq_len=123", flag)
-        assert shown.status == 0
-        assert "stage: sft" in shown.out and "seq_len: 123" in shown.out
-    assert command_line(capsys, "stage=sft", "train.seq_len=123", "--cfg", "job").out in shown.out
-
-
-def test_help_of_a_sweep_shows_its_first_job(place, capsys):
-    shown = command_line(capsys, "-m", "stage=mid,sft", "train.seq_len=123", "--help")
-    assert shown.status == 0 and "stage: mid" in shown.out and "seq_len: 123" in shown.out
-
-
-def test_help_lists_the_choices_of_the_users_own_folder(place, capsys):
-    (place / "my_conf/data").mkdir(parents=True, exist_ok=True)
-    (place / "my_conf/data/mine.yaml").write_text("defaults: [demo]\n")
-    for flag in (["--config-dir", "my_conf"], ["--config-dir=my_conf"]):
-        assert "data: demo, local, mine, nanochat" in command_line(capsys, *flag, "data=mine", "--help").out
-
-
-def test_help_with_a_mistake_says_the_mistake_alone(place, capsys):
-    refused = command_line(capsys, "train.max_step=3", "--help")
-    assert refused.status == 2 and "train.max_steps" in refused.message
-    assert refused.out == ""
 
 
 def test_the_way_out_that_messages_name_works(place, capsys):

@@ -37,7 +37,7 @@ def summary(stage: str) -> dict:
 
 
 def evaluate(*typed: str) -> dict:
-    return chattrain.run(["command=evaluate", *typed])
+    return chattrain.run(["command=evaluate", "tracking=none", *typed])
 
 
 @pytest.mark.parametrize("stage", ["mid", "sft"])

@@ -173,6 +173,7 @@ def asking(name: str, strategy: str = "ddp") -> Job:
         "eval=full",
         "eval.max_problems=37",
         "eval.max_tokens=2048",
+        "eval.max_reply_tokens=24",
         "train.seq_len=256",
         "train.rows_per_step=8",
         "train.device_batch_size=4",
@@ -296,3 +297,21 @@ def test_questions_get_the_same_answers_from_weights_that_are_sharded(ran):
     for run in (ran["asked-ddp"], ran["asked-fsdp"]):
         assert losses(run, "eval/demo_acc")[0] == losses(alone, "eval/demo_acc")[0] > 0  # before the first step
         assert abs(losses(run, "eval/demo_acc")[1] - losses(alone, "eval/demo_acc")[1]) < 2 / 37
+
+
+def test_replies_are_the_same_from_weights_that_are_sharded(ran):
+    """Of the questions of suites, and to eval.prompts. Ranks write replies of different lengths, with as many passes."""
+    first = {}
+    for name in ("asked", "asked-ddp", "asked-fsdp"):
+        folder = Path(ran[name]["run_dir"])
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        assert {row["step"] for row in rows} == {0, 3} and len(rows) == 8
+        first[name] = [row["reply"] for row in rows if row["step"] == 0]
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        written = [answer for answer in answers if "reply" in answer]
+        assert {answer["set"] for answer in written} == {"arithmetic", "spelling"} and len(written) == 2 * 37
+        for suite in ("arithmetic", "spelling"):
+            of_suite = [answer for answer in written if answer["set"] == suite]
+            (accuracy,) = losses(ran[name], f"eval/{suite}_acc")
+            assert accuracy == sum(answer["right"] for answer in of_suite) / 37
+    assert first["asked"] == first["asked-ddp"] == first["asked-fsdp"]

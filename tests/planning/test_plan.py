@@ -236,3 +236,11 @@ def test_every_device_is_known_whole(device):
     found = hardware_of(PlanConfig(device=device))
     assert found.name == device.name and 20 * 2**30 < found.usable < found.memory and found.fp32 < found.bf16
     assert found.between(8) == found.link > found.between(9)
+
+
+def test_a_plan_says_which_data_it_counts(workplace, capsys):
+    write_talk(workplace)
+    facts = plan("mid")
+    assert "talk.jsonl" in facts["data"] and "demo" not in facts["data"]
+    assert facts["data"] in " ".join(capsys.readouterr().out.split())
+    assert "generated, for a demo" in plan("sft", "data.train_path=generate:small_talk", "eval=none")["data"]

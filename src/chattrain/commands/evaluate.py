@@ -1,7 +1,8 @@
 """command=evaluate: measure a checkpoint with its own stage, data and settings, or several against each other (runs=[a,b]).
 
 What the command line gives wins over the checkpoint's own settings. Each measurement is kept in a folder of its own,
-<run>/evaluate/<step>-<launch>/: result.json and, a line a question, answers.jsonl.
+<run>/evaluate/<step>-<launch>/: result.json, result.md and, a line a question, answers.jsonl. With tracking=mlflow it is a run in
+MLflow too, nested in that of the training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from chattrain import device
 from chattrain.config import Config
-from chattrain.config.compose import compose
+from chattrain.config.compose import compose, key_of
+from chattrain.config.eval import SUITES
 from chattrain.config.instantiate import instantiate_config
 from chattrain.config.plain_yaml import read_yaml, section
 from chattrain.config.words import Device, Part
@@ -25,27 +27,34 @@ from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.strategy import SingleProcess
 from chattrain.setup.data import EvalData, open_eval_data, pass_limits
 from chattrain.setup.evaluation import ANSWERS, build_evaluation, write_answers
+from chattrain.setup.job import current_job
+from chattrain.setup.mlflow_evaluation import send_evaluation
 from chattrain.setup.names import is_main_process, launch_name
 from chattrain.setup.report_data import report_notes
 from chattrain.setup.runs import run_folder, stage_of
 from chattrain.setup.start import find_checkpoint, start_at, with_own_settings
+from chattrain.setup.suites import ARITHMETIC
 from chattrain.storage import checkpoint
 from chattrain.storage.files import replace_text
+from chattrain.tracking.chatcore import by_subject
 from chattrain.tracking.console import setup_logging
+from chattrain.tracking.result_page import result_page
 from chattrain.tracking.run_folder import over
 from chattrain.tracking.table_evaluations import describe, label
 
 log = logging.getLogger("chattrain")
 
-SHOWN = ("checkpoint", "trained", "stage", "part", "metrics", "validation", "folder")  # of a result, in the last line of output
+SHOWN = ("checkpoint", "trained", "stage", "part", "metrics", "validation", "questions", "subjects", "folder")
 
 
 def main(cfg: Config) -> dict:
     """Measure the run or checkpoint that is named, else that of the newest finished run of this stage; with `runs`, each of them.
 
-    Returns checkpoint, stage, part, metrics, validation (what the loss was measured on) and folder; with `runs` these of each
-    run, and the differences.
+    Returns checkpoint, stage, part, metrics, validation (what the loss was measured on), questions (how many of how many were
+    asked), subjects (accuracies by subject) and folder; with `runs` these of each run, and the differences.
     """
+    if "eval.prompts" in map(key_of, current_job().overrides):
+        raise UserError("eval.prompts is answered while a training goes on; ask a checkpoint with command=chat chat.prompt=[...]")
     try:
         return compare(cfg) if cfg.runs else _public(_show(measure(cfg)))
     except launch.Stopped:
@@ -109,7 +118,8 @@ def score_on_test(run_dir: Path) -> dict | None:
     own.eval.on = Part.test
     own.eval.validation = own.eval.validation and bool(own.data.mixture(own.stage).test)
     own.eval.multiple_choice = own.eval.multiple_choice and bool(own.data.multiple_choice_test)
-    if not own.eval.validation and not own.eval.multiple_choice:
+    own.eval.gsm8k, own.eval.humaneval = own.eval.gsm8k and own.eval.gsm8k_path == ARITHMETIC, False
+    if not any(getattr(own.eval, suite) for suite in SUITES):
         return None
     return _public(evaluate(own, Ranks()))
 
@@ -120,7 +130,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     data = _open_on_all_ranks(cfg, folder, ranks)
     sources = cfg.data.mixture(cfg.stage).part(cfg.eval.on) if cfg.eval.validation else {}
     report_notes(data)
-    log.info("evaluating %s on %s", folder, ", ".join([*sources, *data.question_sets]))
+    log.info("evaluating %s on %s", folder, ", ".join([*sources, *data.question_sets, *data.problem_sets]))
     target = device.pick_device(cfg.train.device, ranks.local_rank)
     model = instantiate_config(cfg.model, vocab_size=data.tokenizer.vocab_size, start=folder, seed=cfg.run.seed).to(target)
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, target), target)
@@ -131,7 +141,8 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     if not metrics:
         raise UserError(
             "there is nothing to evaluate: eval=none, or no question set and no validation; "
-            "use eval=bpb, eval=mmlu_arc or eval=full"
+            "use eval=bpb, eval=mmlu_arc, eval=gsm8k, eval=spelling, eval=humaneval or eval=full"
+            + "".join(f"\n{message}" for _, message in data.notes)
         )
     if cfg.eval.on == Part.test:
         metrics = {f"test/{name.partition('/')[2]}": value for name, value in metrics.items()}
@@ -142,6 +153,8 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
         "stage": cfg.stage,
         "part": cfg.eval.on.name,
         "metrics": metrics,
+        "questions": {name: {**asked, **data.speed.get(name, {})} for name, asked in data.asked.items()},
+        "subjects": by_subject(data.answers),
         "validation": measured.facts | {"label": measured.label} if measured else None,
         "batches": measured.passes if measured else [],
     }
@@ -150,7 +163,8 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
 
 
 def _keep(cfg: Config, measured: Path, result: dict, answers: list[dict]) -> str | None:
-    """Write result and answers into a new folder; returns it. None, with a warning, where it cannot be written."""
+    """Write result and answers into a new folder, and send them to MLflow; returns the folder. None, with a warning, where it
+    cannot be written."""
     run = run_folder(measured)
     root = run / "evaluate" if run != measured else Path(cfg.run.root).resolve() / "evaluated" / measured.name
     number, name = 1, f"{measured.name}-{launch_name()}"
@@ -160,6 +174,9 @@ def _keep(cfg: Config, measured: Path, result: dict, answers: list[dict]) -> str
         folder.mkdir(parents=True)
         write_answers(folder / ANSWERS, answers)
         replace_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        replace_text(folder / "result.md", result_page(result, answers))
+        if cfg.tracking.mlflow:
+            send_evaluation(cfg, folder, run, result)
         return str(folder)
     except OSError as error:
         log.warning("the result is not kept: %s", error)

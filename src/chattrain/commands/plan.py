@@ -67,6 +67,7 @@ def main(cfg: Config) -> dict:
         "all_rows_fit": fits == data.rows_per_step // cfg.plan.world_size,
         **_batch(cfg, data, limits, fits),
         "flops_per_token": work.flops_a_token,
+        "data": _name_data(cfg, data),
         "num_steps": data.num_steps,
         "tokens": counts.tokens,
         "supervised_tokens": counts.supervised,
@@ -86,6 +87,16 @@ def _source_of_mfu(cfg: Config, hardware: Hardware) -> str:
     if cfg.plan.mfu is not None:
         return "as given"
     return f"measured on this device with {hardware.measured.run}" if hardware.measured else "assumed"
+
+
+def _name_data(cfg: Config, data: RunData) -> str:
+    """The data that the plan counts, in words: steps, time and cost are those of these documents alone."""
+    sources = cfg.data.mixture(cfg.stage).train
+    names = ", ".join(f"{name} ({source.path})" if source.path != name else name for name, source in sources.items())
+    text = f"{data.train.counts.documents:,} documents an epoch: {names}"
+    if all(source.path.startswith("generate:") for source in sources.values()):
+        text += ". All are generated, for a demo: data=local or data=nanochat counts real data"
+    return text
 
 
 def _start(cfg: Config) -> Start:

@@ -40,6 +40,8 @@ FREE = (
     "train.rows_per_step",  # part of the data's fingerprint, in rows
     "train.total_batch_size",
     "eval.batch_size",
+    "eval.reply_batch_size",
+    "eval.prompts",
 )
 
 

@@ -10,8 +10,8 @@ from chattrain.errors import UserError
 
 @dataclass
 class ChatConfig:
-    prompt: Any = None  # a text or a list of texts; null: typed on the terminal, turn by turn
-    max_tokens: int = 256  # at most, in a reply
+    prompt: Any = None  # what is asked: a text or a list of texts; null: typed on the terminal, turn by turn
+    max_tokens: int = 256  # tokens of a reply at most
     temperature: float = 0.0  # 0: greedy
     top_k: int | None = 50  # sample from the k most likely tokens; null: from all
 
@@ -26,9 +26,11 @@ class ChatConfig:
 @dataclass
 class InspectConfig:
     rows: int = 3  # rows of the step to show
-    step: int = 1  # of which the rows are shown, counted as the log counts them
+    step: int = 1  # step whose rows are shown, counted as the log counts them
     row: int | None = None  # the one row of the step to show, from 0; null: the first `rows`
     source: str | None = None  # show only rows that hold a document of this source
+    ids: bool = False  # a table of each row too: id, document, position and weight of each token
+    html: str | None = None  # file to write the rows to, as a page; null: one in the cache folder, whose path is printed
 
     def check(self) -> None:
         if self.rows < 1 or self.step < 1 or (self.row is not None and self.row < 0):

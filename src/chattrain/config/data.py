@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from omegaconf import MISSING
 
 from chattrain.config.quoting import as_argument
-from chattrain.config.words import OnMalformed, Part, Schema, WeightBy
+from chattrain.config.words import Audit, OnMalformed, Part, Schema, WeightBy
 from chattrain.errors import UserError
 
 MAX_ROW_MB, MAX_UNPACKED = 64.0, 100.0
@@ -27,9 +27,9 @@ class SourceConfig:
     """One source of records. Its key in the mixture is its name in messages and reports."""
 
     path: str = MISSING  # hub name, file, folder, generate:<task>, or python:<module>.<function>
-    schema: Schema = Schema.messages
+    schema: Schema = Schema.messages  # what the columns of a record are; auto: told by them
     subset: str | None = None  # the hub's configuration name
-    split: str = "train"
+    split: str = "train"  # of a hub name or folder; of a generated task train, val or test
     limit: int | None = None  # records at most: the first of a shuffle with a fixed seed
     epochs: float = 1.0  # how often each document appears in one epoch of the mixture
     weight: float | None = None  # share of the documents, relative to the other weights; larger sources are subsampled
@@ -39,9 +39,10 @@ class SourceConfig:
 
 @dataclass
 class MixtureConfig:
-    train: dict[str, SourceConfig] = field(default_factory=dict)
-    val: dict[str, SourceConfig] = field(default_factory=dict)
-    test: dict[str, SourceConfig] = field(default_factory=dict)  # for eval.on=test only: neither trained on nor chosen by
+    train: dict[str, SourceConfig] = field(default_factory=dict)  # sources that are trained on, by name
+    val: dict[str, SourceConfig] = field(default_factory=dict)  # sources that are measured while a run trains; keys as in train
+    test: dict[str, SourceConfig] = field(default_factory=dict)  # of eval.on=test alone; keys as in train
+    prompts: list[str] = field(default_factory=list)  # of eval.prompts, where it is null
 
     def part(self, part: Part) -> dict[str, SourceConfig]:
         return self.test if part == Part.test else self.val
@@ -49,15 +50,16 @@ class MixtureConfig:
 
 @dataclass
 class DataConfig:
-    cache_dir: str | None = None  # null: $CHATTRAIN_CACHE or ~/.cache/chattrain
-    on_malformed: OnMalformed = OnMalformed.refuse
+    cache_dir: str | None = None  # folder of tokenised data; null: $CHATTRAIN_CACHE or ~/.cache/chattrain
+    on_malformed: OnMalformed = OnMalformed.refuse  # a malformed row; refuse: name it and end; skip: leave it out and count it
     max_row_mb: float = MAX_ROW_MB  # MiB of a row, unpacked; larger ones are malformed
     max_unpacked: float = MAX_UNPACKED  # times its size that a compressed file may unpack to; 1 GiB is always allowed
     ignore: list[str] = field(default_factory=list)  # fields of messages, or `tools`, to leave out instead of refusing the row
+    audit: Audit = Audit.warn  # of documents cut, left out or also in the validation; mask faults refuse a training either way
     workers: int | None = None  # processes that tokenise; null: one for each core
     weight_by: WeightBy = WeightBy.documents  # what the weights of sources are shares of: an epoch's documents or its tokens
     replay: float = 0.0  # share of an epoch's tokens, below 1, that comes from base text: the training sources of the base stage
-    stages: dict[str, MixtureConfig] = field(default_factory=dict)
+    stages: dict[str, MixtureConfig] = field(default_factory=dict)  # the mixture of each stage
     tokenizer_stages: list[str] = field(default_factory=list)  # stages whose texts train a new tokenizer; []: this stage
     multiple_choice: dict[str, SourceConfig] = field(default_factory=dict)  # question sets of this data, for evaluation
     multiple_choice_test: dict[str, SourceConfig] = field(default_factory=dict)  # the same, for eval.on=test
@@ -113,9 +115,9 @@ class NanochatDataConfig(DataConfig):
 @dataclass
 class LocalDataConfig(DataConfig):
     train_path: Any = None  # file, folder, hub name or python:<module>.<function>, or a list; only an evaluation may leave it out
-    val_path: Any = None  # null: every 20th record of train_path is held out for validation
-    test_path: Any = None  # for eval.on=test; null: none
-    schema: Any = "auto"  # one for all paths, or a list with one for each; auto: told by the columns
+    val_path: Any = None  # what is measured, as train_path; null: every 20th record of train_path is held out for validation
+    test_path: Any = None  # the same for eval.on=test; null: none
+    schema: Any = "auto"  # what the columns are: one for all paths, or a list with one for each; auto: told by the columns
     val_schema: Any = None  # the same for val_path and test_path; null: as schema
     weights: Any = None  # a list with one for each training path: shares of an epoch, of documents or (data.weight_by) of tokens
     replay_path: Any = None  # base text for data.replay and eval.also=[base]; every 20th record is for validation

@@ -10,8 +10,8 @@ from chattrain.errors import UserError
 
 @dataclass
 class LossConfig:
-    # auto: what the collator implies, all with packed, assistant with masked and best_fit. all: every token of a document.
-    # assistant: replies with their end tokens. last_assistant: of these, those of the last turn; the others are prompt.
+    # auto: what the collator implies, all with packed, assistant with masked and best_fit; all: every token of
+    # a document; assistant: replies with their end tokens; last_assistant: the same of the last turn, earlier ones are prompt
     supervise: Supervise = Supervise.auto
     prompt_weight: float = 0.0  # 0 to 1: weight of the loss of all other tokens of a document, such as user turns and tool output
 

@@ -25,8 +25,8 @@ class ModelConfig:
 @dataclass
 class GPTConfig(ModelConfig):
     _target_: str = "chattrain.model.gpt.build"
-    n_layer: int = MISSING
-    n_embd: int = MISSING
+    n_layer: int = MISSING  # blocks
+    n_embd: int = MISSING  # width of the stream between the blocks, a multiple of 2 x n_head
     n_head: int = MISSING  # query heads
     n_kv_head: int | None = None  # key and value heads; null: as many as query heads
 

@@ -38,6 +38,9 @@ ON_RESUME = {
     "train.device_batch_tokens": Change.silent,
     "train.compile": Change.silent,  # of it, what was decided is compared, and a change is warned of
     "eval.batch_size": Change.silent,
+    "eval.reply_batch_size": Change.silent,
+    "eval.prompts": Change.silent,  # samples/* and samples.jsonl are of other prompts from then on
+    "data.audit": Change.silent,
     "data.cache_dir": Change.silent,
     "data.workers": Change.silent,
     # How long it is, and what a run that goes on does not read.

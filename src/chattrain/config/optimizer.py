@@ -44,18 +44,18 @@ class MuonAdamWConfig(ScaledOptimizerConfig):
     vector_lr: float | None = None  # AdamW: norms and biases of a Hugging Face model; chattrain's GPT has none
     momentum: float = 0.95  # Muon, after the warm-up
     momentum_start: float = 0.85  # Muon, at step 0; then linear to `momentum`
-    momentum_warmup_steps: int = 300  # optimizer steps
-    ns_steps: int = 5  # Newton-Schulz iterations
+    momentum_warmup_steps: int = 300  # optimizer steps from momentum_start to momentum
+    ns_steps: int = 5  # Newton-Schulz iterations that make an update orthogonal
     momentum_dtype: StateDType = StateDType.fp32  # in which Muon's momentum is stored; AdamW's moments are always fp32
-    betas: list[float] = field(default_factory=lambda: [0.8, 0.95])
-    eps: float = 1e-10
+    betas: list[float] = field(default_factory=lambda: [0.8, 0.95])  # AdamW: decay of the averages of gradients and their squares
+    eps: float = 1e-10  # AdamW: added to the root of the squares' average
     weight_decay: float = 0.0  # of the AdamW groups except vectors
 
 
 @dataclass
 class AdamWConfig(ScaledOptimizerConfig):
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
+    lr: float = 1e-3  # of all parameters, times lr_scale and the schedule
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the averages of gradients and of their squares
+    eps: float = 1e-8  # added to the root of the squares' average
     weight_decay: float = 0.0  # matrices only
     state_dtype: StateDType = StateDType.fp32  # in which the two moments are stored

@@ -15,8 +15,8 @@ class PlanConfig:
     bandwidth_gb_s and peak_tflops."""
 
     world_size: int = 8  # devices
-    device: PlanDevice = PlanDevice.h100
-    memory_gib: float | None = None  # of each device
+    device: PlanDevice = PlanDevice.h100  # custom needs memory_gib, bandwidth_gb_s and peak_tflops
+    memory_gib: float | None = None  # of each device; null in this and the next keys: the known value of the device
     bandwidth_gb_s: float | None = None  # between a device and its own memory
     link_gb_s: float | None = None  # between devices of a host, in one direction
     network_gb_s: float | None = None  # from each device to other hosts, in one direction

@@ -31,32 +31,32 @@ from chattrain.errors import UserError
 
 @dataclass
 class Config:
-    command: Command = Command.train
-    format: Format = Format.hf  # of command=export
-    stage: str = MISSING
+    command: Command = Command.train  # what is done with the configuration
+    format: Format = Format.hf  # of command=export: hf for Hugging Face transformers, mlflow for an MLflow model that chats
+    stage: str = MISSING  # what is trained: the start, the rows, the targets, the schedule and the measures that go with it
     runs: list[str] = field(default_factory=list)  # of command=report and evaluate: folders or names of runs to compare
-    run: RunConfig = field(default_factory=RunConfig)
-    init: InitConfig = field(default_factory=InitConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: DataConfig = MISSING
-    collator: CollatorConfig = field(default_factory=CollatorConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = MISSING
-    schedule: ScheduleConfig = MISSING
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    chat: ChatConfig = field(default_factory=ChatConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
-    inspect: InspectConfig = field(default_factory=InspectConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
-    verify: VerifyConfig = field(default_factory=VerifyConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    run: RunConfig = field(default_factory=RunConfig)  # the folder of a run, its seed, whether it resumes
+    init: InitConfig = field(default_factory=InitConfig)  # what a run starts from; the run that a command reads
+    train: TrainConfig = field(default_factory=TrainConfig)  # length, rows, batches, number formats, compilation, device
+    model: ModelConfig = field(default_factory=ModelConfig)  # our GPT in a size, with rows and batch; or a Hugging Face model
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # a saved tokenizer, or the size of a new one
+    data: DataConfig = MISSING  # what is trained on and measured, for each stage
+    collator: CollatorConfig = field(default_factory=CollatorConfig)  # how documents become rows
+    loss: LossConfig = field(default_factory=LossConfig)  # what of a row carries loss
+    optimizer: OptimizerConfig = MISSING  # how weights step, with the learning rates
+    schedule: ScheduleConfig = MISSING  # how the learning rate changes over the steps
+    eval: EvalConfig = field(default_factory=EvalConfig)  # what is measured, and when
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where metrics go besides the run folder
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # when checkpoints are saved, and which are kept
+    log: LogConfig = field(default_factory=LogConfig)  # how often metrics are logged
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)  # processes and what they shard
+    sweep: SweepConfig = field(default_factory=SweepConfig)  # several jobs from one command line (-m), and which is best
+    chat: ChatConfig = field(default_factory=ChatConfig)  # what command=chat asks, and how it samples replies
+    serve: ServeConfig = field(default_factory=ServeConfig)  # address, key and limits of command=serve
+    inspect: InspectConfig = field(default_factory=InspectConfig)  # which rows command=inspect shows
+    plan: PlanConfig = field(default_factory=PlanConfig)  # the devices that command=plan plans for
+    verify: VerifyConfig = field(default_factory=VerifyConfig)  # how long command=verify_resume trains
+    export: ExportConfig = field(default_factory=ExportConfig)  # where command=export writes
 
     def check(self) -> None:
         """Raises UserError for a value out of range and for values that contradict each other."""

@@ -12,13 +12,15 @@ from chattrain.errors import UserError
 @dataclass
 class RunConfig:
     root: str = "runs"  # folder of all runs, relative to the working directory
-    name: str | None = None  # null: the time of the launch, the same for all processes; <stage>/<name> names a run to read
-    dir: str | None = None  # null: <root>/<stage>/<name>
+    # folder of the run below <root>/<stage>; null: the time of the launch, the same for all processes; <stage>/<name> names a run
+    # that a command reads
+    name: str | None = None
+    dir: str | None = None  # folder of the run, wherever it lies; null: <root>/<stage>/<name>
     seed: int = 1337  # of the order of documents and the initial weights
+    # auto: go on from the newest valid checkpoint in run.dir, if there is one; must: fail if there is none; never: start anew
     resume: Resume = Resume.auto
-    allow_change: list[str] = field(
-        default_factory=list
-    )  # keys or groups that a resumed run may change, such as optimizer.lr_scale
+    # keys or groups that a resumed run may change, such as optimizer.lr_scale
+    allow_change: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         if self.seed < 0:
@@ -42,6 +44,8 @@ def _dataclass_with(name: str, default: str):
     return decorate
 
 
+# auto: the newest finished run of the stages in init.after, else random weights with a warning; scratch: random weights; the
+# folder of a run, a checkpoint, nanochat or Hugging Face; a run by <name> or <stage>/<name>; commands read the run that it names
 @_dataclass_with("from", default="auto")
 class InitConfig:
     strict: bool = False  # true: with init.from=auto, fail if there is no finished run of the first stage in `after`
@@ -56,7 +60,7 @@ class InitConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int | None = None  # optimizer steps; null: by time, and at the end
+    every: int | None = None  # optimizer steps between two checkpoints; null: by time, and at the end
     minutes: float | None = 10.0  # between saves where `every` is not set; null: only at the end
     keep: int = 2  # number of newest checkpoints to keep
     keep_best: str | None = None  # a metric: the checkpoint of its best value is saved at once and kept besides
@@ -80,7 +84,7 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    every: int = 10  # optimizer steps
+    every: int = 10  # optimizer steps between two lines of the log and of metrics.jsonl
 
     def check(self) -> None:
         if self.every < 1:

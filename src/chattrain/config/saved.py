@@ -14,6 +14,7 @@ from chattrain.config import own
 from chattrain.config.collator import CollatorConfig, JoiningCollatorConfig
 from chattrain.config.compose import LOCAL_KEYS, LOCAL_TO_COMPOSE, conf_dir, key_of
 from chattrain.config.data import DataConfig, LocalDataConfig, NanochatDataConfig
+from chattrain.config.eval import CHOSEN
 from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.optimizer import AdamWConfig, MuonAdamWConfig
 from chattrain.config.plain_yaml import read_yaml, section
@@ -116,12 +117,16 @@ def repeated(cfg: Config, file: Path, overrides: list[str], config_dirs: list[st
 
 
 def _chosen(typed: dict[str, str], other_stage: bool, keys: list[str]) -> list[str]:
-    """The keys of `eval` that the choice on the command line sets: all `keys`, where its file is the user's own."""
-    chosen = ["validation", "multiple_choice", "max_problems"] if other_stage else []
+    """The keys of `eval` that the choices on the command line set: all `keys`, where the file of one is the user's own."""
+    chosen: list[str] = list(CHOSEN) if other_stage or "eval" in typed else []
     if "eval" not in typed:
         return chosen
-    file = conf_dir() / "eval" / f"{typed['eval']}.yaml"
-    return [*chosen, *yaml.safe_load(file.read_text())] if file.is_file() else keys
+    for choice in typed["eval"].strip("[]").split(","):
+        file = conf_dir() / "eval" / f"{choice.strip()}.yaml"
+        if not file.is_file():
+            return keys
+        chosen += yaml.safe_load(file.read_text())
+    return chosen
 
 
 def _refuse_unknown(key: str, tree: dict, kind: type) -> None:

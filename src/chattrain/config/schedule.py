@@ -28,7 +28,7 @@ class ScheduleConfig:
 
 @dataclass
 class ShapedScheduleConfig(ScheduleConfig):
-    min_lr_factor: float = 0.0  # factor at the end of the decay, relative to its start
+    min_lr_factor: float = 0.0  # factor at the end of the decay, relative to its start; 0: down to nothing
     warmup_steps: int = 0  # optimizer steps of linear warm-up
 
     def check(self) -> None:

@@ -31,6 +31,8 @@ VARIANTS = {
     "optimizer=adamw": AdamWConfig,
     "schedule=constant_then_linear": DecayScheduleConfig,
     "schedule=wsd": DecayScheduleConfig,
+    "schedule=linear": ShapedScheduleConfig,
+    "schedule=cosine": ShapedScheduleConfig,
     "data=local": LocalDataConfig,
     "data=nanochat": NanochatDataConfig,
 }

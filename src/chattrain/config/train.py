@@ -11,28 +11,28 @@ from chattrain.errors import UserError
 
 @dataclass
 class TrainConfig:
-    # How long the run is: give one of these four.
-    max_steps: int | None = None  # optimizer steps
-    num_epochs: float | None = None  # epochs of the training mixture
+    max_steps: int | None = None  # optimizer steps of the run; its length is given by this or by one of the next three keys
+    num_epochs: float | None = None  # epochs of the training mixture, in place of max_steps
     max_tokens: int | None = None  # the run ends with the first step in which tokens_seen reaches this
-    max_supervised_tokens: int | None = None  # the same of supervised_tokens
+    max_supervised_tokens: int | None = None  # the run ends with the first step in which supervised_tokens reaches this
     stop_after: float | None = None  # fraction of the steps after which the run stops, measured and saved; it resumes without it
-    seq_len: int = 256  # tokens a row
+    seq_len: int = 256  # tokens a row; longer documents are cut, or go on in the next row (collator=packed)
     device_batch_size: int = 16  # rows a process a forward pass, where rows are full
-    # Tokens of a padded forward pass (collator=masked) at most, padding counted; null: device_batch_size x seq_len.
+    # tokens of a padded forward pass (collator=masked) at most, padding counted; null: device_batch_size x seq_len
     device_batch_tokens: int | None = None
     total_batch_size: int | None = None  # tokens an optimizer step, all ranks (rows x seq_len)
     rows_per_step: int | None = None  # rows an optimizer step, all ranks; give total_batch_size or rows_per_step
-    max_grad_norm: float | None = None  # null: gradients are not clipped
-    on_nonfinite: OnNonfinite = OnNonfinite.stop  # a step whose loss or gradient is not finite never changes the weights
+    max_grad_norm: float | None = None  # gradients are scaled down to this norm, over all weights; null: they are not clipped
+    # a step whose loss or gradient is not finite never changes the weights; stop: the run fails; skip: it goes on without it
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
     max_skipped: int = 20  # with on_nonfinite=skip: the run fails once it has skipped more steps than these
-    dtype: DType = DType.auto  # of the matrix products; weights stay fp32
+    dtype: DType = DType.auto  # of the matrix products, auto: bf16 where the device is fast in it; weights stay fp32
     fp8: bool = False  # linear layers of the blocks in fp8, through torchao
-    # What backward recomputes. none: nothing; block: whole blocks; selective: all of them but attention and narrow products.
+    # what backward recomputes; none: nothing; block: whole blocks; selective: all of them but attention and narrow products
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    compile: bool | str = Compile.auto.value  # a value of Compile; auto: where the planned steps gain more than compiling costs
+    compile: bool | str = Compile.auto.value  # auto, true or false; auto: where the planned steps gain more than it costs
     deterministic: bool = False  # only kernels that give the same bits each time; slower on a GPU
-    device: Device = Device.auto
+    device: Device = Device.auto  # auto: cuda, else mps, else cpu
 
     def check(self) -> None:
         for name in (

@@ -116,12 +116,18 @@ class Schema(Enum):
     prompt_completion = "prompt_completion"
     multiple_choice = "multiple_choice"
     gsm8k = "gsm8k"
+    humaneval = "humaneval"
     text = "text"
 
 
 class Part(Enum):
     val = "val"
     test = "test"
+
+
+class Audit(Enum):
+    warn = "warn"
+    refuse = "refuse"
 
 
 class OnMalformed(Enum):

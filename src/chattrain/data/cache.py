@@ -16,25 +16,27 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from mmap import MADV_DONTNEED, mmap
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from chattrain.chat import Encoded, Kind, Segment, chat_format
+from chattrain.chat import Kind, Segment, chat_format
+from chattrain.chat.fields import without_fields
 from chattrain.config.data import Limits, SourceConfig
-from chattrain.data.loss_weights import last_turn
+from chattrain.config.words import Schema
+from chattrain.data.counting import OPEN_TURNS, SAMPLED, Fault, Faults, count_open_turns, count_tokens, misplaced_mask
 from chattrain.data.malformed import MalformedRows
 from chattrain.data.places import Places
 from chattrain.data.records import Records
 from chattrain.data.sources import LIMITS, identity, open_records, with_schema
 from chattrain.storage.files import make_folder
-from chattrain.tasks import record_to_segments
+from chattrain.tasks import record_to_document, record_to_segments
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # Field of TokenizedSource -> name of its .npy file.
 ARRAYS = {
     "tokens": "tokens",
@@ -44,6 +46,7 @@ ARRAYS = {
     "num_assistant": "assistant",
     "num_last_assistant": "last_assistant",
     "num_off": "off",
+    "first_reply": "first_reply",
     "record_indices": "rows",
 }
 MAX_TURN = (1 << 16) - 1  # turns are kept as uint16: those beyond are one
@@ -63,12 +66,14 @@ class TokenizedSource:
     num_assistant: np.ndarray  # (documents,) int64, tokens of the kind ASSISTANT in each document
     num_last_assistant: np.ndarray  # (documents,) int64, of these, those of its last reply
     num_off: np.ndarray  # (documents,) int64, tokens that are flagged off
+    first_reply: np.ndarray  # (documents,) int64, index of its first token of the kind ASSISTANT; its length if it has none
     record_indices: np.ndarray  # (documents,) int64, index of each document's record in the source, for messages
     skipped: int  # malformed records left out
     content_hash: str  # of tokens, kinds and offsets
     left_out: dict[str, int] = field(default_factory=dict)  # times: fields of data.ignore; what a chat template drops by design
     malformed: MalformedRows = field(default_factory=MalformedRows)  # what was skipped, by reason
     places: Places = field(default_factory=Places)  # of all records of the source, for messages
+    faults: Faults = field(default_factory=Faults)  # of the marks of what the model must generate
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -145,13 +150,14 @@ def _open(name: str, folder: Path) -> TokenizedSource:
     arrays = {field: np.load(folder / f"{file}.npy", mmap_mode="r") for field, file in ARRAYS.items()}
     malformed, places = MalformedRows(meta["malformed"]), Places.load(folder)
     noted = {"left_out": meta["left_out"], "malformed": malformed, "skipped": malformed.count, "places": places}
-    return TokenizedSource(name=name, content_hash=meta["content_hash"], **noted, **arrays)
+    faults = Faults({kind: Fault(**fault) for kind, fault in meta["faults"].items()})
+    return TokenizedSource(name=name, content_hash=meta["content_hash"], faults=faults, **noted, **arrays)
 
 
 def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dtype) -> None:
     """Write a cache folder. What there is of each token goes to disk chunk by chunk, so that memory does not grow with the
     source."""
-    malformed, content_hash = MalformedRows(), hashlib.sha256()
+    malformed, faults, content_hash = MalformedRows(), Faults(), hashlib.sha256()
     left_out: Counter[str] = Counter()
     lengths, counts, record_indices = [0], [], []
     files = {name: (folder / f"{name}.raw") for name in ("tokens", "kinds", "turns")}
@@ -161,12 +167,13 @@ def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dt
             for name, stream in streams.items():
                 stream.write(getattr(chunk, name))
             content_hash.update(chunk.tokens + chunk.loss_mask)
-            if any(off for _, _, off in chunk.counts):  # so that hashes of data without flags are those of earlier versions
+            if any(off for _, _, off, _ in chunk.counts):  # so that hashes of data without flags are those of earlier versions
                 content_hash.update(chunk.kinds)
             lengths += chunk.lengths
             counts += chunk.counts
             record_indices += chunk.record_indices
             malformed.merge(chunk.malformed)
+            faults.merge(chunk.faults)
             left_out += chunk.left_out
     if not record_indices:
         raise records.nothing_usable(malformed)
@@ -178,12 +185,13 @@ def _write(folder: Path, records: Records, chunks: Iterator[Chunk], dtype: np.dt
     _raw_to_npy(folder / "turns", np.dtype(np.uint16), int(offsets[-1]))
     np.save(folder / f"{ARRAYS['offsets']}.npy", offsets)
     columns = np.array(counts, dtype=np.int64).T
-    for count, column in zip(("num_assistant", "num_last_assistant", "num_off"), columns, strict=True):
+    for count, column in zip(("num_assistant", "num_last_assistant", "num_off", "first_reply"), columns, strict=True):
         np.save(folder / f"{ARRAYS[count]}.npy", column)
     np.save(folder / f"{ARRAYS['record_indices']}.npy", np.array(record_indices, dtype=np.int64))
     meta = {
         "malformed": malformed.reasons,
         "left_out": dict(left_out),
+        "faults": {kind: asdict(fault) for kind, fault in faults.items()},
         "content_hash": content_hash.hexdigest()[:24],
         "source": records.path,
         "documents": len(record_indices),
@@ -213,9 +221,10 @@ class Chunk:
     kinds: bytes
     turns: bytes
     lengths: list[int]  # tokens of each document
-    counts: list[tuple[int, int, int]]  # of each document: assistant tokens, those of its last reply, tokens flagged off
+    counts: list[tuple[int, int, int, int]]  # `count_tokens` of each document
     record_indices: list[int]
     malformed: MalformedRows
+    faults: Faults
     left_out: Counter[str]
 
     @property
@@ -297,22 +306,22 @@ def _render(
         record_indices.append(i)
         left_out += of_record
     rendered = form.encode(documents)
-    dtype = _token_dtype(tokenizer)
+    dtype, faults = _token_dtype(tokenizer), Faults()
+    if source.schema != Schema.text:  # a text has neither turns nor a prompt
+        for i, document in zip(record_indices, rendered, strict=True):
+            faults.add(OPEN_TURNS, i, count_open_turns(document, form.stop_ids))
+        for i, document in list(zip(record_indices, rendered, strict=True))[:SAMPLED]:
+            given = without_fields(record_to_document(records.table[i], source.schema.name), ignore, Counter())
+            for kind in misplaced_mask(given, document, form):
+                faults.add(kind, i)
     return Chunk(
         tokens=b"".join(np.array(r.ids, dtype=dtype).tobytes() for r in rendered),
         kinds=b"".join(bytes(r.kinds) for r in rendered),
         turns=b"".join(np.array(r.turns, dtype=np.int64).clip(max=MAX_TURN).astype(np.uint16).tobytes() for r in rendered),
         lengths=[len(r.ids) for r in rendered],
-        counts=[_count(r) for r in rendered],
+        counts=[count_tokens(r) for r in rendered],
         record_indices=record_indices,
         malformed=malformed,
+        faults=faults,
         left_out=left_out,
     )
-
-
-def _count(document: Encoded) -> tuple[int, int, int]:
-    """Of a document: assistant tokens, those of its last reply, tokens flagged off."""
-    kinds, turns = np.array(document.kinds, dtype=np.uint8), np.array(document.turns, dtype=np.int64)
-    replies = kinds == Kind.ASSISTANT
-    of_last = replies & (turns == last_turn(kinds, turns))
-    return int(replies.sum()), int(of_last.sum()), int((kinds & Kind.OFF > 0).sum())

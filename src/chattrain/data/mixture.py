@@ -135,9 +135,13 @@ class Mixture:
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, loss weights fp32) of document i, each (tokens,)."""
-        source, at = self._find(i)
-        tokens, kinds, turns = self.caches[source][at]
+        tokens, kinds, turns = self.read(i)
         return tokens, self.weights.of(kinds, turns)
+
+    def read(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, kinds, turns) of document i, each (tokens,)."""
+        source, at = self._find(i)
+        return self.caches[source][at]
 
     def source_of(self, i: int) -> int:
         """Index of the source of document i."""

@@ -32,6 +32,7 @@ class Question(NamedTuple):
     answer: int  # index of the correct choice
     index: int = 0  # of its record in the source
     key: str = ""  # hash of the question and its choices: the same for any tokenizer and in any set
+    subject: str = ""  # as MMLU names it; empty where the set names none
 
 
 def questions(name: str, records: Records, tokenizer: AnyTokenizer, malformed: MalformedRows | None = None) -> list[Question]:
@@ -40,13 +41,15 @@ def questions(name: str, records: Records, tokenizer: AnyTokenizer, malformed: M
     Records that are no question are added to `malformed`; None: the first one is refused by a UserError that names it.
     """
 
-    def ask(record: dict) -> tuple[list[int], list[int], int, str]:
+    def ask(record: dict) -> Question:
         document = record_to_document(record, "multiple_choice")
         text, choices, letters, answer = multiple_choice.question(record)
-        return *render_choices(document, letters, tokenizer), answer, _key(text, choices, answer)
+        ids, letter_ids = render_choices(document, letters, tokenizer)
+        subject = str(record.get("subject") or "")
+        return Question(ids, letter_ids, answer, key=_key(text, choices, answer), subject=subject)
 
     records = Records(records.table, records.indices, f"question set {name}", records.path, "multiple_choice", records.places)
-    asked = [Question(ids, tokens, answer, i, key) for i, (ids, tokens, answer, key) in records.convert(ask, malformed=malformed)]
+    asked = [question._replace(index=i) for i, question in records.convert(ask, malformed=malformed)]
     if not asked and malformed is not None:
         raise records.nothing_usable(malformed)
     return asked
@@ -101,7 +104,7 @@ class MultipleChoice:
         sizes = [len(q.ids) for q in self.questions]
         self.passes = passes(sizes, batch_size * sum(sizes) // len(sizes))
         self.num_bytes = sum(int(token_bytes[q.letter_ids[q.answer]]) for q in self.questions)
-        self.answers: list[dict[str, Any]] = []  # in the order of the source: set, index, key, answer, choice, logprobs
+        self.answers: list[dict[str, Any]] = []  # in the order of the source: set, index, key, answer, choice, logprobs, subject
 
     @torch.no_grad()
     def __call__(self, model: CausalLM, autocast: AbstractContextManager) -> dict[str, float]:
@@ -138,6 +141,7 @@ class MultipleChoice:
                     answered.append((question, int(choice), logprobs[: len(question.letter_ids)]))
         self.answers = [
             {"set": self.name, "index": q.index, "key": q.key, "answer": q.answer, "choice": choice, "logprobs": logprobs}
+            | ({"subject": q.subject} if q.subject else {})
             for q, choice, logprobs in sorted(answered, key=lambda found: found[0].index)
         ]
         return answered

@@ -55,7 +55,7 @@ def compare_answers(first: list[dict], second: list[dict]) -> list[Difference]:
                 f"the runs were not asked the same questions in {name}: {len(a)} and {len(b)}, {shared} of them in both. "
                 f"Each run is asked its own; give both the same, {_same(a, b, shared)}"
             )
-        right_a, right_b = (np.array([x["choice"] == x["answer"] for x in answers]) for answers in (a, b))
+        right_a, right_b = (np.array([is_right(x) for x in answers]) for answers in (a, b))
         only_a, only_b, n = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum()), len(a)
         p = mcnemar(only_a, only_b)
         error = math.sqrt(only_a + only_b - (only_a - only_b) ** 2 / n) / n
@@ -65,6 +65,11 @@ def compare_answers(first: list[dict], second: list[dict]) -> list[Difference]:
         )
         found.append(Difference(f"{name}_acc", right_a.mean(), right_b.mean(), text, p < LEVEL))
     return found
+
+
+def is_right(answer: dict) -> bool:
+    """Is an answer, a line of answers.jsonl, the right one?"""
+    return answer["right"] if "right" in answer else answer["choice"] == answer["answer"]
 
 
 def _same(a: list[dict], b: list[dict], shared: int) -> str:

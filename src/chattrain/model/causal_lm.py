@@ -25,6 +25,7 @@ class CausalLM(nn.Module):
     vocab_size: int
     n_layer: int
     n_embd: int
+    max_positions: int | None = None  # tokens of a row at most; None: no limit
     lm_head: nn.Linear
     files: dict[str, str]  # text files that a checkpoint holds beside the weights: name -> content
     compiles: bool  # has `compile_blocks` been called?

@@ -163,7 +163,7 @@ def cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the thread of the loader pins memory
             logits = run()
     finally:
         torch.cuda.set_stream(current)  # a recording that fails leaves its own

@@ -47,6 +47,7 @@ class HFModel(CausalLM):
         config = inner.config.get_text_config()
         self.vocab_size, self.n_embd, self.n_layer = config.vocab_size, config.hidden_size, config.num_hidden_layers
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.max_positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.head = choose_head(inner)
         self.head_settings = None
         self.compiled: CompiledBlocks | None = None  # see compile_blocks

@@ -8,9 +8,12 @@ the last micro-batch, would not fit where whole weights do not. The timeline is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from chattrain.optim.groups import Groups
@@ -79,6 +82,21 @@ class FSDP(ShardedStrategy):
 
     def reduce_norms(self, norms: Tensor) -> Tensor:
         return self.ranks.in_groups(self.ranks.world_size).norm(norms)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """It takes the memory of all weights, in the dtype of the run."""
+        blocks = list(self.model.blocks)
+        parts = [part for part in (*blocks, self.model) if isinstance(part, FSDPModule)]
+        for part in parts:
+            part.unshard()
+            part.set_reshard_after_forward(part is self.model, recurse=False)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.set_reshard_after_forward(part is not self.model, recurse=False)
+                part.reshard()
 
     def full_weights(self, model: TrainableModel) -> dict[str, Tensor]:
         whole = {}

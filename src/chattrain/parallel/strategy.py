@@ -22,12 +22,15 @@ The timeline of an optimizer step, with the calls that `loop.train_step` makes:
                                                      the all-gather of the new weights     their owners (muon_exchange.py)
     the next forward             compute             hooks wait for those all-gathers      all-gather, as above
 
-wait_for_weights is for everything but forward that reads weights: evaluations and checkpoints.
+wait_for_weights is for everything but forward that reads weights: evaluations and checkpoints. whole_weights is for replies, of
+which each rank writes its own: FSDP gathers all weights once, instead of a block before each pass.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +96,12 @@ class ParallelStrategy(ABC):
 
     def wait_for_weights(self) -> None:  # noqa: B027
         """Wait until the weights that other ranks stepped have arrived."""
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within, this process holds all weights, so that it may run passes that other ranks do not run."""
+        self.wait_for_weights()
+        yield
 
     # Called when checkpoints are saved and loaded, on every rank.
 

@@ -51,6 +51,7 @@ def _run(facts: dict[str, Any], step: Step, cfg: Config) -> dict[str, str]:
     how = "counted" if facts["supervised_exact"] else "estimated from steps spread over the run"
     suggested = facts["suggested_device_batch_size"]
     pairs = {
+        "data": facts["data"],
         "parameters": f"{facts['parameters_total']:,} (" + ", ".join(f"{n} {s:,}" for n, s in facts["parameters"].items()) + ")",
         "FLOPs a token": f"{facts['flops_per_token']:.3g}, forward and backward",
         "steps": f"{facts['num_steps']:,}",

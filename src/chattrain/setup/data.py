@@ -18,9 +18,14 @@ from chattrain.data.mixture import Mixture
 from chattrain.data.overlap import VERSION as OVERLAP_VERSION
 from chattrain.data.overlap import Overlap, overlap
 from chattrain.data.passes import PassLimits
+from chattrain.data.question_overlap import VERSION as QUESTIONS_VERSION
+from chattrain.data.question_overlap import QuestionOverlap, question_overlap
+from chattrain.evals.generative import Problem
 from chattrain.evals.multiple_choice import Question
 from chattrain.evals.validation import Measured
+from chattrain.setup.audit import AuditReport, audit
 from chattrain.setup.opening import Opening, cache_dir
+from chattrain.setup.suites import Prompts, open_prompts, open_suites
 from chattrain.storage.files import make_folder, replace_text
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
@@ -34,9 +39,13 @@ class EvalData:
     validation_rows: int
     also: dict[str, tuple[Collator, int]]  # eval.also: stage -> its validation data, rows
     question_sets: dict[str, list[Question]]
+    problem_sets: dict[str, list[Problem]]  # the same, of suites whose answers the model writes
+    prompts: Prompts | None  # eval.prompts; None: there are none
+    asked: dict[str, dict[str, int | None]]  # of each set: how many questions are asked, `of` how many
     notes: list[tuple[int, str]]  # (level, message) of what was found when it was opened; `report_data` logs them
     measured: Measured | None = field(default=None, init=False)  # what the validation loss was measured on; None: not yet
     answers: list[dict] = field(default_factory=list, init=False)  # to the questions, when they were last asked
+    speed: dict[str, dict[str, float]] = field(default_factory=dict, init=False)  # seconds and tokens of the replies of a suite
 
 
 @dataclass(kw_only=True)
@@ -48,6 +57,7 @@ class RunData(EvalData):
     num_steps: int  # optimizer steps of the whole run
     fingerprint: str
     overlap: Overlap | None  # of the validation with the training data; None: no validation
+    audit: AuditReport
     learning_rates: dict[str, float] = field(default_factory=dict, init=False)  # highest of each parameter group; set once known
 
 
@@ -60,14 +70,18 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     rows_per_step = cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
     train = opening.training()
     evals = _eval_data(opening)
-    shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers")}
+    shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers", "speed")}
+    num_steps, overlap = _num_steps(cfg.train, train, rows_per_step), _overlap(train.mixture, evals, cache_dir(cfg.data))
+    loss, limits = LossWeights(cfg.loss.supervise, cfg.loss.prompt_weight), pass_limits(cfg.train, "cpu")
+    asked = _questions_trained_on(train.mixture, evals, cache_dir(cfg.data))
     return RunData(
         **shared,
         train=train,
         rows_per_step=rows_per_step,
-        num_steps=_num_steps(cfg.train, train, rows_per_step),
+        num_steps=num_steps,
         fingerprint=_fingerprint(train, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step),
-        overlap=_overlap(train.mixture, evals, cache_dir(cfg.data)),
+        overlap=overlap,
+        audit=audit(train, loss, evals.tokenizer, rows_per_step, num_steps, limits, overlap, asked),
     )
 
 
@@ -81,7 +95,9 @@ def _eval_data(opening: Opening) -> EvalData:
     validation, rows = opening.validation() if config.validation else (None, 0)
     also = opening.also()
     question_sets = opening.question_sets() if config.multiple_choice else {}
-    return EvalData(opening.tokenizer, validation, rows, also, question_sets, opening.notes)
+    problem_sets = open_suites(opening) if config.generates else {}
+    prompts = open_prompts(opening.cfg, opening.tokenizer)
+    return EvalData(opening.tokenizer, validation, rows, also, question_sets, problem_sets, prompts, opening.asked, opening.notes)
 
 
 def _num_steps(config: TrainConfig, train: Collator, rows_per_step: int) -> int:
@@ -104,6 +120,20 @@ def _overlap(train: Mixture, evals: EvalData, cache: Path) -> Overlap | None:
         counts = json.dumps(overlap(train.caches, val.caches, evals.tokenizer.decode))
         make_folder(folder, lambda scratch: replace_text(scratch / "overlap.json", counts))
     return Overlap(*json.loads((folder / "overlap.json").read_text()))
+
+
+def _questions_trained_on(train: Mixture, evals: EvalData, cache: Path) -> dict[str, QuestionOverlap]:
+    """The same for each question set."""
+    found = {}
+    for name, questions in evals.question_sets.items():
+        prompts = [question.ids for question in questions]
+        inputs = [QUESTIONS_VERSION, [source.content_hash for source in train.caches], prompts]
+        folder = cache / "overlap" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
+        if not folder.is_dir():
+            counts = json.dumps(question_overlap(train.caches, prompts, evals.tokenizer.decode))
+            make_folder(folder, lambda scratch, counts=counts: replace_text(scratch / "questions.json", counts))
+        found[name] = QuestionOverlap(*json.loads((folder / "questions.json").read_text()))
+    return found
 
 
 def _fingerprint(train: Collator, collator: CollatorConfig, seed: int, seq_len: int, rows_per_step: int) -> str:

@@ -17,7 +17,7 @@ from chattrain.data.loss_weights import MEASURED, LossWeights
 from chattrain.data.malformed import MalformedRows
 from chattrain.data.mixture import Mixture
 from chattrain.data.shares import Shares
-from chattrain.data.sources import open_records, with_schema
+from chattrain.data.sources import GENERATE, open_records, with_schema
 from chattrain.errors import UserError
 from chattrain.evals.multiple_choice import Question, questions
 from chattrain.setup.job import current_job
@@ -35,6 +35,7 @@ class Opening:
     def __init__(self, cfg: Config, tokenizer: AnyTokenizer):
         self.cfg, self.tokenizer = cfg, tokenizer
         self.notes: list[tuple[int, str]] = []
+        self.asked: dict[str, dict[str, int | None]] = {}  # of each question set: how many are asked, `of` how many
 
     def training(self) -> Collator:
         """The training sources as rows, base text last."""
@@ -98,7 +99,7 @@ class Opening:
             settled.append(source)
             if source.schema != given.schema:
                 self._note(logging.INFO, f"data source {name}: its columns are those of data.schema={source.schema.name}")
-            self._note_malformed(name, len(tokenized[-1]), tokenized[-1].malformed)
+            self.note_malformed(name, len(tokenized[-1]), tokenized[-1].malformed)
         unused = [name for name in data.ignore if not any(name in source.left_out for source in tokenized)]
         if unused and key.endswith(".train"):
             names = ",".join(unused)
@@ -121,25 +122,33 @@ class Opening:
             sources["arc_easy"] = from_hub(config.arc_path, "ARC-Easy")
             sources["arc_challenge"] = from_hub(config.arc_path, "ARC-Challenge")
         if not sources:
-            asked_for = {"eval", "eval.multiple_choice"} & {key_of(override) for override in current_job().overrides}
-            self._note(
-                logging.WARNING if asked_for else logging.INFO,
-                "no accuracy is measured: this data has no question set, and neither eval.mmlu_path nor eval.arc_path is given",
-            )
+            self.note("multiple_choice", "this data has no question set, and neither eval.mmlu_path nor eval.arc_path is given")
         asked = {}
         for name, source in sources.items():
             if config.max_problems and (source.limit is None or source.limit > config.max_problems):
                 source = replace(source, limit=config.max_problems)
             malformed = MalformedRows() if data.on_malformed == OnMalformed.skip else None
-            asked[name] = questions(name, open_records(name, source, cache, data.limits), self.tokenizer, malformed)
+            records = open_records(name, source, cache, data.limits)
+            asked[name] = questions(name, records, self.tokenizer, malformed)
+            self.say_limit(name, len(asked[name]), None if source.path.startswith(GENERATE) else len(records.table))
             if malformed:
-                self._note_malformed(name, len(asked[name]), malformed)
+                self.note_malformed(name, len(asked[name]), malformed)
         return asked
+
+    def say_limit(self, name: str, asked: int, of: int | None) -> None:
+        """Record how many questions of a set are asked. `of`: all that there are; None: they are generated."""
+        self.asked[name] = {"asked": asked, "of": of}
+
+    def note(self, suite: str, reason: str) -> None:
+        """Say that the accuracy of a suite is not measured: with a warning, where the command line asks for it."""
+        asked_for = {"eval", f"eval.{suite}"} & {key_of(override) for override in current_job().overrides}
+        what = "no accuracy is" if suite == "multiple_choice" else f"{suite} is not"
+        self._note(logging.WARNING if asked_for else logging.INFO, f"{what} measured: {reason}")
 
     def _note(self, level: int, message: str) -> None:
         self.notes.append((level, message))
 
-    def _note_malformed(self, name: str, used: int, malformed: MalformedRows) -> None:
+    def note_malformed(self, name: str, used: int, malformed: MalformedRows) -> None:
         if malformed.count:
             total = used + malformed.count
             self._note(logging.WARNING, f"data source {name}: {malformed.count:,} of {total:,} rows left out: {malformed}")

@@ -21,6 +21,7 @@ from chattrain.device import pick_device
 from chattrain.model import fp8
 from chattrain.parallel import launch
 from chattrain.redact import redact_tree
+from chattrain.setup.audit import refuse
 from chattrain.setup.compilation import Compilation, decide
 from chattrain.setup.data import RunData, open_data
 from chattrain.setup.identity import differences, identify, read_identity, resumed
@@ -65,6 +66,7 @@ def setup_run(cfg: Config, world_size: int, lock: RunLock | None = None) -> tupl
         lock.check()
     resume = find_resume(cfg.run.resume, run_dir)
     setup, data = _open(cfg, world_size, run_dir, resume, device)
+    refuse(data.audit, cfg.data.audit)
     identity = identify(cfg, data, None if resume else setup.start, setup.compilation.on)
     aside = cfg.run.resume == Resume.never
     if resume is None and not aside and read_metrics(run_dir / "metrics.jsonl"):

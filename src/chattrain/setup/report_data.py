@@ -6,6 +6,8 @@ import logging
 
 from chattrain.chat.format import DROPPED_THOUGHTS
 from chattrain.data.collators import Collator
+from chattrain.data.statistics import SourceStatistics
+from chattrain.setup.audit import FAULT, LEVELS, AuditReport
 from chattrain.setup.data import EvalData, RunData
 
 log = logging.getLogger("chattrain")
@@ -25,25 +27,61 @@ def report_data(data: RunData) -> None:
     for line in describe_sources(data.train):
         log.info("  %s", line)
     if data.overlap is not None:
-        documents, exact, near = data.overlap
-        log.info("validation: %s documents", f"{documents:,}")
-        if exact or near:
-            log.warning(
-                "%s of %s validation documents are in the training data too: %s copies but for case and punctuation, %s near "
-                "copies (70 %% of their runs of 8 words); val/loss is lower for it",
-                f"{exact + near:,}",
-                f"{documents:,}",
-                f"{exact:,}",
-                f"{near:,}",
-            )
+        log.info("validation: %s documents", f"{data.overlap.documents:,}")
     for line in describe_left_out(data.train):
         log.info("%s", line)
-    if counts.truncated:
-        log.warning(
-            "%d documents are longer than train.seq_len and cut (%d tokens lost)", counts.truncated, counts.truncated_tokens
-        )
-    if counts.left_out:
-        log.warning("%d documents have no token that carries loss within train.seq_len and are left out", counts.left_out)
+    report_audit(data.audit)
+
+
+def report_audit(report: AuditReport) -> None:
+    """Log what the audit found, and that it found nothing."""
+    for finding in report.findings:
+        log.log(LEVELS[finding.level], "%s", finding.message)
+    if not report.of(FAULT):
+        log.info("audit: the masks of %s tokens of real batches are those asked for", f"{report.tokens:,}")
+
+
+def describe_findings(report: AuditReport) -> list[str]:
+    """A line for each finding of the audit, the gravest first, and one for what was compared."""
+    found = sorted(report.findings, key=lambda finding: -LEVELS[finding.level])
+    lines = [f"{finding.level}: {finding.message}" for finding in found]
+    return [*lines, f"the loss weights of {report.tokens:,} tokens of real batches were compared with their documents"]
+
+
+def mixture_table(sources: dict[str, SourceStatistics]) -> list[list[str]]:
+    """A header, a line a source, a line for all of them."""
+    header = ["source", "records", "skipped", "documents", "tokens", "supervised", "share", "truncated", "left out", "longest"]
+    lines = [
+        [
+            name,
+            f"{source.records:,}",
+            f"{sum(source.skipped.values()):,}" + "".join(f" ({reason})" for reason in source.skipped),
+            f"{source.documents:,}",
+            f"{source.tokens:,}",
+            f"{source.supervised_tokens:,}",
+            f"{source.share:.1%}",
+            f"{source.truncated:,}",
+            f"{source.left_out:,}",
+            f"{source.longest:,}",
+        ]
+        for name, source in sources.items()
+    ]
+    found = list(sources.values())
+    tokens, supervised = sum(s.tokens for s in found), sum(s.supervised_tokens for s in found)
+    skipped, records = sum(sum(s.skipped.values()) for s in found), sum(s.records for s in found)
+    numbers = [records, skipped, sum(s.documents for s in found), tokens, supervised]
+    cut = [sum(s.truncated for s in found), sum(s.left_out for s in found), max(s.longest for s in found)]
+    share = f"{supervised / max(1, tokens):.1%}"
+    return [header, *lines, ["all", *(f"{n:,}" for n in numbers), share, *(f"{n:,}" for n in cut)]]
+
+
+def ranges(lengths: dict[int, int]) -> dict[str, int]:
+    """A histogram by powers of 2 with its ranges in words.
+
+    >>> ranges({2: 1, 4: 2})
+    {'2 to 3': 1, '4 to 7': 2}
+    """
+    return {f"{least:,} to {2 * least - 1:,}": count for least, count in lengths.items()}
 
 
 def describe_left_out(collator: Collator) -> list[str]:

@@ -52,6 +52,7 @@ def summarize(
             **asdict(data.train.counts),
             "sources": {name: asdict(counts) for name, counts in data.train.by_source().items()},
             "malformed": {c.name: c.malformed.by_reason() for c in sources if c.skipped},
+            "audit": data.audit.facts,
         },
         "learning_rates": data.learning_rates,  # real ones, at their peak, by parameter group
         "validation": data.measured.facts if data.measured else None,

@@ -3,6 +3,8 @@
 import re
 
 _CALL = re.compile(r"<<([^>]+)>>")
+_MARKED = re.compile(r"#### (\-?[0-9\.\,]+)")
+_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
 
 def conversation(record: dict) -> dict:
@@ -21,3 +23,27 @@ def conversation(record: dict) -> dict:
             expression, _, result = text.rpartition("=") if "=" in text else (text, "", "")
             parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
     return {"messages": [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": parts}]}
+
+
+def marked_answer(text: str) -> str | None:
+    """The number behind the first `####`, without commas: what nanochat and the authors of GSM8K compare. None: there is none.
+
+    >>> marked_answer("So 2 x 600 = 1,200.\\n#### 1,200"), marked_answer("It is 1,200.")
+    ('1200', None)
+    """
+    found = _MARKED.search(text)
+    return found.group(1).replace(",", "") if found else None
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, as the LM Evaluation Harness compares it (gsm8k, filter flexible-extract): without commas,
+    dollar signs and a full stop at the end. None: there is none.
+
+    >>> last_number("6 x $200 = $1,200."), last_number("#### 18"), last_number("None.")
+    ('1200', '18', None)
+    """
+    found = _NUMBER.findall(text)
+    if not found:
+        return None
+    number = next(part for part in found[-1] if part).strip()
+    return re.sub(r"\.$", "", number.replace(",", "").replace("$", ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from chattrain.tasks import alpaca, gsm8k, messages, multiple_choice, prompt_completion, sharegpt, text
+from chattrain.tasks import alpaca, gsm8k, humaneval, messages, multiple_choice, prompt_completion, sharegpt, text
 
 
 class RowSchema(NamedTuple):
@@ -40,9 +40,10 @@ SCHEMAS = {
     "alpaca": RowSchema(alpaca.conversation, (("instruction",), ("output",)), ("input", "system", "history", "tools")),
     "prompt_completion": RowSchema(prompt_completion.conversation, (("prompt",), ("completion",)), ("system", "tools")),
     "multiple_choice": RowSchema(
-        multiple_choice.conversation, (("question",), ("choices",), ("answer", "answerKey")), (multiple_choice.WRAPPER,)
+        multiple_choice.conversation, (("question",), ("choices",), ("answer", "answerKey")), (multiple_choice.WRAPPER, "subject")
     ),
     "gsm8k": RowSchema(gsm8k.conversation, (("question",), ("answer",))),
+    "humaneval": RowSchema(humaneval.conversation, (("prompt",), ("canonical_solution",), ("test",), ("entry_point",))),
     "text": RowSchema(text.text, (("text",),)),
 }
 
@@ -90,7 +91,8 @@ def no_schema(columns: Iterable[str]) -> str:
     its columns (id, prompt, response) fit no schema. They look most like prompt_completion, without completion. Rename or \
 convert them to the columns of one: messages (messages), sharegpt (conversations (or conversation, messages)), \
 alpaca (instruction, output), prompt_completion (prompt, completion), \
-multiple_choice (question, choices, answer (or answerKey)), gsm8k (question, answer), text (text)
+multiple_choice (question, choices, answer (or answerKey)), gsm8k (question, answer), \
+humaneval (prompt, canonical_solution, test, entry_point), text (text)
     """
     columns = list(columns)
     said = f"its columns ({', '.join(columns) or 'none'}) fit no schema."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,10 +13,10 @@ from pathlib import Path
 def is_detail(name: str) -> bool:
     """Is the metric recorded, but not shown in tables and on log lines: how sure an accuracy is, and validation by source?
 
-    >>> [is_detail(name) for name in ("eval/arc_acc", "eval/arc_stderr", "val/loss", "val/loss/gsm8k")]
-    [False, True, False, True]
+    >>> [is_detail(name) for name in ("eval/arc_acc", "eval/arc_stderr", "val/loss", "val/loss/gsm8k", "eval/gsm8k_ended")]
+    [False, True, False, True, True]
     """
-    return name.endswith(("_stderr", "_n", "_bpb")) or (name.startswith(("val/", "test/")) and name.count("/") > 1)
+    return name.endswith(("_stderr", "_n", "_bpb", "_ended")) or (name.startswith(("val/", "test/")) and name.count("/") > 1)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -30,6 +32,16 @@ def parse_row(line: str) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def now_row(step: int, metrics: dict[str, float]) -> dict[str, float | None]:
+    """A line of a metrics.jsonl. nan and inf become null: JSON has neither."""
+    return {"step": step, "time": round(time.time(), 3), **{name: _finite(value) for name, value in metrics.items()}}
+
+
+def _finite(value: float) -> float | None:
+    value = value if isinstance(value, int) else float(value)
+    return value if math.isfinite(value) else None
 
 
 def write_metrics(path: Path, rows: Iterable[dict]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from chattrain.tracking import mlflow_store as store
 from chattrain.tracking.metrics import parse_row
 from chattrain.tracking.mlflow_models import CheckpointModels, checkpoint_digest, log_data_sets, log_start
 from chattrain.tracking.mlflow_state import OF_RUNS, PARENT_TAG, Copy, MLflowState, checkpoints_of, digest, read_state
+from chattrain.tracking.run_folder import SAMPLES, read_samples
+from chattrain.tracking.samples_table import mlflow_table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # metrics of one call, the most that MLflow takes
 KEY_TAG = "chattrain.key"
+SAMPLES_TABLE = "samples.json"  # MLflow's name of samples.jsonl
+SAMPLES_SECONDS = 60.0
 
 Point = tuple[str, float, int, int]  # name, value, milliseconds, step
 
@@ -53,6 +58,7 @@ class Delivery:
         self.action = "be reached"  # what is being done: completes "MLflow could not ..."
         self._live, self._restore, self._progressed = live, restore, progressed
         self._client: MlflowClient | None = None
+        self._samples_at = -SAMPLES_SECONDS  # when they were sent
         self._at = (0, 0)  # (lines of metrics.jsonl, bytes)
         self._existed = False  # the store has had the run before this object
         self._had: dict[str, set[tuple[int, float | None]]] = {}  # metric -> (step, value) that an existing run has
@@ -82,6 +88,8 @@ class Delivery:
         self._send_metrics(client)
         self.action = "store checkpoints"
         self._send_checkpoints(client)
+        self.action = "store replies"
+        self._send_samples(client)
 
     def end(self) -> None:
         """What `send` sends, the files, and how the run ended: state.ended."""
@@ -252,6 +260,19 @@ class Delivery:
         metrics = [Metric(*p, model_id=model_id, dataset_name=d.name, dataset_digest=d.digest) for p, d in measured]
         if metrics:
             client.log_batch(self.copy.run_id or "", metrics=metrics)
+
+    def _send_samples(self, client: MlflowClient) -> None:
+        """The replies to eval.prompts as a table of MLflow's own; while the run goes on once a minute at most, as each time all
+        of it is sent."""
+        file, now = self.folder / SAMPLES, time.monotonic()
+        early = self._live and self.state.ended is None and now - self._samples_at < SAMPLES_SECONDS
+        if early or not file.is_file() or self.copy.files.get(SAMPLES) == (held := digest(file)):
+            return
+        run_id = self.copy.run_id or ""
+        client.log_text(run_id, mlflow_table(read_samples(file)), SAMPLES_TABLE)
+        client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": SAMPLES_TABLE, "type": "table"}]))
+        self._samples_at = now
+        self._note(files={**self.copy.files, SAMPLES: held})
 
     # --- the record --------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from chattrain.redact import redact_tree, without_user
 from chattrain.storage.files import replace_text
 from chattrain.tracking.mlflow_models import DataSet, checkpoint_digest
 from chattrain.tracking.mlflow_store import Param
+from chattrain.tracking.run_folder import SAMPLES
 
 FILE = "mlflow.json"
 LOCK = ".mlflow.lock"  # held by the process that sends
@@ -116,7 +117,11 @@ def unsent(folder: Path, state: MLflowState, copy: Copy | None) -> str:
         return "the whole run"
     lines = count_lines(folder / "metrics.jsonl") - copy.lines
     checkpoints = [c.name for c in checkpoints_of(folder) if copy.models.get(c.name) != checkpoint_digest(c)]
-    files = [name for name in state.about.files if (folder / name).is_file() and copy.files.get(name) != digest(folder / name)]
+    files = [
+        name
+        for name in (*state.about.files, SAMPLES)
+        if (folder / name).is_file() and copy.files.get(name) != digest(folder / name)
+    ]
     lacks = [f"{lines} lines of metrics.jsonl"] if lines > 0 else []
     lacks += checkpoints + files + ([] if copy.status else ["the end of the run"])
     lacks += [f"the end of the run {k['run_id']}, which was killed" for k in state.killed if k["uri"] == copy.uri]

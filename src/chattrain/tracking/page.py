@@ -29,6 +29,8 @@ th { font-weight: 400; opacity: .75; white-space: nowrap; }
 figcaption { font-weight: 600; font-size: .9rem; } .chart p { font-size: .8rem; opacity: .75; margin: 0; }
 .plot { width: 100%; min-width: 0; } .u-legend { font-size: 12px; text-align: left; } .u-inline tr { margin-right: 6px; }
 .u-series > * { padding: 1px 3px; border: 0; } .u-legend th { white-space: normal; opacity: 1; } .u-legend tr { border: 0; }
+.samples { overflow-x: auto; } .samples td { white-space: pre-wrap; min-width: 12em; font-size: 13px; }
+.samples tr th:first-child { white-space: normal; min-width: 10em; } .samples small { display: block; opacity: .75; }
 pre { overflow-x: auto; font-size: 13px; } summary { cursor: pointer; }
 @media (max-width: 600px) { body { margin: 1rem auto; } td, th { padding-right: .8em; } .wide td { padding-right: .8em; } }
 @media print { body { margin: 0; font-size: 11px; } h2 { break-after: avoid; } .chart, tr { break-inside: avoid; }

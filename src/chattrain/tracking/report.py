@@ -13,6 +13,7 @@ from chattrain.storage.files import replace_text
 from chattrain.tracking import page
 from chattrain.tracking.charts import COLORS, Chart, Series, running_mean
 from chattrain.tracking.run_folder import Z95, Points, RunFolder, format_accuracy, label
+from chattrain.tracking.samples_table import html_table
 
 FACTS = ("steps", "tokens_seen", "supervised_tokens", "tokens_per_second", "init", "changes", "checkpoint", "error")
 NOTE_LOSS = "Each dot is the loss of one step's rows, which differ from step to step; the line is the mean of {} logged steps{}."
@@ -37,8 +38,12 @@ def _page(run: RunFolder) -> str:
         "<h2>Curves, by step</h2>",
         page.charts(run_charts(run)) or "<p>No numbers were logged.</p>",
     ]
+    if run.samples:
+        parts += ["<h2>Replies to eval.prompts, by step</h2>", html_table(run.samples)]
     if run.last:
         parts += ["<h2>Last value of each metric</h2>", page.facts(last_values(run))]
+    if run.audit:
+        parts += ["<h2>Audit of the data</h2>", page.warnings(run.audit)]
     if run.config_text:
         parts += [
             "<h2>Config</h2><details><summary>config.yaml, resolved</summary>",
@@ -75,6 +80,12 @@ def run_charts(run: RunFolder) -> Iterator[Chart]:
         ]
         note = "Bars: 95 % intervals (1.96 standard errors)." if any(s.half for s in series) else ""
         yield Chart("accuracy", series, note, percent=True)
+    samples = _named(curves, "samples/")
+    if samples:
+        series = [
+            Series(name.removeprefix("samples/"), p, COLORS[i % len(COLORS)]) for i, (name, p) in enumerate(samples.items())
+        ]
+        yield Chart("replies to eval.prompts", series, "Fractions of the replies.", percent=True)
     rates = _named(curves, "lr/") or _named(curves, "lr_factor")
     if rates:
         yield _lines("learning rate by group" if "lr_factor" not in rates else "lr_factor", rates)

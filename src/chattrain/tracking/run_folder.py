@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from chattrain.config.plain_yaml import load_plain
-from chattrain.tracking.metrics import read_metrics
+from chattrain.tracking.metrics import parse_row, read_metrics
 
 Points = list[tuple[float, float]]  # (step, value)
+SAMPLES = "samples.jsonl"  # replies to eval.prompts, a line each: step, prompt, reply, ended, repeating
 
 # What the validation metrics of a run are over, in words. Earlier versions had one kind of targets for all of them.
 TARGETS = {"all": "all tokens", "replies": "replies"}
@@ -40,6 +41,11 @@ class RunFolder:
             path, config_text, _yaml(config_text), _json(_text(path / "summary.json")), read_metrics(path / "metrics.jsonl")
         )
 
+    @cached_property
+    def samples(self) -> list[dict]:
+        """The lines of samples.jsonl."""
+        return read_samples(self.path / SAMPLES)
+
     @property
     def stage(self) -> str:
         return str(self.settings.get("stage") or self.summary.get("stage") or "")
@@ -61,6 +67,15 @@ class RunFolder:
         """rows, tokens and targets of the validation losses; {} where a run did not record them."""
         validation = self.summary.get("validation")
         return validation if isinstance(validation, dict) else {}
+
+    @property
+    def audit(self) -> list[str]:
+        """What the audit of the data found, a sentence each; [] where a run recorded none."""
+        data = self.summary.get("data")
+        audit = data.get("audit") if isinstance(data, dict) else None
+        findings = audit.get("findings") if isinstance(audit, dict) else None
+        found = [finding for finding in findings if isinstance(finding, dict)] if isinstance(findings, list) else []
+        return [f"{finding.get('level', '')}: {finding.get('message', '')}" for finding in found]
 
     @cached_property
     def curves(self) -> dict[str, Points]:
@@ -107,6 +122,12 @@ class RunFolder:
                 error = self.last.get(name.removesuffix("_acc") + "_stderr")
                 found[name] = (value, None if error is None else Z95 * error)
         return found
+
+
+def read_samples(file: Path) -> list[dict]:
+    """The complete lines of a samples.jsonl, in order; [] where there is none. A line cut off by a crash is left out."""
+    rows = (parse_row(line) for line in _text(file).splitlines())
+    return [row for row in rows if row and isinstance(row.get("prompt"), str) and isinstance(row.get("reply"), str)]
 
 
 def label(metric: str, targets: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from chattrain.tracking.chatcore import CHANCE, NAME
 from chattrain.tracking.metrics import is_detail
 
 
@@ -14,7 +15,7 @@ def describe(result: dict) -> list[str]:
     lines = [f"{label(result)}, {PARTS[result['part']]}" + (f": {measured['label']}" if measured else "")]
     for name in metrics:
         if not is_detail(name):
-            lines.append(f"  {name + _over(name, measured):44s} {_value(name, metrics)}{_counted(name, measured)}".rstrip())
+            lines.append(f"  {name + _over(name, measured):44s} {_value(name, result)}{_counted(name, measured)}".rstrip())
     return lines
 
 
@@ -39,15 +40,32 @@ def _counted(name: str, measured: dict | None) -> str:
     return f"  {measured['tokens']:,} tokens of {measured['rows']:,} rows" if measured and name.endswith("/loss") else ""
 
 
-def _value(name: str, metrics: dict[str, float]) -> str:
-    """A metric with its error, count and bits per byte where it has them."""
-    stem = name.removesuffix("_acc")
+def _value(name: str, result: dict) -> str:
+    """A metric; an accuracy with its error, count, and bits per byte or share of ended replies."""
+    metrics, stem = result["metrics"], name.removesuffix("_acc")
+    if name == NAME:
+        return f"{metrics[name]:.4f}  mean of {', '.join(CHANCE)}, centred on chance"
     if stem == name or f"{stem}_n" not in metrics:
         return f"{metrics[name]:.4f}"
-    return (
-        f"{metrics[name]:.1%} +- {metrics[f'{stem}_stderr']:.1%}  standard error, {metrics[f'{stem}_n']:,} questions, "
-        f"{metrics[f'{stem}_bpb']:.3f} bits per byte of the right answer"
-    )
+    more = ""
+    if f"{stem}_bpb" in metrics:
+        more = f", {metrics[f'{stem}_bpb']:.3f} bits per byte of the right answer"
+    elif f"{stem}_ended" in metrics:
+        more = f", {metrics[f'{stem}_ended']:.1%} of the replies end"
+    questions = questions_of(name, result)
+    return f"{metrics[name]:.1%} +- {metrics[f'{stem}_stderr']:.1%}  standard error, {questions} questions{more}"
+
+
+def questions_of(accuracy: str, result: dict) -> str:
+    """How many questions an accuracy is over: `100 of 1,319` where a limit leaves some out.
+
+    >>> questions_of("eval/gsm8k_acc", {"metrics": {"eval/gsm8k_n": 100}, "questions": {"gsm8k": {"asked": 100, "of": 1319}}})
+    '100 of 1,319'
+    """
+    stem = accuracy.removesuffix("_acc")
+    asked = result["metrics"][f"{stem}_n"]
+    known = result.get("questions", {}).get(stem.partition("/")[2].removesuffix("_flexible"), {}).get("of")
+    return f"{asked:,}" if known in (None, asked) else f"{asked:,} of {known:,}"
 
 
 def show_evaluations(results: list[dict]) -> None:
@@ -66,6 +84,6 @@ def show_evaluations(results: list[dict]) -> None:
             label(result),
             result["part"],
             f"{measured['tokens']:,}" if measured else "",
-            *(_value(name, metrics).partition("  ")[0] if name in metrics else "" for name in names),
+            *(_value(name, result).partition("  ")[0] if name in metrics else "" for name in names),
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -6,7 +6,6 @@ rich and mlflow are imported where they are used, so that `tracking=none` never 
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from chattrain.tracking.console import is_quiet
-from chattrain.tracking.metrics import is_detail, read_metrics, write_metrics
+from chattrain.tracking.metrics import is_detail, now_row, read_metrics, write_metrics
 from chattrain.tracking.mlflow_sink import MLflowSink
 from chattrain.tracking.mlflow_state import RUN_STATUS, result_of
 from chattrain.tracking.mlflow_store import Param
@@ -68,11 +67,10 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and flush it, then show and send it. nan and inf become null: JSON has neither."""
-        values = {name: _finite(value) for name, value in metrics.items()}
-        row = {"step": step, "time": round(time.time(), 3), **values}
+        row = now_row(step, metrics)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        self.last |= values
+        self.last |= {name: value for name, value in row.items() if name not in ("step", "time")}
         self._show_line(step, metrics)
         if self._mlflow:
             self._mlflow.send()
@@ -170,8 +168,3 @@ def _progress_bar(num_steps: int, start_step: int):
     bar.add_task("", total=num_steps, completed=start_step, shown="")
     bar.start()
     return bar
-
-
-def _finite(value: float) -> float | None:
-    value = value if isinstance(value, int) else float(value)
-    return value if math.isfinite(value) else None

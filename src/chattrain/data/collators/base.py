@@ -45,6 +45,7 @@ class Collator(ABC):
     """The interface that the loader uses."""
 
     supervises = Supervise.assistant  # what loss.supervise=auto means with it
+    follows_loss_keys = True  # False: it weighs tokens in another way than the keys loss.* say, so the audit compares none
     mixture: Mixture
     seq_len: int  # tokens a row, at most
     counts: Counts
@@ -73,6 +74,11 @@ class Collator(ABC):
             here = drawn[sources == i]
             found[cache.name] = SourceCounts(len(here), int(tokens[here].sum()), int(supervised[here].sum()))
         return found
+
+    def pieces(self, row: int) -> list[tuple[int, int, int]] | None:
+        """The documents that a row is made of, in order: (document, begin, end) for its tokens begin to end. The last token of a
+        row, or of each document where they are joined without it, is a target only. None: the collator does not say."""
+        return None
 
     @abstractmethod
     def describe(self, row: int) -> str:

@@ -56,6 +56,10 @@ class Conversations(Collator):
         ids, weights = (array[: self.seq_len + 1] for array in self.mixture.document(document))
         return shift(ids, weights, np.full(len(ids), self.mixture.source_of(document), dtype=np.int16))
 
+    def _piece(self, document: int) -> tuple[int, int, int]:
+        """(document, begin, end) of its tokens in a row."""
+        return document, 0, min(int(self.mixture.lengths[document]), self.seq_len + 1)
+
     def _count(self, documents: np.ndarray) -> tuple[int, int]:
         """(tokens, targets of weight 1) of the rows that these documents are in."""
         return int(self._tokens_in_row[documents].sum()), int(self._supervised_in_row[documents].sum())
@@ -93,6 +97,10 @@ class Padded(Conversations):
     def count(self, rows: np.ndarray) -> tuple[int, int]:
         documents = [self._document(int(row)) for row in rows]
         return self._count(np.array([i for i in documents if i is not None], dtype=np.int64))
+
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        document = self._document(row)
+        return [] if document is None else [self._piece(document)]
 
     def describe(self, row: int) -> str:
         document = self._document(row)
@@ -149,6 +157,9 @@ class BestFit(Conversations):
 
     def count(self, rows: np.ndarray) -> tuple[int, int]:
         return self._count(np.array([i for row in rows for i in self._documents(int(row))], dtype=np.int64))
+
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        return [self._piece(i) for i in self._documents(row)]
 
     def describe(self, row: int) -> str:
         return " + ".join(self.mixture.describe(i) for i in self._documents(row))

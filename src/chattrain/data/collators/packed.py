@@ -45,8 +45,7 @@ class Packed(Collator):
     def batch(self, rows: np.ndarray) -> Batch:
         tokens, sizes = [], []
         for row in rows:
-            start = int(row) * self.seq_len
-            slices = self._slices(start, start + self.seq_len + 1) if row != EMPTY else []
+            slices = self._slices_of(int(row))
             tokens.append(self._tokens(slices))
             sizes.append(_cut_to_total([b - a for _, a, b in slices], len(tokens[-1].inputs)))
         return as_batch(tokens, self.seq_len, self.pad_id, sizes if self.isolate_documents else None)
@@ -90,9 +89,14 @@ class Packed(Collator):
             weights[np.cumsum([b - a for _, a, b in slices])[:-1]] = 0  # first token of each following document
         return shift(ids, weights, sources)
 
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        return self._slices_of(row)
+
     def describe(self, row: int) -> str:
-        slices = self._slices(row * self.seq_len, (row + 1) * self.seq_len + 1)
-        return " + ".join(self.mixture.describe(document) for document, _, _ in slices)
+        return " + ".join(self.mixture.describe(document) for document, _, _ in self._slices_of(row))
+
+    def _slices_of(self, row: int) -> list[tuple[int, int, int]]:
+        return self._slices(row * self.seq_len, (row + 1) * self.seq_len + 1) if row != EMPTY else []
 
     def _slices(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Tokens start to stop of the stream as (document, begin, end). They may span several epochs."""
