@@ -7,7 +7,8 @@ https://arxiv.org/abs/2005.14165), on a sample of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -39,18 +40,34 @@ def question_overlap(
     words = [words_of(decode(ids[:EDGE_TOKENS])) for ids in questions]
     for i, text in enumerate(words):
         asked.setdefault(hash(text.tobytes()), []).append(i)
-    found: set[int] = set()
-    for source in train:
-        for i in range(len(source)):
-            if i % BLOCK == 0:
-                source.release()
-            begin, reply = int(source.offsets[i]), int(source.first_reply[i])
-            if 1 < reply < EDGE_TOKENS:
-                prompt = words_of(decode(source.tokens[begin : begin + reply].tolist()))
-                found.update(asked.get(hash(prompt.tobytes()), ()) if len(prompt) else ())
+    found = {i for words in _prompts(train, [len(ids) for ids in questions], decode) for i in asked.get(words, ())}
     long = [i for i, text in enumerate(words) if len(text) >= GRAM]
     sample = [long[i] for i in np.linspace(0, len(long) - 1, min(QUESTIONS, len(long))).astype(int)]
     return QuestionOverlap(len(questions), len(found), len(sample), _count_shared(train, [words[i] for i in sample], decode))
+
+
+def _prompts(train: list[TokenizedSource], sizes: list[int], decode: Callable[[list[int]], str]) -> Iterator[int]:
+    """The hash of the words of each training conversation's first prompt, where it is about as long as one of the questions."""
+    from rich.console import Console
+    from rich.progress import track
+
+    least, most = min(sizes, default=0) // 2, min(2 * max(sizes, default=0), EDGE_TOKENS)
+    for source in train:
+        fitting = np.flatnonzero((source.first_reply >= max(least, 2)) & (source.first_reply <= most)).tolist()
+        shown = track(
+            fitting,
+            f"looking for questions in {source.name}",
+            disable=not sys.stderr.isatty() or len(fitting) < BLOCK,
+            transient=True,
+            console=Console(stderr=True),
+        )
+        for number, i in enumerate(shown):
+            if number % BLOCK == 0:
+                source.release()
+            begin = int(source.offsets[i])
+            words = words_of(decode(source.tokens[begin : begin + int(source.first_reply[i])].tolist()))
+            if len(words):
+                yield hash(words.tobytes())
 
 
 def _count_shared(train: list[TokenizedSource], texts: list[np.ndarray], decode: Callable[[list[int]], str]) -> int:
@@ -58,7 +75,7 @@ def _count_shared(train: list[TokenizedSource], texts: list[np.ndarray], decode:
     if not texts:
         return 0
     grams = [_grams(text) for text in texts]
-    wanted, seen = np.unique(np.concatenate(grams)), np.empty(0, np.uint64)
+    wanted, seen = np.unique(np.concatenate(grams)), set[int]()
     total = sum(map(len, train))
     for i in np.linspace(0, total - 1, min(DOCUMENTS, total)).astype(int).tolist():
         for source in train:
@@ -66,11 +83,12 @@ def _count_shared(train: list[TokenizedSource], texts: list[np.ndarray], decode:
                 begin, end = int(source.offsets[i]), int(source.offsets[i + 1])
                 text = words_of(decode(source.tokens[begin : min(end, begin + EDGE_TOKENS)].tolist()))
                 if len(text) >= GRAM:
-                    shared = np.intersect1d(wanted, _grams(text))
-                    seen = np.union1d(seen, shared) if len(shared) else seen
+                    grams_of_text = _grams(text)
+                    at = np.searchsorted(wanted, grams_of_text).clip(max=len(wanted) - 1)
+                    seen.update(grams_of_text[wanted[at] == grams_of_text].tolist())
                 break
             i -= len(source)
-    return sum(bool(np.isin(gram, seen).any()) for gram in grams)
+    return sum(not seen.isdisjoint(gram.tolist()) for gram in grams)
 
 
 def _grams(words: np.ndarray) -> np.ndarray:

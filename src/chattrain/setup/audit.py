@@ -28,7 +28,7 @@ from chattrain.data.statistics import find_cuts, steps_to_sample
 from chattrain.errors import UserError
 from chattrain.tokenizer import AnyTokenizer
 
-COMPARED_TOKENS = 1 << 18  # of batches whose masks are compared, padding counted, at most; one batch at least
+COMPARED_TOKENS = 1 << 16  # of batches whose masks are compared, padding counted, at most; one batch at least
 SAMPLED_STEPS = 16  # that are compared, as far as COMPARED_TOKENS allow, and looked at for one without a loss
 NEAR_SHARE = 0.05  # of the validation documents: fewer near copies than this are noted, as few templates make some alike
 NAMED = 3  # documents that a message names
