@@ -310,7 +310,13 @@ def test_a_parameter_that_is_unknown_or_out_of_range_is_named(url, given, param)
 
 
 def test_parameters_that_ask_for_nothing_are_taken(client):
-    neutral: dict[str, Any] = {"n": 1, "frequency_penalty": 0, "logprobs": False, "user": "me", "response_format": {"type": "text"}}
+    neutral: dict[str, Any] = {
+        "n": 1,
+        "frequency_penalty": 0,
+        "logprobs": False,
+        "user": "me",
+        "response_format": {"type": "text"},
+    }
     assert ask(client, **neutral).choices
 
 
