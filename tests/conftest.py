@@ -79,6 +79,8 @@ INTEGRATION = [
     "test_old_runs.py",
     "test_shared_data.py",
     "data/test_own_data.py",
+    "setup/test_audit.py",
+    "commands/test_inspect.py",
     "data/test_cache.py::test_two_processes_",
     "data/test_cache.py::test_what_is_killed_",
     "model/test_fp8.py::test_a_run_",

@@ -42,6 +42,8 @@ def _page(run: RunFolder) -> str:
         parts += ["<h2>Replies to eval.prompts, by step</h2>", html_table(run.samples)]
     if run.last:
         parts += ["<h2>Last value of each metric</h2>", page.facts(last_values(run))]
+    if run.audit:
+        parts += ["<h2>Audit of the data</h2>", page.warnings(run.audit)]
     if run.config_text:
         parts += [
             "<h2>Config</h2><details><summary>config.yaml, resolved</summary>",

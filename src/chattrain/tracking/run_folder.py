@@ -68,6 +68,15 @@ class RunFolder:
         validation = self.summary.get("validation")
         return validation if isinstance(validation, dict) else {}
 
+    @property
+    def audit(self) -> list[str]:
+        """What the audit of the data found, a sentence each; [] where a run recorded none."""
+        data = self.summary.get("data")
+        audit = data.get("audit") if isinstance(data, dict) else None
+        findings = audit.get("findings") if isinstance(audit, dict) else None
+        found = [finding for finding in findings if isinstance(finding, dict)] if isinstance(findings, list) else []
+        return [f"{finding.get('level', '')}: {finding.get('message', '')}" for finding in found]
+
     @cached_property
     def curves(self) -> dict[str, Points]:
         """The points of each metric, without values that were not finite."""
