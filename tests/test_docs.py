@@ -23,12 +23,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^>]*) -->\n)?^```(?P<language>\w*)(?P<title>[^\n]*)\n(?P<text>.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`(python -m chattrain [^`]*)`")
+MEASURED = {
+    "eval.max_problems": "eval.max_problems=4",
+    "eval.max_reply_tokens": "eval.max_reply_tokens=8",
+    "eval.max_tokens": "eval.max_tokens=512",
+    "tracking": "tracking=none",
+}
 # Settings that make a training take a second; what a page types itself is kept, but for the length of the run.
 SMALL = {o.partition("=")[0]: o for o in TINY if not o.startswith(("data", "eval", "tracking"))} | {
-    "tracking": "tracking=none",
+    **MEASURED,
     "train.max_steps": "train.max_steps=2",
-    "eval.max_problems": "eval.max_problems=4",
-    "eval.max_tokens": "eval.max_tokens=512",
+    "eval.prompts": "eval.prompts=[]",
     "init.strict": "init.strict=false",
 }
 WRITTEN = ("benchmarks/results.json", "benchmarks/gpu.json")  # by the benchmarks, and not committed
@@ -150,7 +155,7 @@ def small(arguments: list[str]) -> list[str]:
     if command == "chat":
         more = ["chat.max_tokens=4", *([] if "chat.prompt" in given else ["chat.prompt=Hi"])]
     elif command == "evaluate":
-        more = ["eval.max_problems=4", "eval.max_tokens=512", "tracking=none"]
+        more = [o for key, o in MEASURED.items() if key not in given]
     elif command in ("train", "inspect", "plan", "verify_resume"):
         kept = [a for a in arguments if key_of(a) not in LENGTH]
         return [*kept, *(o for key, o in SMALL.items() if key not in {key_of(a) for a in kept})]
