@@ -23,14 +23,22 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^>]*) -->\n)?^```(?P<language>\w*)(?P<title>[^\n]*)\n(?P<text>.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`(python -m chattrain [^`]*)`")
+MEASURED = {
+    "eval.max_problems": "eval.max_problems=4",
+    "eval.max_reply_tokens": "eval.max_reply_tokens=8",
+    "eval.max_tokens": "eval.max_tokens=512",
+    "tracking": "tracking=none",
+}
 # Settings that make a training take a second; what a page types itself is kept, but for the length of the run.
 SMALL = {o.partition("=")[0]: o for o in TINY if not o.startswith(("data", "eval", "tracking"))} | {
-    "tracking": "tracking=none",
+    **MEASURED,
     "train.max_steps": "train.max_steps=2",
-    "eval.max_problems": "eval.max_problems=4",
-    "eval.max_tokens": "eval.max_tokens=512",
+    "eval.prompts": "eval.prompts=[]",
     "init.strict": "init.strict=false",
 }
+WRITTEN = ("benchmarks/results.json", "benchmarks/gpu.json")  # by the benchmarks, and not committed
+FILES = (".md", ".py", ".log", ".json", ".safetensors")  # ends of names that look like keys
+NO_KEYS = ("data.malformed", "data.sources", "schedule.stairs", "schedule.drop")  # of summary.json, and of the examples' own part
 LENGTH = ("train.max_steps", "train.num_epochs", "train.max_tokens", "train.rows_per_step", "train.device_batch_size")
 
 
@@ -103,6 +111,26 @@ def test_what_is_not_run_says_why_and_what_is_run_is_a_command_of_ours(page):
     assert not re.search(r"^\s*(\S*python|torchrun) .*-m chattrain", outside, re.M), "a command that is in no block"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_of_the_project_that_a_page_names_are_there(page):
+    named = re.findall(r"`((?:src|tests|conf|docs|benchmarks|examples)/[\w./-]+\w/?)`", page.read_text())
+    assert [path for path in named if not (ROOT / path).exists() and path not in WRITTEN] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_keys_that_a_page_names_are_there(page):
+    named = re.findall(r"`([a-z_]+\.[a-z_]+)(?:=[^`]*)?`", page.read_text())
+    keys = [name for name in named if name.partition(".")[0] in describe.sections() and not name.endswith(FILES)]
+    assert [name for name in keys if not describe.find_keys(name) and name not in NO_KEYS] == []
+
+
+def test_the_readme_names_every_group_and_choice():
+    rows = dict(re.findall(r"^\| `(\w+)` \| ((?:`\w+` ?)+)\|", (ROOT / "README.md").read_text(), re.M))
+    assert {group: set(re.findall(r"\w+", choices)) for group, choices in rows.items()} == {
+        group: {choice.name for choice in choices} for group, choices in describe.groups().items()
+    }
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(b.runs for b in blocks(p, "bash", "sh", "python"))], ids=lambda p: p.stem
 )
@@ -127,7 +155,7 @@ def small(arguments: list[str]) -> list[str]:
     if command == "chat":
         more = ["chat.max_tokens=4", *([] if "chat.prompt" in given else ["chat.prompt=Hi"])]
     elif command == "evaluate":
-        more = ["eval.max_problems=4", "eval.max_tokens=512", "tracking=none"]
+        more = [o for key, o in MEASURED.items() if key not in given]
     elif command in ("train", "inspect", "plan", "verify_resume"):
         kept = [a for a in arguments if key_of(a) not in LENGTH]
         return [*kept, *(o for key, o in SMALL.items() if key not in {key_of(a) for a in kept})]

@@ -80,6 +80,7 @@ def test_the_page_of_a_choice_has_what_it_chooses_and_sets(capsys):
     for typed in ("stage=sft", "sft"):
         out = shown(capsys, "--help", typed)
         assert "collator=masked" in out and "train.rows_per_step=32" in out and "schedule.init_lr_frac=0.02" in out
+    assert "gsm8k = true" in shown(capsys, "--help", "eval=[bpb,gsm8k]")
     assert "model.n_layer = 20" in shown(capsys, "model=d20", "--help")
 
 

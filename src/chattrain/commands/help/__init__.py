@@ -65,7 +65,7 @@ def page(word: str, own: tuple[Path, ...]) -> str:
         return pages.command_page(known(value, list(commands), "command"))
     if value and key in groups:
         choices = {choice.name: choice for choice in groups[key]}
-        names = [known(name, list(choices), f"choice of {key}") for name in value.split(",")]
+        names = [known(name, list(choices), f"choice of {key}") for name in value.strip("[]").split(",")]
         return "\n".join(pages.choice_page(choices[name]) for name in names)
     if key in commands and not value and not pages.is_section_alone(key):
         return pages.command_page(key)
