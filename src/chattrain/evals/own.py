@@ -34,10 +34,7 @@ class OwnMeasures:
             if not isinstance(spec, dict) or not isinstance(spec.get("_target_"), str):
                 raise UserError(f"eval.own.{name}={spec!r:.80} must be {{_target_: <module>.<function>, and its keys}}")
             label = f"eval.own.{name}._target_={spec['_target_']}"
-            passed = {key: value for key, value in spec.items() if not key.startswith("_")} | {
-                "tokenizer": tokenizer,
-                "ranks": ranks,
-            }
+            keys = {key: value for key, value in spec.items() if not key.startswith("_")}
             try:
                 inspect.signature(import_target(label, spec["_target_"])).bind(tokenizer=tokenizer, ranks=ranks, **keys)
             except TypeError as error:
