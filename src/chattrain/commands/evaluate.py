@@ -21,7 +21,6 @@ from chattrain.config.instantiate import instantiate_config
 from chattrain.config.plain_yaml import read_yaml, section
 from chattrain.config.words import Device, Part
 from chattrain.errors import UserError
-from chattrain.evals.chatcore import by_subject
 from chattrain.evals.paired import Difference, compare_answers, compare_losses
 from chattrain.parallel import launch, slurm
 from chattrain.parallel.ranks import Ranks, join
@@ -37,6 +36,7 @@ from chattrain.setup.start import find_checkpoint, start_at, with_own_settings
 from chattrain.setup.suites import ARITHMETIC
 from chattrain.storage import checkpoint
 from chattrain.storage.files import replace_text
+from chattrain.tracking.chatcore import by_subject
 from chattrain.tracking.console import setup_logging
 from chattrain.tracking.result_page import result_page
 from chattrain.tracking.run_folder import over

@@ -14,7 +14,6 @@ from chattrain.chat import chat_format
 from chattrain.chat.tools import tool_of
 from chattrain.config.eval import EvalConfig
 from chattrain.data.passes import PassLimits
-from chattrain.evals.chatcore import chatcore
 from chattrain.evals.generative import Generative
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.replies import Writer
@@ -25,6 +24,7 @@ from chattrain.parallel.strategy import ParallelStrategy
 from chattrain.setup.data import EvalData
 from chattrain.setup.samples import Samples
 from chattrain.storage.files import replace_text
+from chattrain.tracking.chatcore import chatcore
 
 log = logging.getLogger("chattrain")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chattrain.evals.chatcore import CHANCE, NAME, centred
+from chattrain.tracking.chatcore import CHANCE, NAME, centred
 from chattrain.tracking.metrics import is_detail
 from chattrain.tracking.sweep_table import markdown
 from chattrain.tracking.table_evaluations import PARTS, label, questions_of

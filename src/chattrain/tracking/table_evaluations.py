@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from chattrain.evals.chatcore import CHANCE, NAME
+from chattrain.tracking.chatcore import CHANCE, NAME
 from chattrain.tracking.metrics import is_detail
 
 
