@@ -29,6 +29,7 @@ TEXTS = [
 # Files, and tests of other files, that start processes, compile, or train through chattrain.run. `make test-fast` leaves them
 # out, and where all tests run, these files begin first, the longest before the others, so that no core is left alone at the end.
 INTEGRATION = [
+    "test_docs_are_done.py",
     "parallel/test_world_size.py",
     "parallel/test_launch.py",
     "sweeps/test_hydra_suite.py",

@@ -1,11 +1,13 @@
-"""Commands that people read, in the help and in the docs: found, composed, run."""
+"""Commands that people read, in the help and in the docs: found and composed."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -14,6 +16,9 @@ from chattrain.commands import completion, help
 from chattrain.config import Config
 from chattrain.config.compose import compose, key_of
 
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^>]*) -->\n)?^```(?P<language>\w*)(?P<title>[^\n]*)\n(?P<text>.*?)^```", re.M | re.S)
 ENTRY = re.compile(r"(?:^|\s)(?:(?:\S*python3?|torchrun|uv run)\s(?:[^\n#]*?\s)?-m chattrain|(?:\S*/)?chattrain)(?=\s|$)")
 PLACEHOLDER = re.compile(r"<(\w[\w ,-]*)>")
 
@@ -70,3 +75,30 @@ def jobs(typed: list[str]) -> list[list[str]]:
     rows = zip_longest(*values)
     last = [items[-1] for items in values]
     return [[given if given is not None else last[i] for i, given in enumerate(row)] for row in rows]
+
+
+@dataclass
+class Block:
+    """A block of code of a page. `mark`: its invisible comment, `not run: <reason>`."""
+
+    mark: str
+    language: str
+    title: str
+    text: str
+
+    @property
+    def runs(self) -> bool:
+        return not self.mark.startswith("not run: ")
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    found = [Block(m["mark"] or "", m["language"], m["title"], m["text"]) for m in BLOCK.finditer(page.read_text())]
+    return [block for block in found if block.language in languages]
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """The files that a page shows with their name as title."""
+    for block in blocks(page, "yaml", "json", "python"):
+        if title := re.search(r'title="([^"]+)"', block.title):
+            (folder / title[1]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / title[1]).write_text(block.text)
