@@ -176,8 +176,8 @@ def _masks(compared: Compared, policy: Policy) -> Iterator[Finding]:
             WARNING,
             "not_compared",
             1,
-            "no document could be found in the collator's rows, so its masks were not compared: one that changes tokens says so by "
-            "follows_loss_keys = False, another one says by pieces(row) which documents a row holds",
+            "no document could be found in the collator's rows, so its masks were not compared: one that changes tokens says so "
+            "by follows_loss_keys = False, another one says by pieces(row) which documents a row holds",
         )
     for sentence in compared.batches:
         yield Finding(FAULT, "batch_totals", 1, f"{sentence}, so its loss is wrong")
