@@ -70,6 +70,7 @@ INTEGRATION = [
     "data/test_best_fit.py::test_a_run_",
     "model/test_hf.py",
     "serving/test_chat.py",
+    "serving/test_serve.py",
     "serving/test_api.py",
     "serving/test_page.py",
     "model/test_hf_parts.py",

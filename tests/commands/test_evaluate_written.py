@@ -88,7 +88,15 @@ def test_each_question_is_kept_with_its_reply(place):
     assert result["metrics"]["eval/gsm8k_flexible_acc"] == sum(flexible) / 20
     p = sum(flexible) / 20
     assert result["metrics"]["eval/gsm8k_flexible_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 20))
-    said = chattrain.run(["command=chat", "init.from=sft/farm", f"chat.prompt=['{GSM8K[3]['question']}']", "chat.max_tokens=16"])
+    said = chattrain.run(
+        [
+            "command=chat",
+            "init.from=sft/farm",
+            "train.dtype=fp32",
+            f"chat.prompt=['{GSM8K[3]['question']}']",
+            "chat.max_tokens=16",
+        ]
+    )
     assert said["replies"] == [kept[3]["reply"]]
 
 

@@ -208,7 +208,7 @@ def recording(made: list[int]) -> Callable[[Callable[[], torch.Tensor]], Callabl
 
 
 @pytest.mark.parametrize("kind", ["ours", "ours, grouped", "llama"])
-def test_recorded_passes_serve_requests_that_come_and_go(kind, monkeypatch):
+def test_recorded_passes_serve_requests_that_come_and_go(kind, monkeypatch, caplog):
     model = MODELS[kind]()
     prompts = [*PROMPTS, tokens(RUNG - 6).tolist(), *PROMPTS[::-1]]
     expected = alone_of(model, prompts)
@@ -222,6 +222,22 @@ def test_recorded_passes_serve_requests_that_come_and_go(kind, monkeypatch):
     finish(engine)
     assert [request.reply for request in requests] == expected
     assert len(made) < 12 < sum(len(reply) for reply in expected) / 4  # few of the passes
+    assert not caplog.records  # none has failed
+
+
+@pytest.mark.parametrize("lengths", [(RUNG - 1, 5), (10, 10)], ids=["rows as long as the window", "memory that has moved"])
+def test_a_recorded_pass_is_not_replayed_where_it_does_not_fit(lengths, monkeypatch):
+    model, stream = sharp_gpt(), tokens(RUNG).tolist()
+    counts = (6, 6) if lengths[0] > RUNG // 2 else (RUNG + 30, 2 * RUNG)
+    expected = [list(generate(model, stream[:length], count, set())) for length, count in zip(lengths, counts, strict=True)]
+    monkeypatch.setattr(engine_module, "Decoder", partial(Decoder, record=recording([])))
+    engine, replies = Engine(model, 1, 3 * RUNG), []
+    for length, count in zip(lengths, counts, strict=True):
+        request = Request(stream[:length], count)
+        engine.submit(request)
+        finish(engine)
+        replies.append(request.reply)
+    assert replies == expected
 
 
 def alone_of(model: Any, prompts: list[list[int]]) -> list[list[int]]:

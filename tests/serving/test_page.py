@@ -94,6 +94,7 @@ def test_the_stop_button_keeps_what_has_arrived_and_frees_the_row(chrome, tokeni
     passes = Passes(speaker.model)
     with running(speaker, batch_size=1) as url:
         chrome.open(url)
+        coldest(chrome)  # this reply goes on and on
         say(chrome, "Hello")
         chrome.wait_for(f"({REPLY})?.length > 20")
         chrome.click("#stop")

@@ -38,7 +38,7 @@ def test_each_prompt_is_answered_at_every_evaluation(asked):
 
 def test_the_last_reply_is_that_of_a_chat_with_the_checkpoint(asked):
     typed = [f"init.from={asked['checkpoint']}", "chat.prompt=['What is 3 + 9?','Hello!']", "chat.max_tokens=12"]
-    said = chattrain.run(["command=chat", "stage=sft", "train.device=cpu", *typed])
+    said = chattrain.run(["command=chat", "stage=sft", "train.device=cpu", "train.dtype=fp32", *typed])
     assert said["replies"] == [row["reply"] for row in samples(asked) if row["step"] == 6]
 
 
@@ -145,7 +145,15 @@ def test_a_hugging_face_model_is_asked_in_its_own_chat_template(place):
     summary = chattrain.run([*typed, "optimizer=adamw"])
     replies = [row["reply"] for row in samples(summary) if row["step"] == 0]
     said = chattrain.run(
-        ["command=chat", "model=hf", "init.from=llama", "train.device=cpu", f"chat.prompt={PROMPTS}", "chat.max_tokens=12"]
+        [
+            "command=chat",
+            "model=hf",
+            "init.from=llama",
+            "train.device=cpu",
+            "train.dtype=fp32",
+            f"chat.prompt={PROMPTS}",
+            "chat.max_tokens=12",
+        ]
     )
     assert [re.sub(r"<\|\w+\|>", "", reply) for reply in said["replies"]] == replies  # without special tokens
 

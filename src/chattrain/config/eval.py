@@ -25,16 +25,17 @@ class EvalConfig:
     gsm8k: bool = False  # accuracy on the problems of eval.gsm8k_path: the model writes the solution, with the calculator
     spelling: bool = False  # accuracy in counting the letters of a word, with the calculator; generated questions
     humaneval: bool = False  # share of the programs of eval.humaneval_path that pass their tests; run in bubblewrap only
-    generative_every: int | None = None  # optimizer steps, a multiple of `every`, of the three above; null: after the last step
+    # optimizer steps, a multiple of `every`, between measurements of gsm8k, spelling and humaneval; null: after the last step
+    generative_every: int | None = None
     max_tokens: int | None = None  # tokens of the validation mixture at most; null: all
     max_problems: int | None = None  # questions of each set at most; null: all
-    max_generative: int | None = None  # the same of gsm8k, spelling and humaneval, which take longer; null: max_problems
+    max_generative: int | None = None  # questions of gsm8k, spelling and humaneval at most, each; null: eval.max_problems
     batch_size: int = 16  # questions a forward pass, for questions of average length: more if shorter, fewer if longer
     reply_batch_size: int = 32  # replies that are written at once; each takes a row of the key-value cache
     max_reply_tokens: int = 256  # tokens of a written reply at most
     mmlu_path: str | None = None  # MMLU: hub name, or a folder with the hub's file layout; null: it is not asked
     arc_path: str | None = None  # ARC: the same; contains ARC-Easy and ARC-Challenge
-    gsm8k_path: str | None = None  # GSM8K: the same; or generate:arithmetic, sums that a small model can learn
+    gsm8k_path: str | None = None  # GSM8K: hub name or folder; or generate:arithmetic, sums that a small model can learn
     humaneval_path: str | None = None  # HumanEval: hub name or folder; null: it is not asked
     words_path: str | None = None  # word list of `spelling`, one word a line; null: common words of Python's documentation
     split: str = "test"  # of MMLU, ARC, GSM8K and HumanEval

@@ -123,9 +123,9 @@ def _overlap(train: Mixture, evals: EvalData, cache: Path) -> Overlap | None:
 
 
 def _questions_trained_on(train: Mixture, evals: EvalData, cache: Path) -> dict[str, QuestionOverlap]:
-    """The same for each question set."""
+    """The same for each set of questions, also of those whose answers the model writes."""
     found = {}
-    for name, questions in evals.question_sets.items():
+    for name, questions in {**evals.question_sets, **evals.problem_sets}.items():
         prompts = [question.ids for question in questions]
         inputs = [QUESTIONS_VERSION, [source.content_hash for source in train.caches], prompts]
         folder = cache / "overlap" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
