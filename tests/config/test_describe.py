@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chattrain.config import describe, own
+from chattrain.config import describe
 from chattrain.config.compose import compose, known_keys
 from chattrain.config.words import Command
 
