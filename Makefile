@@ -80,4 +80,4 @@ docs-serve: setup ## the same in a browser, made anew at every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict
 
 clean: ## remove .venv and caches, keep runs/
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache site

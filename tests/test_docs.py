@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import re
+import tomllib
 
 import pytest
 
@@ -57,6 +58,11 @@ def test_the_readme_names_every_group_and_choice():
     assert {group: set(re.findall(r"\w+", choices)) for group, choices in rows.items()} == {
         group: {choice.name for choice in choices} for group, choices in describe.groups().items()
     }
+
+
+def test_the_order_of_rooms_is_that_of_the_contract():
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert " > ".join(layers) in " ".join((ROOT / "docs/architecture.md").read_text().split())
 
 
 # --- the site --------------------------------------------------------------------------------------------------------

@@ -15,17 +15,6 @@ sys.path[:0] = [str(HERE), str(ROOT / "src")]
 import pictures  # noqa: E402
 import reference  # noqa: E402
 
-ARRIVING = ("inspecting.md", "talking.md", "evaluating.md", "extending.md")  # in the nav once they are written
-
-
-def on_config(config):
-    there = {name for name in ARRIVING if (Path(config.docs_dir) / name).is_file()}
-    for part in config.nav:
-        for pages in part.values():
-            if isinstance(pages, list):
-                pages[:] = [page for page in pages if not set(page.values()) & set(ARRIVING) - there]
-    return config
-
 
 def on_pre_build(config) -> None:
     pictures.draw(Path(config.docs_dir) / "pictures")
