@@ -21,7 +21,7 @@ def open_speaker(cfg: Config) -> tuple[Speaker, Path]:
     model = instantiate_config(cfg.model, vocab_size=tokenizer.vocab_size, start=folder, seed=cfg.run.seed)
     target = device.pick_device(cfg.train.device)
     model.to(target).eval()
-    context = model.max_positions or cfg.train.seq_len  # our own have learnt rows of train.seq_len tokens
+    context = model.max_positions or cfg.train.seq_len  # our own models have learnt rows of so many tokens
     return Speaker(_name(folder), model, tokenizer, context, device.use_bf16(cfg.train.dtype, target)), folder
 
 
