@@ -11,6 +11,7 @@ import pytest
 import chattrain
 from chattrain.chat import native
 from chattrain.errors import RunFailed, UserError
+from chattrain.tasks import generated
 from tests.helpers import TINY, train, write_talk
 
 CODE = """
@@ -94,6 +95,11 @@ class Own(Collator):
     def split_micro_batches(self, rows, limits, world_size):
         return self.inner.split_micro_batches(rows, limits, world_size)
 
+class Reversed(Own):
+    def batch(self, rows):
+        batch = self.inner.batch(rows)
+        return batch._replace(inputs=batch.inputs.flip(1))
+
 class OwnLost(Own):
     trains_all = True
 """
@@ -171,6 +177,10 @@ def test_a_collator_that_loses_the_mask_is_refused_with_what_is_wrong(place, col
 def test_a_collator_that_says_nothing_of_its_documents_is_compared_by_their_tokens(place):
     audit = start(place, "collator=Own")["data"]["audit"]
     assert audit["findings"] == [] and audit["tokens_compared"] > 100
+
+
+def test_a_collator_whose_rows_are_of_no_document_is_warned_of(place):
+    assert findings(start(place, "collator=Reversed"))["not_compared"]["level"] == "warning"
 
 
 def test_a_collator_may_say_that_it_weighs_tokens_in_its_own_way(place):
@@ -274,6 +284,23 @@ def test_questions_that_are_trained_on_are_counted(place):
         summary = chattrain.run(["stage=sft", *shared, *RUN, *demo, *chosen, f"run.name={split}"])
         found = findings(summary).get("questions/demo", {"count": 0, "level": "warning"})
         assert (found["count"], found["level"]) == (exact, "warning")
+
+
+def test_problems_whose_answers_the_model_writes_are_looked_for_too(place):
+    leaked = generated.records("arithmetic", "val", 100)
+    leaked = [conversation(row["messages"][0]["content"].upper(), "I know that one.") for row in leaked]
+    lines("leaked.jsonl", leaked)
+    write_talk(place, "other.jsonl", factor=5)
+    asked = [
+        "data.val_path=other.jsonl",
+        "eval=gsm8k",
+        "eval.gsm8k_path=generate:arithmetic",
+        "eval.max_problems=40",
+        "eval.max_reply_tokens=4",
+    ]
+    for file, count in (("leaked.jsonl", 40), ("talk.jsonl", 0)):
+        found = findings(start(place, *asked, f"data.train_path={file}", f"run.name={file[:4]}"))
+        assert found.get("questions/arithmetic", {"count": 0})["count"] == count
 
 
 def test_the_demo_is_warned_of_nothing(workplace, caplog):

@@ -55,9 +55,7 @@ class DataConfig:
     max_row_mb: float = MAX_ROW_MB  # MiB of a row, unpacked; larger ones are malformed
     max_unpacked: float = MAX_UNPACKED  # times its size that a compressed file may unpack to; 1 GiB is always allowed
     ignore: list[str] = field(default_factory=list)  # fields of messages, or `tools`, to leave out instead of refusing the row
-    audit: Audit = (
-        Audit.warn
-    )  # of documents that are cut, left out or validated on too: warn, or refuse the training; faults of the mask always do
+    audit: Audit = Audit.warn  # what to do about documents that are cut, left out or validated on too; mask faults always refuse
     workers: int | None = None  # processes that tokenise; null: one for each core
     weight_by: WeightBy = WeightBy.documents  # what the weights of sources are shares of: an epoch's documents or its tokens
     replay: float = 0.0  # share of an epoch's tokens, below 1, that comes from base text: the training sources of the base stage

@@ -51,7 +51,7 @@ def _prompts(train: list[TokenizedSource], sizes: list[int], decode: Callable[[l
     from rich.console import Console
     from rich.progress import track
 
-    least, most = min(sizes, default=0) // 2, min(2 * max(sizes, default=0), EDGE_TOKENS)
+    least, most = min(sizes, default=0) // 4, min(4 * max(sizes, default=0), EDGE_TOKENS)
     for source in train:
         fitting = np.flatnonzero((source.first_reply >= max(least, 2)) & (source.first_reply <= most)).tolist()
         shown = track(

@@ -171,6 +171,14 @@ def _masks(compared: Compared, policy: Policy) -> Iterator[Finding]:
             f"the collator's batches have other targets than {asked} says: of {compared.tokens:,} tokens that were compared, "
             f"{counts} (first rows: {rows}); a collator that weighs tokens in its own way says so by follows_loss_keys = False",
         )
+    if not compared.tokens:
+        yield Finding(
+            WARNING,
+            "not_compared",
+            1,
+            "no document could be found in the collator's rows, so its masks were not compared: one that changes tokens says so "
+            "by follows_loss_keys = False, another one says by pieces(row) which documents a row holds",
+        )
     for sentence in compared.batches:
         yield Finding(FAULT, "batch_totals", 1, f"{sentence}, so its loss is wrong")
 

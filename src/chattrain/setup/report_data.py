@@ -37,7 +37,7 @@ def report_audit(report: AuditReport) -> None:
     """Log what the audit found, and that it found nothing."""
     for finding in report.findings:
         log.log(LEVELS[finding.level], "%s", finding.message)
-    if not report.of(FAULT):
+    if report.tokens and not report.of(FAULT):
         log.info("audit: the masks of %s tokens of real batches are those asked for", f"{report.tokens:,}")
 
 

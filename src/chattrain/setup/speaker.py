@@ -7,8 +7,6 @@ from pathlib import Path
 from chattrain import device
 from chattrain.config import Config
 from chattrain.config.instantiate import instantiate_config
-from chattrain.model.causal_lm import CausalLM
-from chattrain.model.hf import HFModel
 from chattrain.serving.speaker import Speaker
 from chattrain.setup.runs import run_folder
 from chattrain.setup.start import find_checkpoint, with_own_settings
@@ -23,17 +21,8 @@ def open_speaker(cfg: Config) -> tuple[Speaker, Path]:
     model = instantiate_config(cfg.model, vocab_size=tokenizer.vocab_size, start=folder, seed=cfg.run.seed)
     target = device.pick_device(cfg.train.device)
     model.to(target).eval()
-    context = _positions(model) or cfg.train.seq_len
+    context = model.max_positions or cfg.train.seq_len  # our own have learnt rows of train.seq_len tokens
     return Speaker(_name(folder), model, tokenizer, context, device.use_bf16(cfg.train.dtype, target)), folder
-
-
-def _positions(model: CausalLM) -> int | None:
-    """The positions that a model of transformers has; None where its configuration does not say, and for our own models, which
-    have learnt rows of train.seq_len tokens."""
-    if not isinstance(model, HFModel):
-        return None
-    config = model.inner.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def _name(folder: Path) -> str:
