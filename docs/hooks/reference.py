@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from chattrain.commands.help import pages
 from chattrain.config import describe
+from chattrain.config.choices import all_groups, default_choices
 from chattrain.config.describe import Key
 
 
 def page() -> str:
     """configuration.md: groups with their choices, then every key with meaning, type, default and what a resumed run may do."""
-    groups = describe.groups()
+    groups = all_groups()
     lines = [
         "# Configuration",
         "",
@@ -26,7 +27,7 @@ def page() -> str:
         lines += ["", f"## {name}", "", f"{_sentence(describe.group_meaning(name) or describe.sections().get(name, ''))}", ""]
         if name in groups:
             lines += ["| choice | |", "|---|---|"]
-            star = describe.default_choices().get(name)
+            star = default_choices().get(name)
             lines += [f"| `{c.name}`{' (default)' if c.name == star else ''} | {_cell(c.meaning)} |" for c in groups[name]] + [""]
         lines += _table([key for key in describe.all_keys() if key.section == name and key.name != name])
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ import pytest
 
 from chattrain.commands.help.examples import COMMANDS, EXAMPLES
 from chattrain.config import describe
+from chattrain.config.choices import all_groups
 from chattrain.config.compose import conf_dir
 from chattrain.config.words import Command
 from tests.documented import composed, typed_in
@@ -39,7 +40,7 @@ def test_help_names_every_command_group_and_choice_with_what_it_is(flag, capsys)
     out = shown(capsys, flag)
     for name in Command.__members__:
         assert re.search(rf"^  {name} +\w", out, re.MULTILINE)
-    for group, choices in describe.groups().items():
+    for group, choices in all_groups().items():
         entry = re.search(rf"^  {group} +\w(.|\n(?!  \w))*", out, re.MULTILINE)
         assert entry and all(re.search(rf"\b{choice.name}\b", entry[0]) for choice in choices), group
     assert "mid*" in out and "--cfg job" in out and "--help train.seq_len" in out
@@ -68,7 +69,7 @@ def test_the_page_of_a_section_has_every_key_with_its_meaning(section, capsys):
             assert f"{key.name} = " in out and " ".join(key.meaning.split()) in out
 
 
-@pytest.mark.parametrize("group", list(describe.groups()))
+@pytest.mark.parametrize("group", list(all_groups()))
 def test_the_page_of_a_group_has_the_first_comment_of_each_choice(group, capsys):
     out = " ".join(shown(capsys, "--help", group).split())
     for file in (conf_dir() / group).glob("*.yaml"):

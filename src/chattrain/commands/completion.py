@@ -10,6 +10,7 @@ import os
 
 from chattrain.commands import help
 from chattrain.config import describe
+from chattrain.config.choices import all_groups
 
 FLAGS = ("-sc", "--shell-completion")
 SCRIPT = r"""_chattrain() {
@@ -58,7 +59,7 @@ def candidates(before: list[str], word: str) -> list[str]:
     >>> candidates(["--help"], "train.max_s")
     ['train.max_steps', 'train.max_supervised_tokens', 'train.max_skipped']
     """
-    groups = describe.groups(tuple(help.own_folders(before)))
+    groups = all_groups(tuple(help.own_folders(before)))
     keys = list(dict.fromkeys(key.name for key in describe.all_keys() if "<" not in key.name))
     if before and before[-1] in help.FLAGS:
         found = [*describe.commands(), *groups, *describe.sections(), *keys]

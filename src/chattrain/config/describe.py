@@ -15,13 +15,13 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache, reduce
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING
 
+from chattrain.config.choices import Choice, all_groups, default_choices, overrides_of
 from chattrain.config.comments import field_comments
 from chattrain.config.compose import compose, conf_dir
 from chattrain.config.own import GROUPS as OWN_GROUPS
@@ -58,25 +58,6 @@ class Key:
         return self.name.partition(".")[0]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A YAML file of a group."""
-
-    group: str
-    name: str
-    meaning: str
-    file: Path
-
-    @property
-    def sets(self) -> dict[str, Any]:
-        """The keys that the file sets itself -> their values."""
-        tree = yaml.safe_load(self.file.read_text()) or {}
-        tree.pop("defaults", None)
-        if not _header(self.file).startswith("# @package _global_"):
-            tree = {self.group: tree}
-        return {k: v for k, v in _flatten(tree).items() if not k.rpartition(".")[2].startswith("_") and not k.startswith("hydra")}
-
-
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +79,7 @@ def all_keys() -> tuple[Key, ...]:
 
 
 def _is_every_choice(key: Key) -> bool:
-    return {f"{key.section}={choice.name}" for choice in groups().get(key.section, [])} <= set(key.owners)
+    return {f"{key.section}={choice.name}" for choice in all_groups().get(key.section, [])} <= set(key.owners)
 
 
 def _add(found: dict[tuple, Key], name: str, meaning: str, kind: Any, default: Any, owner: tuple[str, ...]) -> None:
@@ -214,56 +195,12 @@ def sections() -> dict[str, str]:
     return {name: comments.get(name, "") for name in dict.fromkeys(key.section for key in all_keys() if "." in key.name)}
 
 
-def groups(own: tuple[Path, ...] = ()) -> dict[str, list[Choice]]:
-    """The groups in conf/ and in the user's own folders -> their choices."""
-    found = {group: dict(choices) for group, choices in _choices(conf_dir()).items()}
-    for folder in own:
-        for group, choices in _choices.__wrapped__(folder).items():
-            found.setdefault(group, {}).update(choices)
-    order = [*(field.name for field in fields(Config)), *default_choices(), *sorted(found)]
-    return {group: list(found[group].values()) for group in dict.fromkeys(order) if group in found}
-
-
-@cache
-def _choices(folder: Path) -> dict[str, dict[str, Choice]]:
-    """The choices in a folder, by group and name, in the order of names, numbers by their size."""
-    found: dict[str, dict[str, Choice]] = {}
-    for file in sorted(folder.rglob("*.yaml"), key=_by_number):
-        group = file.parent.relative_to(folder).as_posix()
-        if group.partition("/")[0] not in (".", "hydra"):
-            found.setdefault(group, {})[file.stem] = Choice(group, file.stem, _first_comment(file), file)
-    return found
-
-
-def _by_number(file: Path) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.as_posix())]
-
-
-@cache
-def default_choices() -> dict[str, str | None]:
-    """The groups in the order in which they are composed -> the choice that is taken where none is given."""
-    entries = yaml.safe_load((conf_dir() / "config.yaml").read_text())["defaults"]
-    return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items() if " " not in group}
-
-
 def group_meaning(group: str) -> str:
     """What a group chooses: the comment at its key, else the one at its entry in conf/config.yaml."""
     if found := field_comments(Config).get(group):
         return found
     entry = re.search(rf"^  - {re.escape(group)}: \S+ # (.+)$", (conf_dir() / "config.yaml").read_text(), re.MULTILINE)
     return entry[1] if entry else ""
-
-
-def _header(file: Path) -> str:
-    return file.read_text().partition("\n")[0]
-
-
-def _first_comment(file: Path) -> str:
-    """The first sentence of the comment at the head of a file; "" where code stands first."""
-    lines = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
-    found = [line.lstrip("# ") for line in lines if not line.startswith("# @package")]
-    more = takewhile(lambda line: line[:1].islower() and not line.startswith("python"), found[1:])  # the sentence goes on
-    return " ".join([*found[:1], *more]).partition(". ")[0].strip()
 
 
 def choice_keys(choice: Choice) -> list[Key]:
@@ -282,24 +219,6 @@ def choice_keys(choice: Choice) -> list[Key]:
     return [replace(key, default=given.get(key.name, key.default)) for key in found]
 
 
-def overrides_of(choice: Choice) -> dict[str, str]:
-    """The choices of other groups that a choice takes (`override /group: name`)."""
-    entries = (yaml.safe_load(choice.file.read_text()) or {}).get("defaults") or []
-    return {
-        key.removeprefix("override /"): name
-        for entry in entries
-        if isinstance(entry, dict)
-        for key, name in entry.items()
-        if key.startswith("override /")
-    }
-
-
-def set_by(name: str, own: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The choices whose files set a key -> the value of each."""
-    choices = [choice for group in groups(own).values() for choice in group]
-    return {f"{choice.group}={choice.name}": choice.sets[name] for choice in choices if name in choice.sets}
-
-
 def commands() -> dict[str, str]:
     """What `command=` takes -> the text at the head of its module, without its name."""
     found = {}
@@ -311,23 +230,32 @@ def commands() -> dict[str, str]:
 
 
 @cache
-def stages() -> dict[str, Config]:
-    """The stages -> the configuration of each where nothing else is typed."""
-    return {choice.name: compose([f"stage={choice.name}"]) for choice in groups()["stage"]}
+def _stage(name: str) -> Config:
+    """The configuration of a stage where nothing else is typed."""
+    return compose([f"stage={name}"])
+
+
+@cache
+def _set_by_stages() -> frozenset[str]:
+    """The keys that the files of the stages set, or those of choices that some of them take: all others have one default."""
+    stages = all_groups()["stage"]
+    taken = {(group, name) for stage in stages for group, name in overrides_of(stage).items()}
+    taken |= {(group, default_choices()[group]) for group, _ in taken}
+    chosen = [choice for choices in all_groups().values() for choice in choices if (choice.group, choice.name) in taken]
+    return frozenset(name for choice in [*stages, *chosen] for name in choice.sets)
 
 
 def defaults(key: Key) -> dict[str, str]:
     """The values of a key where nothing else is typed, by stage; of a key that only some choices of a group have, by these."""
-    if key.name in groups():
+    if key.name in all_groups():
         return {"": str(default_choices()[key.name])}
     if key.owners:
-        chosen = [choice for choice in groups()[key.section] if f"{choice.group}={choice.name}" in key.owners]
+        chosen = [choice for choice in all_groups()[key.section] if f"{choice.group}={choice.name}" in key.owners]
         return {choice.name: as_yaml(choice.sets.get(key.name, key.default)) for choice in chosen}
-    values = {
-        stage: reduce(lambda part, last: getattr(part, last, key.default), key.name.split("."), cfg)
-        for stage, cfg in stages().items()
-    }
-    return {stage: as_yaml(value) for stage, value in values.items()}
+    stages = [choice.name for choice in all_groups()["stage"]]
+    composed = stages if key.name in _set_by_stages() else stages[:1]
+    values = [reduce(lambda part, last: getattr(part, last, key.default), key.name.split("."), _stage(name)) for name in composed]
+    return dict(zip(composed, map(as_yaml, values), strict=True))
 
 
 def suggestion(word: str, known: list[str]) -> str:
@@ -337,10 +265,3 @@ def suggestion(word: str, known: list[str]) -> str:
     by_last = {k.rpartition(".")[2]: k for k in known}
     near = near or [by_last[last] for last in difflib.get_close_matches(word, list(by_last), n=3, cutoff=0.75)]
     return f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chattrain.commands.help import pages
 from chattrain.config import describe
+from chattrain.config.choices import all_groups
 from chattrain.config.compose import config_dirs, key_of
 from chattrain.errors import UserError
 
@@ -60,7 +61,7 @@ def own_folders(arguments: list[str]) -> list[Path]:
 def page(word: str, own: tuple[Path, ...]) -> str:
     """The page on a word: a command, a group, a choice of it, a section of keys or a key. Raises UserError for another word."""
     key, _, value = word.partition("=")
-    key, groups, commands = key_of(word), describe.groups(own), describe.commands()
+    key, groups, commands = key_of(word), all_groups(own), describe.commands()
     if key == "command" and value:
         return pages.command_page(known(value, list(commands), "command"))
     if value and key in groups:

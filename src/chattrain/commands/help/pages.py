@@ -10,7 +10,8 @@ from typing import Any
 
 from chattrain.commands.help.examples import COMMANDS, EXAMPLES, Example, Page
 from chattrain.config import describe
-from chattrain.config.describe import Choice, Key, as_yaml
+from chattrain.config.choices import Choice, all_groups, default_choices, overrides_of, set_by
+from chattrain.config.describe import Key, as_yaml
 from chattrain.config.on_resume import BY_CONTENT, Change, is_within, on_resume
 
 INDENT = 17
@@ -24,10 +25,10 @@ ON_RESUME = {
 
 def main_page(own: tuple[Path, ...]) -> str:
     commands = {name: first_line(text) for name, text in describe.commands().items()}
-    defaults = describe.default_choices()
+    defaults = default_choices()
     groups = {
         group: f"{describe.group_meaning(group)}: {', '.join(_starred(c.name, defaults.get(group)) for c in choices)}"
-        for group, choices in describe.groups(own).items()
+        for group, choices in all_groups(own).items()
     }
     sections = [name for name in describe.sections() if name not in groups]
     return "\n".join(
@@ -84,8 +85,8 @@ def command_page(name: str) -> str:
 
 def group_page(name: str, own: tuple[Path, ...]) -> str:
     """A group with its choices, a section with its keys, or both."""
-    choices = describe.groups(own).get(name, [])
-    default = describe.default_choices().get(name)
+    choices = all_groups(own).get(name, [])
+    default = default_choices().get(name)
     keys = [key for key in describe.all_keys() if key.section == name and key.name != name]
     return "\n".join(
         [
@@ -103,7 +104,7 @@ def choice_page(choice: Choice) -> str:
     """A choice with what its file sets, and its keys."""
     keys = describe.choice_keys(choice)
     others = {name: as_yaml(value) for name, value in choice.sets.items() if name not in [key.name for key in keys]}
-    chosen = {group: f"{group}={name}" for group, name in describe.overrides_of(choice).items()}
+    chosen = {group: f"{group}={name}" for group, name in overrides_of(choice).items()}
     return "\n".join(
         [
             f"{choice.group}={choice.name}: {choice.meaning}",
@@ -122,7 +123,7 @@ def key_page(name: str, own: tuple[Path, ...]) -> str:
     for key in found:
         facts = {"of": key.of, "type": key.type, "words": ", ".join(key.words), "default": default_text(key)}
         lines += ["", *wrapped(key.meaning, "  "), "", *entries({k: v for k, v in facts.items() if v})]
-    setters = {choice: as_yaml(value) for choice, value in describe.set_by(found[0].name, own).items()}
+    setters = {choice: as_yaml(value) for choice, value in set_by(found[0].name, own).items()}
     facts = {
         "set by": ", ".join(f"{choice} ({value})" for choice, value in setters.items()),
         "goes with": ", ".join(describe.related(found[0])),
