@@ -85,7 +85,10 @@ def test_a_folder_does_not_name_its_own_parts_where_it_lies_in_a_folder_of_choic
     assert not Path("came_in").exists()
 
 
-@pytest.mark.parametrize("path", [["collator", "_target_"], ["data", "stages", "sft", "train", "a", "_target_"]])
+@pytest.mark.parametrize(
+    "path",
+    [["collator", "_target_"], ["data", "stages", "sft", "train", "a", "_target_"], ["eval", "own", "mine", "_target_"]],
+)
 def test_parts_that_only_some_commands_build_are_refused_there(stranger, path):
     write_config(stranger, *path, value="stranger.build")
     with pytest.raises(UserError, match="--config-dir"):

@@ -24,13 +24,14 @@ PYTHON = "python:"  # in the path of a source
 
 
 def check_section(section: str, tree: Any, file: Path, config_dirs: list[str], typed: Collection[str] = ()) -> None:
-    """Check one section of the config.yaml `file` before anything is built of it. `config_dirs`: of this call. `typed`: keys that
-    this call gives, whose values in the file are not used.
+    """Check one section of the config.yaml `file` before anything is built of it. `config_dirs`: of this call. `typed`: what
+    this call gives; values of these keys in the file are not used. A choice of a whole group, such as eval=bpb, is none of these
+    keys, as it leaves others of the section as they are.
 
     Raises UserError for a `_target_` that is neither ours nor named there.
     """
     for key, value in leaves(tree, section):
-        if not _is_code(key, value) or any(f"{key}.".startswith(f"{name}.") for name in typed):
+        if not _is_code(key, value) or any(f"{key}.".startswith(f"{name}.") for name in typed if name != section):
             continue
         if key == f"{section}.{TARGET}" and isinstance(value, str) and current_target(value) in _ours(section):
             continue
