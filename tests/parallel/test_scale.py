@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chattrain import loop, torch_compat
 from chattrain.data.batch import Batch
+from chattrain.model.generate import generate
 from chattrain.model.gpt import GPT
 from chattrain.optim import adamw, muon_adamw
 from chattrain.parallel import zero
@@ -45,6 +47,16 @@ def group():
     dist.destroy_process_group()
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called within."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace in ("c10d", "_c10d_functional")
+        return func(*args, **(kwargs or {}))
+
+
 def stepped(ranks: Ranks, size: tuple[int, int], strategy: str, build=muon_adamw.build, settings=MUON) -> SimpleNamespace:
     """What a rank holds after a step."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -67,6 +79,25 @@ def stepped(ranks: Ranks, size: tuple[int, int], strategy: str, build=muon_adamw
             state=state,
             gradients=[p.grad for p in model.parameters()],
         )
+
+
+def test_passes_of_whole_weights_ask_nothing_of_other_ranks(group):
+    """Of any kind, in any order, and before the first step: ranks make as many as their share of the replies takes."""
+    model = GPT(256, 2, 32, 2)
+    model.init_weights(torch.Generator().manual_seed(0))
+    spread = FSDP(model, group(0, 2), torch.float32, CPU)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    batch = Batch(inputs=ids, targets=ids, num_tokens=8, num_supervised=8)
+    for _ in range(2):
+        with spread.whole_weights(), torch.no_grad():
+            with Collectives() as sent:
+                for _ in range(2):
+                    assert len(list(generate(model, [1, 2], 3, set()))) == 3
+                    assert model.losses(batch).shape == model(ids, ids).shape == (1, 8)
+            assert sent.count == 0
+        with Collectives() as sent:
+            model.loss(batch).backward()
+        assert sent.count > 0
 
 
 @pytest.mark.parametrize(

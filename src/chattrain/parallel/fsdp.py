@@ -85,15 +85,21 @@ class FSDP(ShardedStrategy):
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """It takes the memory of all weights, in the dtype of the run."""
-        blocks = list(self.model.blocks)
-        parts = [part for part in (*blocks, self.model) if isinstance(part, FSDPModule)]
+        """It takes the memory of all weights, in the dtype of the run.
+
+        The hooks of the model's own methods are off within: one that calls another, as `losses` calls `features`, gathers and
+        drops weights whatever it is told, and the other ranks would have to join in.
+        """
+        parts = [part for part in (self.model, *self.model.blocks) if isinstance(part, FSDPModule)]
+        parts[0]._get_fsdp_state()._lazy_init()  # else the first part to run, a block, would be taken for the whole model
         for part in parts:
             part.unshard()
             part.set_reshard_after_forward(False, recurse=False)
+        hooked = {name: vars(self.model).pop(name) for name in self.model.forward_methods}
         try:
             yield
         finally:
+            vars(self.model).update(hooked)
             for part in parts:
                 part.set_reshard_after_forward(part is not self.model, recurse=False)
                 part.reshard()
