@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import urllib.request
@@ -13,7 +14,9 @@ import pytest
 
 from chattrain.config.serve import ServeConfig
 from chattrain.errors import UserError
+from chattrain.serving.server import Service
 from chattrain.serving.speaker import Speaker
+from chattrain.serving.worker import Worker
 from tests import tiny_hf
 from tests.serving.common import CONTEXT, Passes, reply_of, running, speaker_of
 
@@ -248,6 +251,37 @@ def test_a_reply_that_takes_too_long_ends_with_an_error(tokenizer):
         assert (status, body["error"]["type"]) == (504, "server_error")
 
 
+def test_a_client_that_does_not_read_its_stream_is_left(speaker):
+    config = ServeConfig(timeout_s=0.5)
+    worker = Worker(speaker, rows=1)
+    service = Service(speaker, config, worker)
+    body = json.dumps({"model": "sft/small", "messages": HELLO, "stream": True, "max_tokens": 50}).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    sent: list[str] = []
+
+    async def answer() -> None:
+        given = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> dict:
+            return next(given, None) or await asyncio.Event().wait()
+
+        async def send(message: dict) -> None:
+            sent.append(message["type"])
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        await asyncio.wait_for(service.app()(scope, receive, send), 20)
+
+    worker.start()
+    try:
+        asyncio.run(answer())
+    finally:
+        worker.stop()
+        worker.join(20)
+    assert sent == ["http.response.start", "http.response.body"] and service.open == 0
+
+
 def test_where_the_device_fails_those_requests_fail_and_the_server_lives(tokenizer):
     speaker = speaker_of(tokenizer)
     expected = reply_of(speaker, HELLO, 20)
@@ -328,6 +362,13 @@ def test_a_body_that_is_no_object_of_json_is_refused(url, body):
     assert status == 400 and "JSON" in answer["error"]["message"]
 
 
+def test_a_text_that_is_lists_within_lists_is_refused(url):
+    for depth in (100, 700, 900, 5000):
+        content = b"[" * depth + b"]" * depth
+        status, body, _ = post(url, b'{"model": "sft/small", "messages": [{"role": "user", "content": ' + content + b"}]}")
+        assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+
+
 def test_lone_surrogates_and_special_tokens_in_a_text_are_text(client, url, speaker):
     status, _, _ = post(url, b'{"model": "sft/small", "max_tokens": 4, "messages": [{"role": "user", "content": "\\ud800"}]}')
     assert status == 200
@@ -383,6 +424,7 @@ def test_with_a_key_only_those_who_have_it_are_answered(speaker):
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://localhost:1"},
+        {"Origin": "http://["},
     ],
 )
 def test_without_a_key_other_hosts_and_pages_of_others_are_refused(url, headers):

@@ -38,7 +38,7 @@ class Guard:
         if _hostname(host) not in LOOPBACK:
             return error(403, f"without serve.api_key, only {', '.join(LOOPBACK)} are answered, not the host {host[:100]!r}")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _netloc(origin) != host.lower():
             return error(403, f"pages of other sites are not answered: {origin[:100]!r}")
         return None
 
@@ -47,6 +47,14 @@ def _has_key(header: str, key: str) -> bool:
     """Compared in a time that does not tell how much of it is right."""
     scheme, _, given = header.partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
+
+
+def _netloc(origin: str) -> str:
+    """The host and port of a page's address; "" of what is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _hostname(host: str) -> str:

@@ -31,6 +31,7 @@ from chattrain.serving.worker import STOPPED, Worker
 
 log = logging.getLogger("chattrain")
 
+GRACE_S = 5  # seconds beyond serve.timeout_s, in which a client can read that its reply took too long
 TIMED_OUT, HUNG_UP = "timed out", "hung up"  # why a reply has ended, besides what `Request` and the worker say
 
 
@@ -59,17 +60,18 @@ class Answer:
 
 
 class _Stream(StreamingResponse):
-    """Events, of which nothing goes on when the client has hung up, even before the first."""
+    """Events, of which nothing goes on when the client has hung up, even before the first, or has not read them in time."""
 
-    def __init__(self, events: AsyncGenerator[str, None], release: Callable[[], None]):
+    def __init__(self, events: AsyncGenerator[str, None], timeout_s: float, release: Callable[[], None]):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, 200, headers, "text/event-stream")
-        self.events, self.release = events, release
+        self.events, self.timeout_s, self.release = events, timeout_s, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with suppress(ClientDisconnect):
-                await super().__call__(scope, receive, send)
+            with suppress(ClientDisconnect, TimeoutError):
+                async with asyncio.timeout(self.timeout_s):
+                    await super().__call__(scope, receive, send)
         finally:
             self.release()
             await self.events.aclose()
@@ -122,7 +124,7 @@ class Service:
                 return as_json(answer.completion.whole(text, answer.reason, answer.usage))
             first = await anext(texts, "")  # what fails before it still has a status
             answer.streams = True
-            return _Stream(self._events(asked, answer, first, texts), self._release)
+            return _Stream(self._events(asked, answer, first, texts), self.config.timeout_s + GRACE_S, self._release)
         except BadRequest as refused:
             return error(refused.status, str(refused), refused.param, refused.code)
         except Failed as failed:
@@ -146,7 +148,7 @@ class Service:
             raise BadRequest(f"no model {asked.model[:100]!r}: this server has {speaker.name!r}", "model", "model_not_found", 404)
         try:
             prompt = speaker.prompt(asked.conversation, asked.max_tokens)
-        except Malformed as malformed:
+        except (Malformed, RecursionError) as malformed:  # RecursionError: of lists within lists
             raise BadRequest(f"the conversation cannot be rendered: {malformed}", "messages") from None
         except TooLong as too_long:
             raise BadRequest(str(too_long), "messages", "context_length_exceeded") from None
