@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import urllib.request
@@ -13,7 +14,9 @@ import pytest
 
 from chattrain.config.serve import ServeConfig
 from chattrain.errors import UserError
+from chattrain.serving.server import Service
 from chattrain.serving.speaker import Speaker
+from chattrain.serving.worker import Worker
 from tests import tiny_hf
 from tests.serving.common import CONTEXT, Passes, reply_of, running, speaker_of
 
@@ -246,6 +249,35 @@ def test_a_reply_that_takes_too_long_ends_with_an_error(tokenizer):
         passes.close()
         status, body, _ = post(url, {"model": "sft/small", "messages": HELLO, "max_tokens": CONTEXT // 2})
         assert (status, body["error"]["type"]) == (504, "server_error")
+
+
+def test_a_client_that_reads_nothing_keeps_no_place(tokenizer):
+    config = ServeConfig(timeout_s=0.3, max_tokens=CONTEXT)
+    speaker = speaker_of(tokenizer)
+    worker = Worker(speaker, rows=1)
+    service = Service(speaker, config, worker)
+    body = json.dumps({"model": "sft/small", "messages": HELLO, "stream": True}).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    sent: list[dict] = []
+
+    async def ask_and_read_nothing() -> None:
+        arrived = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> dict:
+            return next(arrived, None) or await asyncio.get_running_loop().create_future()
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+            if message["type"] == "http.response.body":
+                await asyncio.get_running_loop().create_future()
+
+        await asyncio.wait_for(service.app()(scope, receive, send), 60)
+
+    worker.start()
+    asyncio.run(ask_and_read_nothing())
+    worker.stop()
+    assert sent[0]["status"] == 200 and len(sent) == 2 and service.open == 0
 
 
 def test_where_the_device_fails_those_requests_fail_and_the_server_lives(tokenizer):

@@ -31,6 +31,7 @@ from chattrain.serving.worker import STOPPED, Worker
 
 log = logging.getLogger("chattrain")
 
+TAKES_S = 1  # seconds that a client has, beyond those of a request, to take the end of a stream
 TIMED_OUT, HUNG_UP = "timed out", "hung up"  # why a reply has ended, besides what `Request` and the worker say
 
 
@@ -59,17 +60,18 @@ class Answer:
 
 
 class _Stream(StreamingResponse):
-    """Events, of which nothing goes on when the client has hung up, even before the first."""
+    """Events, of which nothing goes on when the client has hung up, even before the first, or reads nothing for too long."""
 
-    def __init__(self, events: AsyncGenerator[str, None], release: Callable[[], None]):
+    def __init__(self, events: AsyncGenerator[str, None], release: Callable[[], None], timeout_s: float):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, 200, headers, "text/event-stream")
-        self.events, self.release = events, release
+        self.events, self.release, self.timeout_s = events, release, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with suppress(ClientDisconnect):
-                await super().__call__(scope, receive, send)
+            with suppress(ClientDisconnect, TimeoutError):
+                async with asyncio.timeout(self.timeout_s):
+                    await super().__call__(scope, receive, send)
         finally:
             self.release()
             await self.events.aclose()
@@ -122,7 +124,7 @@ class Service:
                 return as_json(answer.completion.whole(text, answer.reason, answer.usage))
             first = await anext(texts, "")  # what fails before it still has a status
             answer.streams = True
-            return _Stream(self._events(asked, answer, first, texts), self._release)
+            return _Stream(self._events(asked, answer, first, texts), self._release, self.config.timeout_s + TAKES_S)
         except BadRequest as refused:
             return error(refused.status, str(refused), refused.param, refused.code)
         except Failed as failed:
