@@ -18,7 +18,14 @@ class CausalLM(nn.Module):
     """`model(inputs, targets)` gives the loss of every target, `model(inputs)` the logits. Weights are fp32."""
 
     # FSDP gathers weights around these methods as around `forward`.
-    forward_methods: ClassVar[tuple[str, ...]] = ("loss", "losses", "choice_logits", "features")
+    forward_methods: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "losses",
+        "choice_logits",
+        "features",
+        "new_cache",  # which tries a model of transformers
+        "next_logits",
+    )
     block_forward_methods: ClassVar[tuple[str, ...]] = ()  # of each block
     recomputes_inputs: ClassVar[bool] = False  # are compiled blocks made within `recomputing_inputs`?
 

@@ -90,7 +90,7 @@ class FSDP(ShardedStrategy):
         parts = [part for part in (*blocks, self.model) if isinstance(part, FSDPModule)]
         for part in parts:
             part.unshard()
-            part.set_reshard_after_forward(part is self.model, recurse=False)
+            part.set_reshard_after_forward(False, recurse=False)
         try:
             yield
         finally:
