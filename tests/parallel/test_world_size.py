@@ -165,6 +165,28 @@ def hugging_face(kind: str, strategy: str = "ddp", name: str = "") -> Job:
     return Job(name or f"{kind}-{strategy}", settings)
 
 
+def writing(name: str, strategy: str = "ddp", kind: str | None = None) -> Job:
+    """Nothing is measured before replies are written."""
+    model = ["model=hf", f"init.from={kind}", "optimizer=adamw", "train.seq_len=128"] if kind else ["train.seq_len=128"]
+    settings = [
+        "stage=sft",
+        *[o for o in SETTINGS if not o.startswith(("eval", "train.seq_len", *(("model.", "tokenizer", "init") if kind else ())))],
+        *model,
+        "eval=spelling",
+        "eval.every=1",
+        "eval.generative_every=1",
+        "eval.max_problems=5",
+        "eval.max_reply_tokens=8",
+        "eval.prompts=[Hello,'What is it?','Why?']",
+        "train.rows_per_step=8",
+        "train.device_batch_size=4",
+        "train.num_epochs=null",
+        "train.max_steps=2",
+        f"distributed.strategy={strategy}",
+    ]
+    return Job(name, settings)
+
+
 def asking(name: str, strategy: str = "ddp") -> Job:
     settings = [
         "stage=sft",
@@ -202,6 +224,8 @@ def ran(talk) -> dict[str, dict]:
             *(of_twelve_rows(1, None, "ddp", optimizer) for optimizer in LEGS),
             *(hugging_face(kind, name=kind) for kind in KINDS),
             asking("asked"),
+            writing("wrote"),
+            *(writing(f"wrote-{kind}", kind=kind) for kind in KINDS),
         ],
         1,
     )
@@ -213,6 +237,8 @@ def ran(talk) -> dict[str, dict]:
             *(job for job, _ in splits(2)),
             *(hugging_face(kind, strategy) for kind in KINDS for strategy in ("ddp", "fsdp")),
             *(asking(f"asked-{strategy}", strategy) for strategy in ("ddp", "fsdp")),
+            writing("wrote-fsdp", "fsdp"),
+            *(writing(f"wrote-{kind}-fsdp", "fsdp", kind) for kind in KINDS),
             *(leg(o, 1) for o in LEGS),
         ],
         2,
@@ -299,8 +325,16 @@ def test_questions_get_the_same_answers_from_weights_that_are_sharded(ran):
         assert abs(losses(run, "eval/demo_acc")[1] - losses(alone, "eval/demo_acc")[1]) < 2 / 37
 
 
+def samples_at_0(run: dict) -> list[str]:
+    rows = [json.loads(line) for line in (Path(run["run_dir"]) / "samples.jsonl").read_text().splitlines()]
+    return [row["reply"] for row in rows if row["step"] == 0]
+
+
 def test_replies_are_the_same_from_weights_that_are_sharded(ran):
     """Of the questions of suites, and to eval.prompts. Ranks write replies of different lengths, with as many passes."""
+    for name in ("wrote", *(f"wrote-{kind}" for kind in KINDS)):
+        one, two = (samples_at_0(ran[run]) for run in (name, f"{name}-fsdp"))
+        assert one == two and len(one) == 3
     first = {}
     for name in ("asked", "asked-ddp", "asked-fsdp"):
         folder = Path(ran[name]["run_dir"])

@@ -251,35 +251,33 @@ def test_a_reply_that_takes_too_long_ends_with_an_error(tokenizer):
         assert (status, body["error"]["type"]) == (504, "server_error")
 
 
-def test_a_client_that_does_not_read_its_stream_is_left(speaker):
-    config = ServeConfig(timeout_s=0.5)
+def test_a_client_that_reads_nothing_keeps_no_place(tokenizer):
+    config = ServeConfig(timeout_s=0.3, max_tokens=CONTEXT)
+    speaker = speaker_of(tokenizer)
     worker = Worker(speaker, rows=1)
     service = Service(speaker, config, worker)
-    body = json.dumps({"model": "sft/small", "messages": HELLO, "stream": True, "max_tokens": 50}).encode()
+    body = json.dumps({"model": "sft/small", "messages": HELLO, "stream": True}).encode()
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
-    sent: list[str] = []
+    sent: list[dict] = []
 
-    async def answer() -> None:
-        given = iter([{"type": "http.request", "body": body}])
+    async def ask_and_read_nothing() -> None:
+        arrived = iter([{"type": "http.request", "body": body}])
 
         async def receive() -> dict:
-            return next(given, None) or await asyncio.Event().wait()
+            return next(arrived, None) or await asyncio.get_running_loop().create_future()
 
         async def send(message: dict) -> None:
-            sent.append(message["type"])
+            sent.append(message)
             if message["type"] == "http.response.body":
-                await asyncio.Event().wait()
+                await asyncio.get_running_loop().create_future()
 
-        await asyncio.wait_for(service.app()(scope, receive, send), 20)
+        await asyncio.wait_for(service.app()(scope, receive, send), 60)
 
     worker.start()
-    try:
-        asyncio.run(answer())
-    finally:
-        worker.stop()
-        worker.join(20)
-    assert sent == ["http.response.start", "http.response.body"] and service.open == 0
+    asyncio.run(ask_and_read_nothing())
+    worker.stop()
+    assert sent[0]["status"] == 200 and len(sent) == 2 and service.open == 0
 
 
 def test_where_the_device_fails_those_requests_fail_and_the_server_lives(tokenizer):

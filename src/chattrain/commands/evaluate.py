@@ -26,7 +26,7 @@ from chattrain.parallel import launch, slurm
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.strategy import SingleProcess
 from chattrain.setup.data import EvalData, open_eval_data, pass_limits
-from chattrain.setup.evaluation import ANSWERS, build_evaluation, write_answers
+from chattrain.setup.evaluation import ANSWERS, Evaluation, write_answers
 from chattrain.setup.job import current_job
 from chattrain.setup.mlflow_evaluation import send_evaluation
 from chattrain.setup.names import is_main_process, launch_name
@@ -136,7 +136,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict:
     autocast = device.autocast(device.use_bf16(cfg.train.dtype, target), target)
     device.choose_attention_kernels(target, cfg.collator.has_varying_shapes)
     limits = pass_limits(cfg.train, target.type)
-    evaluate_at = build_evaluation(cfg.eval, limits, data, 0, model, autocast, target, ranks, SingleProcess())
+    evaluate_at = Evaluation(cfg.eval, limits, data, 0, model, autocast, target, ranks, SingleProcess())
     metrics = evaluate_at(0)
     if not metrics:
         raise UserError(

@@ -31,7 +31,7 @@ from chattrain.serving.worker import STOPPED, Worker
 
 log = logging.getLogger("chattrain")
 
-GRACE_S = 5  # seconds beyond serve.timeout_s, in which a client can read that its reply took too long
+TAKES_S = 1  # seconds that a client has, beyond those of a request, to take the end of a stream
 TIMED_OUT, HUNG_UP = "timed out", "hung up"  # why a reply has ended, besides what `Request` and the worker say
 
 
@@ -60,12 +60,12 @@ class Answer:
 
 
 class _Stream(StreamingResponse):
-    """Events, of which nothing goes on when the client has hung up, even before the first, or has not read them in time."""
+    """Events, of which nothing goes on when the client has hung up, even before the first, or reads nothing for too long."""
 
-    def __init__(self, events: AsyncGenerator[str, None], timeout_s: float, release: Callable[[], None]):
+    def __init__(self, events: AsyncGenerator[str, None], release: Callable[[], None], timeout_s: float):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, 200, headers, "text/event-stream")
-        self.events, self.timeout_s, self.release = events, timeout_s, release
+        self.events, self.release, self.timeout_s = events, release, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -124,7 +124,7 @@ class Service:
                 return as_json(answer.completion.whole(text, answer.reason, answer.usage))
             first = await anext(texts, "")  # what fails before it still has a status
             answer.streams = True
-            return _Stream(self._events(asked, answer, first, texts), self.config.timeout_s + GRACE_S, self._release)
+            return _Stream(self._events(asked, answer, first, texts), self._release, self.config.timeout_s + TAKES_S)
         except BadRequest as refused:
             return error(refused.status, str(refused), refused.param, refused.code)
         except Failed as failed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chattrain import device
-from chattrain.chat import Malformed, chat_format, render_prompt
+from chattrain.chat import chat_format, render_prompt
 from chattrain.chat.reply import ReplyReader, reply_reader
 from chattrain.chat.tools import tool_of
 from chattrain.model.causal_lm import CausalLM
@@ -50,6 +50,3 @@ class Speaker:
 
     def reader(self) -> ReplyReader:
         return reply_reader(self.tokenizer)
-
-
-__all__ = ["Malformed", "Speaker", "TooLong"]

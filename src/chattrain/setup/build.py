@@ -25,7 +25,7 @@ from chattrain.parallel.signals import Signals
 from chattrain.parallel.strategy import ParallelStrategy, SingleProcess
 from chattrain.parallel.zero import ZeroDDP
 from chattrain.setup.data import RunData, pass_limits
-from chattrain.setup.evaluation import build_evaluation
+from chattrain.setup.evaluation import Evaluation
 from chattrain.setup.learning_rates import build_lr_factor, peak_rates
 from chattrain.setup.mlflow_run import model_params
 from chattrain.setup.plan import RunSetup
@@ -67,9 +67,7 @@ def build_components(
         shape = (cfg.train.device_batch_size, cfg.train.seq_len)
         check_isolation(in_context(autocast, model.features), shape, data.tokenizer.vocab_size, device)
     limits, num_steps = pass_limits(cfg.train, device.type), data.num_steps
-    evaluate = build_evaluation(
-        cfg.eval, limits, data, num_steps, model, autocast, device, ranks, strategy, setup.run_dir, state.step
-    )
+    evaluate = Evaluation(cfg.eval, limits, data, num_steps, model, autocast, device, ranks, strategy, setup.run_dir, state.step)
     lr_factor = build_lr_factor(cfg, num_steps)
     loader = Loader(data.train, data.rows_per_step, limits, device, ranks.rank, ranks.world_size)
     saver = Saver(cfg, setup.run_dir, data, model, optimizer, tracker, ranks, strategy, setup.lineage)

@@ -1,10 +1,9 @@
-"""The evaluations of a run as one function: validation loss, accuracy on question sets, replies to eval.prompts."""
+"""The evaluations of a run: validation loss, accuracy on question sets, replies to eval.prompts."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -34,105 +33,107 @@ log = logging.getLogger("chattrain")
 ANSWERS = "answers.jsonl"
 
 
-def build_evaluation(
-    config: EvalConfig,
-    limits: PassLimits,
-    data: EvalData,
-    num_steps: int,
-    model: CausalLM,
-    autocast: AbstractContextManager,
-    device: torch.device,
-    ranks: Ranks,
-    strategy: ParallelStrategy,
-    run_dir: Path | None = None,
-    start_step: int = 0,
-) -> Callable[[int], dict[str, float]]:
-    """A function from the number of completed steps to the metrics measured then, by name.
+class Evaluation:
+    """Called with the number of completed steps; returns the metrics measured then, by name.
 
     `limits`: of the forward passes of validation. `num_steps`: steps of the run, after which everything is measured. `run_dir`:
     rank 0 writes answers.jsonl of the last step there, and the replies to eval.prompts, which are answered in a run alone;
     `start_step`: from which it resumes. What a validation loss was measured on is kept in `data.measured`.
     """
-    validation, token_bytes = None, data.tokenizer.token_bytes()
-    if data.validation:
-        validation = Validation(data.validation, data.validation_rows, limits, token_bytes, device, ranks, list(data.also))
-    also = {
-        stage: Validation(collator, rows, limits, token_bytes, device, ranks) for stage, (collator, rows) in data.also.items()
-    }
-    choices = [
-        MultipleChoice(name, questions, config.batch_size, data.tokenizer.pad_id, device, ranks, token_bytes)
-        for name, questions in data.question_sets.items()
-    ]
-    written = build_written(config, data, model, ranks)
-    samples = build_samples(config, data, model, ranks, run_dir, start_step)
-    own = OwnMeasures(config.own, data.tokenizer, ranks)
 
-    def due(every: int | None, step: int) -> bool:
-        return step == num_steps or (every is not None and step % every == 0)
+    def __init__(
+        self,
+        config: EvalConfig,
+        limits: PassLimits,
+        data: EvalData,
+        num_steps: int,
+        model: CausalLM,
+        autocast: AbstractContextManager,
+        device: torch.device,
+        ranks: Ranks,
+        strategy: ParallelStrategy,
+        run_dir: Path | None = None,
+        start_step: int = 0,
+    ):
+        self.config, self.data, self.num_steps, self.run_dir = config, data, num_steps, run_dir
+        self.model, self.autocast, self.ranks, self.strategy = model, autocast, ranks, strategy
+        tokenizer, token_bytes = data.tokenizer, data.tokenizer.token_bytes()
+        self.validation = None
+        if data.validation:
+            self.validation = Validation(
+                data.validation, data.validation_rows, limits, token_bytes, device, ranks, list(data.also)
+            )
+        self.also = {
+            stage: Validation(collator, rows, limits, token_bytes, device, ranks) for stage, (collator, rows) in data.also.items()
+        }
+        self.choices = [
+            MultipleChoice(name, questions, config.batch_size, tokenizer.pad_id, device, ranks, token_bytes)
+            for name, questions in data.question_sets.items()
+        ]
+        self.written, self.samples = [], None
+        if data.problem_sets:
+            write = self._writer(chat_format(tokenizer).stop_ids)
+            self.written = [Generative(name, problems, write, tokenizer, ranks) for name, problems in data.problem_sets.items()]
+        if run_dir and data.prompts:
+            self.samples = Samples(data.prompts, self._writer(data.prompts.stop_ids), tokenizer, ranks, run_dir, start_step)
+        self.own = OwnMeasures(config.own, tokenizer, ranks)
 
-    def evaluate(step: int) -> dict[str, float]:
-        ranks.at(f"the evaluation at step {step}")
-        strategy.wait_for_weights()
-        model.eval()
-        metrics = {}
-        if validation:
-            with autocast:
-                metrics = validation(model.losses)
-            if data.measured is None and validation.measured:
-                log.info("validation: %s", validation.measured.label)
-            data.measured = validation.measured
-        for stage, other in also.items():
-            with autocast:
-                found = other(model.losses)
-            metrics |= {f"{name}/{stage}": value for name, value in found.items() if name.count("/") == 1}
-        if due(config.multiple_choice_every or 1, step):
-            for choice in choices:
-                metrics |= choice(model, autocast)
-                keep_answers(data, choice.name, choice.answers)
-        now = written if due(config.generative_every, step) else []
-        if now or samples or own.measures:
-            with strategy.whole_weights(), autocast:
-                for suite in now:
-                    metrics |= suite()
-                    keep_answers(data, suite.name, suite.answers)
-                    data.speed[suite.name] = suite.speed
-                metrics |= samples(step) if samples else {}
-                metrics |= own(model)
+    def __call__(self, step: int) -> dict[str, float]:
+        self.ranks.at(f"the evaluation at step {step}")
+        self.strategy.wait_for_weights()
+        self.model.eval()
+        metrics = self._losses()
+        if self._due(self.config.multiple_choice_every or 1, step):
+            for choice in self.choices:
+                metrics |= choice(self.model, self.autocast)
+                self._keep_answers(choice.name, choice.answers)
+        metrics |= self._replies(step)
         metrics |= chatcore(metrics)
-        if run_dir and step == num_steps and ranks.is_main and data.answers:
-            write_answers(run_dir / ANSWERS, data.answers)
-        model.train()
+        if self.run_dir and step == self.num_steps and self.ranks.is_main and self.data.answers:
+            write_answers(self.run_dir / ANSWERS, self.data.answers)
+        self.model.train()
         return metrics
 
-    return evaluate
+    def _due(self, every: int | None, step: int) -> bool:
+        return step == self.num_steps or (every is not None and step % every == 0)
 
+    def _losses(self) -> dict[str, float]:
+        """val/*, and of the stages of eval.also val/*/<stage>."""
+        metrics = {}
+        if self.validation:
+            with self.autocast:
+                metrics = self.validation(self.model.losses)
+            if self.data.measured is None and self.validation.measured:
+                log.info("validation: %s", self.validation.measured.label)
+            self.data.measured = self.validation.measured
+        for stage, other in self.also.items():
+            with self.autocast:
+                found = other(self.model.losses)
+            metrics |= {f"{name}/{stage}": value for name, value in found.items() if name.count("/") == 1}
+        return metrics
 
-def build_written(config: EvalConfig, data: EvalData, model: CausalLM, ranks: Ranks) -> list[Generative]:
-    """The suites whose answers the model writes."""
-    if not data.problem_sets:
-        return []
-    write = _writer(config, data, model, chat_format(data.tokenizer).stop_ids, ranks)
-    return [Generative(name, problems, write, data.tokenizer, ranks) for name, problems in data.problem_sets.items()]
+    def _replies(self, step: int) -> dict[str, float]:
+        """What is measured of text that the model writes, and the user's own measures, for which each rank needs all weights."""
+        due = self.written if self._due(self.config.generative_every, step) else []
+        metrics: dict[str, float] = {}
+        if not due and not self.samples and not self.own.measures:
+            return metrics
+        with self.strategy.whole_weights(), self.autocast:
+            for suite in due:
+                metrics |= suite()
+                self._keep_answers(suite.name, suite.answers)
+                self.data.speed[suite.name] = suite.speed
+            metrics |= self.samples(step) if self.samples else {}
+            metrics |= self.own(self.model)
+        return metrics
 
+    def _writer(self, stop_ids: set[int]) -> Writer:
+        tool, config = tool_of(self.data.tokenizer), self.config
+        return Writer(self.model, config.max_reply_tokens, stop_ids, tool, config.reply_batch_size, self.ranks)
 
-def build_samples(
-    config: EvalConfig, data: EvalData, model: CausalLM, ranks: Ranks, run_dir: Path | None, start_step: int
-) -> Samples | None:
-    """What answers eval.prompts; None where there are none, and in command=evaluate, which has no run folder."""
-    if run_dir is None or data.prompts is None:
-        return None
-    return Samples(
-        data.prompts, _writer(config, data, model, data.prompts.stop_ids, ranks), data.tokenizer, ranks, run_dir, start_step
-    )
-
-
-def _writer(config: EvalConfig, data: EvalData, model: CausalLM, stop_ids: set[int], ranks: Ranks) -> Writer:
-    return Writer(model, config.max_reply_tokens, stop_ids, tool_of(data.tokenizer), config.reply_batch_size, ranks)
-
-
-def keep_answers(data: EvalData, name: str, answers: list[dict]) -> None:
-    """Replace the answers to the questions of one set."""
-    data.answers = [kept for kept in data.answers if kept["set"] != name] + answers
+    def _keep_answers(self, name: str, answers: list[dict]) -> None:
+        """Replace the answers to the questions of one set."""
+        self.data.answers = [kept for kept in self.data.answers if kept["set"] != name] + answers
 
 
 def write_answers(file: Path, answers: list[dict]) -> None:
