@@ -101,6 +101,8 @@ def test_prompts_of_a_file_are_its_lines(place):
     (place / "prompts.txt").write_text("What is 3 + 9?\n\nHello!\n")
     summary = train("mid", "lines", "eval.prompts=prompts.txt", *ASKED[1:], "train.max_steps=1")
     assert [row["prompt"] for row in samples(summary) if row["step"] == 0] == PROMPTS
+    (place / "prompts.txt").unlink()  # an evaluation asks none, so it needs no file
+    assert chattrain.run(["command=evaluate", f"init.from={summary['run_dir']}", "tracking=none"])["metrics"]
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,9 @@ class OwnMeasures:
     def __call__(self, model: CausalLM) -> dict[str, float]:
         """The metrics by name. What they draw changes no random number of the training. Raises UserError for what is none."""
         metrics: dict[str, float] = {}
+        device = model.lm_head.weight.device
         for name, measure in self.measures.items():
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # by default those of all GPUs, with a warning
                 found: Any = measure(model)
             if not isinstance(found, dict) or not all(map(_is_number, found.values())):
                 raise UserError(f"eval.own.{name} measured {found!r:.100}; it must return finite numbers by name")

@@ -40,7 +40,7 @@ class EvalData:
     also: dict[str, tuple[Collator, int]]  # eval.also: stage -> its validation data, rows
     question_sets: dict[str, list[Question]]
     problem_sets: dict[str, list[Problem]]  # the same, of suites whose answers the model writes
-    prompts: Prompts | None  # eval.prompts; None: there are none
+    prompts: Prompts | None  # eval.prompts of a training; None: there are none
     asked: dict[str, dict[str, int | None]]  # of each set: how many questions are asked, `of` how many
     notes: list[tuple[int, str]]  # (level, message) of what was found when it was opened; `report_data` logs them
     measured: Measured | None = field(default=None, init=False)  # what the validation loss was measured on; None: not yet
@@ -69,7 +69,7 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     opening = Opening(cfg, Tokenizer.load(tokenizer_dir))
     rows_per_step = cfg.train.rows_a_step(world_size, padded=cfg.collator.has_varying_shapes)
     train = opening.training()
-    evals = _eval_data(opening)
+    evals = _eval_data(opening, open_prompts(cfg, opening.tokenizer))
     shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers", "speed")}
     num_steps, overlap = _num_steps(cfg.train, train, rows_per_step), _overlap(train.mixture, evals, cache_dir(cfg.data))
     loss, limits = LossWeights(cfg.loss.supervise, cfg.loss.prompt_weight), pass_limits(cfg.train, "cpu")
@@ -87,16 +87,15 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
 
 def open_eval_data(cfg: Config, tokenizer_dir: Path) -> EvalData:
     """Open the validation data and the question sets. Token caches that are missing are made; raises as `open_data`."""
-    return _eval_data(Opening(cfg, Tokenizer.load(tokenizer_dir)))
+    return _eval_data(Opening(cfg, Tokenizer.load(tokenizer_dir)), None)
 
 
-def _eval_data(opening: Opening) -> EvalData:
+def _eval_data(opening: Opening, prompts: Prompts | None) -> EvalData:
     config = opening.cfg.eval
     validation, rows = opening.validation() if config.validation else (None, 0)
     also = opening.also()
     question_sets = opening.question_sets() if config.multiple_choice else {}
     problem_sets = open_suites(opening) if config.generates else {}
-    prompts = open_prompts(opening.cfg, opening.tokenizer)
     return EvalData(opening.tokenizer, validation, rows, also, question_sets, problem_sets, prompts, opening.asked, opening.notes)
 
 
