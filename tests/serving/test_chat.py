@@ -303,3 +303,10 @@ def test_sigterm_ends_it_even_while_it_replies(run):
 def test_a_prompt_that_the_context_cannot_hold_is_refused(run, capsys):
     with pytest.raises(chattrain.errors.UserError, match="64"):
         chattrain.run(["command=chat", "stage=sft", "init.from=talks", "train.device=cpu", f"chat.prompt={'word ' * 80}"])
+
+
+def test_no_control_character_of_a_reply_to_chat_prompt_is_printed(run, capsys):
+    hot = ["chat.temperature=9", "chat.top_k=null", "chat.max_tokens=40", "chat.prompt=Hello"]
+    said = chattrain.run(["command=chat", "stage=sft", "init.from=talks", "train.device=cpu", *hot])["replies"]
+    controls = {chr(c) for c in (*range(9), *range(11, 32), *range(127, 160))}
+    assert set("".join(said)) & controls and not set(capsys.readouterr().out) & controls

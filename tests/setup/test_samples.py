@@ -12,6 +12,11 @@ from safetensors.torch import load_file
 
 import chattrain
 from chattrain.errors import UserError
+from chattrain.evals.replies import Reply
+from chattrain.parallel.ranks import Ranks
+from chattrain.setup.samples import Samples
+from chattrain.setup.suites import Prompts
+from chattrain.tracking.run_folder import SAMPLES, read_samples
 from tests.helpers import TINY, metrics, train
 from tests.tiny_hf import write_model
 from tests.tracking.stores import environment
@@ -95,6 +100,15 @@ def test_what_a_model_says_is_escaped_in_the_report(asked):
     (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
     html = write_report(folder).read_text()
     assert "<script>alert" not in html and "<img src=x>" not in html and "&lt;img src=x&gt;" in html
+
+
+def test_what_a_model_says_moves_no_cursor(tokenizer, tmp_path, caplog):
+    ids = tokenizer.encode("a\x1b[2Jb\r")
+    caplog.set_level("INFO", "chattrain")
+    asked = Prompts(["Hi"], [[1]], set())
+    Samples(asked, lambda _: [Reply(ids, True)], tokenizer, Ranks(), tmp_path, 0)(0)  # type: ignore
+    assert "[2Jb" in caplog.text and "\x1b" not in caplog.text
+    assert read_samples(tmp_path / SAMPLES)[0]["reply"] == "a\x1b[2Jb\r"
 
 
 def test_prompts_of_a_file_are_its_lines(place):

@@ -42,7 +42,7 @@ def main(cfg: Config) -> dict:
     prompts = [str(text) for text in given if text is not None]
     replies = _answers(cfg.chat, cfg.run.seed, speaker, prompts)
     for text, reply in zip(prompts, replies, strict=True):
-        print(f"> {text}\n{reply}\n")
+        print(f"> {text}\n{_printable(reply)}\n")
     if not prompts:
         sampling = Sampling(cfg.chat.temperature, cfg.chat.top_k)
         with _sigterm_ends():

@@ -65,7 +65,7 @@ class Conversation:
     def save(self, file: Path) -> int:
         """Append the conversation to a file as one line of JSON, as `data.schema=messages` reads it; the number of messages."""
         messages = self.messages(0)
-        with file.open("a") as out:
+        with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         return len(messages)
 

@@ -16,6 +16,7 @@ from chattrain.setup.suites import Prompts
 from chattrain.storage.files import replace_text
 from chattrain.tokenizer import AnyTokenizer
 from chattrain.tracking.run_folder import SAMPLES, read_samples
+from chattrain.tracking.tokens import visible
 
 log = logging.getLogger("chattrain")
 
@@ -50,7 +51,7 @@ class Samples:
         if self.ranks.is_main:
             with self.file.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            said = " ".join(rows[0]["reply"].split())
+            said = visible(" ".join(rows[0]["reply"].split()))
             log.info("step %d  %s -> %s", step, rows[0]["prompt"], said if len(said) <= SHOWN else said[:SHOWN] + "…")
         empty = sum(not row["reply"].strip() for row in rows)
         counts = {"ended": sum(row["ended"] for row in rows), "repeating": sum(row["repeating"] for row in rows), "empty": empty}
