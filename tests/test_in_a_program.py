@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -114,7 +115,7 @@ def test_a_dict_says_what_the_command_line_says(place):
         "data.val_path": None,
         "train": {"seq_len": 64, "max_steps": 2, "compile": False},
         "run": {"name": "null"},
-        "optimizer.lr_scale": 1e-3,
+        "optimizer.lr_scale": np.float64(1e-3),
     }
     cfg = compose_settings(as_overrides(settings))
     assert (cfg.run.name, cfg.optimizer.lr_scale, cfg.train.seq_len, cfg.data.val_path) == ("null", 0.001, 64, None)

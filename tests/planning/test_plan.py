@@ -244,3 +244,10 @@ def test_a_plan_says_which_data_it_counts(workplace, capsys):
     assert "talk.jsonl" in facts["data"] and "demo" not in facts["data"]
     assert facts["data"] in " ".join(capsys.readouterr().out.split())
     assert "generated, for a demo" in plan("sft", "data.train_path=generate:small_talk", "eval=none")["data"]
+
+
+def test_a_plan_opens_no_questions_and_no_prompts(workplace):
+    """Which it would not ask: it needs neither their files nor a sandbox."""
+    write_talk(workplace)
+    asked = ["eval=[gsm8k,humaneval]", "eval.gsm8k_path=nowhere", "eval.humaneval_path=nowhere", "eval.prompts=nowhere.txt"]
+    assert plan("sft", *asked)["num_steps"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chattrain.config import Config
+from chattrain.config.eval import EvalConfig
 from chattrain.config.model import GPTConfig, HFModelConfig
 from chattrain.config.words import Compile, Device
 from chattrain.data.passes import PassLimits
@@ -36,7 +37,7 @@ def main(cfg: Config) -> dict:
     """
     hardware = hardware_of(cfg.plan)
     start = _start(cfg)
-    cfg.eval.validation = cfg.eval.multiple_choice = False  # only training rows are planned
+    cfg.eval = EvalConfig(prompts=[])  # only training rows are planned
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
     report_data(data)
     limits = pass_limits(cfg.train, "cpu" if cfg.train.device == Device.cpu else "cuda")

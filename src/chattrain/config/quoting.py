@@ -89,8 +89,10 @@ def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
 def _as_value(key: str, value: Any) -> str:
     if isinstance(value, str | Path):
         return str(value) if _A_WORD.fullmatch(str(value)) else in_quotes(str(value))
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return repr(float(value) if isinstance(value, float) else value)  # NumPy's repr is no number
     if isinstance(value, list | tuple):
         return "[" + ",".join(_as_value(key, item) for item in value) + "]"
     if isinstance(value, Mapping):
