@@ -30,9 +30,9 @@ from chattrain.parallel.failures import log_name
 from chattrain.parallel.ranks import Ranks, join
 from chattrain.parallel.signals import listen_to_signals
 from chattrain.setup.build import build_components
-from chattrain.setup.data import RunData, open_data
+from chattrain.setup.data import RunData
 from chattrain.setup.learning_rates import peak_rates, report_rates
-from chattrain.setup.plan import RunSetup, choose_run_dir, setup_run
+from chattrain.setup.plan import RunSetup, choose_run_dir, open_on_rank, setup_run
 from chattrain.setup.provenance import write_provenance
 from chattrain.setup.report_data import report_data
 from chattrain.setup.runs import resume_with
@@ -98,7 +98,7 @@ def _join_and_train(cfg: Config, launcher_setup: RunSetup | None) -> dict:
         setup: RunSetup = launcher_setup or ranks.run_on_rank0(lambda: setup_run(cfg, ranks.world_size, lock)[0])
         if setup.finished:
             return setup.finished
-        return train_on_rank(cfg, setup, ranks, open_data(cfg, setup.tokenizer_dir, ranks.world_size))
+        return train_on_rank(cfg, setup, ranks, open_on_rank(cfg, setup, ranks.world_size))
     except BaseException as raised:
         raise ranks.report_failure(raised) from None
     finally:

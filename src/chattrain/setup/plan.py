@@ -18,6 +18,7 @@ from chattrain.config.run import RunConfig
 from chattrain.config.schema import to_yaml
 from chattrain.config.words import Resume
 from chattrain.device import pick_device
+from chattrain.errors import UserError
 from chattrain.model import fp8
 from chattrain.parallel import launch
 from chattrain.redact import redact_tree
@@ -50,6 +51,7 @@ class RunSetup:
     tokenizer_dir: Path
     compilation: Compilation  # is it compiled?
     lineage: list[Ancestor]  # of its checkpoints
+    data_fingerprint: str  # of the training data
     finished: dict | None = None  # summary of a run that has nothing left to do
 
 
@@ -94,6 +96,18 @@ def setup_run(cfg: Config, world_size: int, lock: RunLock | None = None) -> tupl
     return setup, data
 
 
+def open_on_rank(cfg: Config, setup: RunSetup, world_size: int) -> RunData:
+    """The data of a run that was set up in another process. Raises UserError where it is other data here."""
+    data = open_data(cfg, setup.tokenizer_dir, world_size)
+    if data.fingerprint != setup.data_fingerprint:
+        raise UserError(
+            f"the training data is not the same in each process: {data.fingerprint} on this rank, {setup.data_fingerprint} where "
+            "the run was set up. Of a source python:<module>.<function>, seed what is random; of a file, start again when "
+            "nothing writes it"
+        )
+    return data
+
+
 def _open(cfg: Config, world_size: int, run_dir: Path, resume: Path | None, device: torch.device) -> tuple[RunSetup, RunData]:
     """Find the start and the tokenizer, open the data, and decide whether to compile, for a run that resumes from this checkpoint
     (None: begins anew)."""
@@ -104,7 +118,7 @@ def _open(cfg: Config, world_size: int, run_dir: Path, resume: Path | None, devi
     began_with = read_identity(run_dir, resume).compiled if resume else None
     compilation = decide(cfg, data, start, world_size, device, began_with)
     lineage = lineage_of_run(cfg, run_dir, start.checkpoint, resumes=resume is not None)
-    return RunSetup(run_dir, start, resume, tokenizer_dir, compilation, lineage), data
+    return RunSetup(run_dir, start, resume, tokenizer_dir, compilation, lineage, data.fingerprint), data
 
 
 def _belongs_to_named_sweep(cfg: Config) -> bool:
