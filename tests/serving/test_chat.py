@@ -19,10 +19,12 @@ import torch
 import chattrain
 from chattrain.chat import render_prompt
 from chattrain.commands.chat import Terminal
+from chattrain.config.compose import compose
 from chattrain.model import engine
 from chattrain.model.sampling import GREEDY, Sampling
 from chattrain.serving.conversation import Conversation
 from chattrain.serving.speaker import TooLong
+from chattrain.setup.speaker import open_speaker
 from tests.helpers import TINY, train
 from tests.serving.common import reply_of, speaker_of
 
@@ -310,3 +312,11 @@ def test_no_control_character_of_a_reply_to_chat_prompt_is_printed(run, capsys):
     said = chattrain.run(["command=chat", "stage=sft", "init.from=talks", "train.device=cpu", *hot])["replies"]
     controls = {chr(c) for c in (*range(9), *range(11, 32), *range(127, 160))}
     assert set("".join(said)) & controls and not set(capsys.readouterr().out) & controls
+
+
+def test_a_reply_to_chat_prompt_ends_where_the_context_does(run):
+    """As one to what is typed: a model that has learnt vectors of positions has none beyond."""
+    typed = ["command=chat", "stage=sft", "init.from=talks", "train.device=cpu", "chat.max_tokens=400"]
+    (reply,) = chattrain.run([*typed, "chat.prompt=Hello"])["replies"]
+    talk = Conversation(open_speaker(compose(typed))[0], 400, GREEDY, seed=0)
+    assert reply == "".join(talk.ask("Hello")) and talk.ended == "length"

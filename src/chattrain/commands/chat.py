@@ -8,13 +8,12 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from chattrain.chat import Malformed, chat_format
+from chattrain.chat import Malformed
 from chattrain.chat.reply import reply_text
-from chattrain.chat.tools import tool_of
 from chattrain.config import Config
 from chattrain.config.commands import ChatConfig
 from chattrain.errors import UserError
-from chattrain.model.generate import generate_batch
+from chattrain.model.generate import answer
 from chattrain.model.sampling import Sampling
 from chattrain.serving.conversation import Conversation
 from chattrain.serving.speaker import Speaker, TooLong
@@ -28,6 +27,7 @@ HELP = """\
 /new              begin a new conversation
 /help             this list
 quit, exit or Ctrl-D ends, Ctrl-C stops a reply. A message that begins with / is sent with a space before it."""
+ROWS = 32  # replies to chat.prompt that are computed at once
 ENDINGS = ("quit", "exit")
 
 
@@ -56,12 +56,11 @@ def _answers(config: ChatConfig, seed: int, speaker: Speaker, prompts: list[str]
         rendered = [speaker.prompt({"messages": [{"role": "user", "content": text}]}) for text in prompts]
     except (Malformed, TooLong) as error:
         raise UserError(f"the prompt cannot be rendered: {error}") from error
-    stop_ids, tool = chat_format(speaker.tokenizer).stop_ids, tool_of(speaker.tokenizer)
+    sampling = Sampling(config.temperature, config.top_k)
+    requests = [speaker.request(ids, config.max_tokens, sampling, seed) for ids in rendered]
     with speaker.autocast():
-        replies = generate_batch(
-            speaker.model, rendered, config.max_tokens, stop_ids, config.temperature, config.top_k, seed, tool
-        )
-    return [reply_text(speaker.tokenizer, ids) for ids in replies]
+        answer(speaker.model, requests, ROWS)
+    return [reply_text(speaker.tokenizer, request.reply) for request in requests]
 
 
 class _Terminated(BaseException):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from chattrain.chat.tools import Tool
 from chattrain.model.causal_lm import CausalLM
-from chattrain.model.engine import Engine, Request
+from chattrain.model.engine import Request
+from chattrain.model.generate import answer
 from chattrain.parallel.ranks import Ranks
 from chattrain.tokenizer import AnyTokenizer, HFTokenizer
 
@@ -38,12 +39,7 @@ class Writer:
         """
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         mine = [self._request(prompts[i]) for i in order[self.ranks.rank :: self.ranks.world_size]]
-        if mine:
-            engine = Engine(self.model, min(self.rows, len(mine)), max(request.most_tokens for request in mine))
-            for request in mine:
-                engine.submit(request)
-            while engine.busy:
-                engine.step()
+        answer(self.model, mine, self.rows)
         written = gather([[int(request.ended == "stop"), *request.reply] for request in mine], len(prompts), self.ranks)
         by_prompt = dict(zip(order, written, strict=True))
         return [Reply(by_prompt[i][1:], bool(by_prompt[i][0])) for i in range(len(prompts))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.engine import Engine, Request
@@ -50,9 +50,16 @@ def generate_batch(
     """
     sampling = Sampling(temperature, top_k)
     requests = [Request(prompt, max_tokens, stop_ids, sampling, seed, tool) for prompt in prompts]
-    engine = Engine(model, batch_size, max((request.most_tokens for request in requests), default=0))
+    answer(model, requests, batch_size)
+    return [request.reply for request in requests]
+
+
+def answer(model: CausalLM, requests: Sequence[Request], rows: int) -> None:
+    """Bring all requests to their ends, `rows` of them at once."""
+    if not requests:
+        return
+    engine = Engine(model, min(rows, len(requests)), max(request.most_tokens for request in requests))
     for request in sorted(requests, key=lambda request: len(request.prompt), reverse=True):
         engine.submit(request)
     while engine.busy:
         engine.step()
-    return [request.reply for request in requests]
