@@ -201,6 +201,7 @@ def test_a_measure_of_ones_own_is_called_at_every_evaluation(mine, workplace):
         ("+eval.own.size={_target_: mymeasure.words, minus: 1}", "unexpected keyword argument 'minus'"),
         ("+eval.own.size={_target_: mymeasure.word}", "cannot be imported"),
         ("+eval.own.size=3", "must be {_target_"),
+        ("+eval.own.spelling={_target_: mymeasure.words}", "give yours another one"),
     ):
         with pytest.raises(UserError, match=said):
-            chattrain.run([*typed, wrong, "run.resume=never"])
+            chattrain.run([*typed, wrong, "eval.spelling=true", "eval.max_problems=2", "run.resume=never"])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from chattrain.chat.tools import Tool
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.engine import Request
-from chattrain.model.generate import answer
+from chattrain.model.generate import answer, room_for
 from chattrain.parallel.ranks import Ranks
 from chattrain.tokenizer import AnyTokenizer, HFTokenizer
 
@@ -45,9 +45,7 @@ class Writer:
         return [Reply(by_prompt[i][1:], bool(by_prompt[i][0])) for i in range(len(prompts))]
 
     def _request(self, prompt: list[int]) -> Request:
-        positions = self.model.max_positions
-        room = self.max_tokens if positions is None else max(0, min(self.max_tokens, positions - len(prompt)))
-        return Request(prompt, room, self.stop_ids, tool=self.tool)
+        return Request(prompt, room_for(self.model, prompt, self.max_tokens), self.stop_ids, tool=self.tool)
 
 
 def gather(rows: list[list[int]], total: int, ranks: Ranks) -> list[list[int]]:

@@ -19,12 +19,14 @@ def generate(
     seed: int = 0,
     tool: Callable[[list[int]], list[int]] | None = None,
 ) -> Iterator[int]:
-    """Yield the token ids after the prompt, until a stop id (which is not yielded) or for `max_tokens` tokens.
+    """Yield the token ids after the prompt, until a stop id (which is not yielded), for `max_tokens` tokens or
+    as many as the model has positions for.
 
     temperature 0 takes the likeliest token; otherwise tokens are drawn from the top_k likeliest (None: all). `tool` is given the
     reply after each token and returns tokens that must follow, which are yielded too: see chat/tools.py.
     """
-    request = Request(prompt, max_tokens, stop_ids, Sampling(temperature, top_k), seed, tool)
+    room = room_for(model, prompt, max_tokens)
+    request = Request(prompt, room, stop_ids, Sampling(temperature, top_k), seed, tool)
     engine, yielded = Engine(model, 1, request.most_tokens), 0
     engine.submit(request)
     while engine.busy:
@@ -49,9 +51,15 @@ def generate_batch(
     A reply that ends makes room for the next prompt. Long prompts come first: short ones then fill the gaps.
     """
     sampling = Sampling(temperature, top_k)
-    requests = [Request(prompt, max_tokens, stop_ids, sampling, seed, tool) for prompt in prompts]
+    rooms = [room_for(model, prompt, max_tokens) for prompt in prompts]
+    requests = [Request(prompt, n, stop_ids, sampling, seed, tool) for prompt, n in zip(prompts, rooms, strict=True)]
     answer(model, requests, batch_size)
     return [request.reply for request in requests]
+
+
+def room_for(model: CausalLM, prompt: list[int], max_tokens: int) -> int:
+    """Tokens of a reply at most, where the model knows only so many positions."""
+    return max_tokens if model.max_positions is None else max(0, min(max_tokens, model.max_positions - len(prompt)))
 
 
 def answer(model: CausalLM, requests: Sequence[Request], rows: int) -> None:

@@ -68,7 +68,7 @@ class Worker:
                 self._new, self._cancelled = [], []
             for request, deliver in new:
                 open_requests[request] = deliver, 0
-                self._engine.submit(request)
+                self._submit(request)
             for request in cancelled:
                 self._engine.cancel(request)
             if ends:
@@ -83,6 +83,13 @@ class Worker:
                     deliver(request.reply[known:], request.ended)
                 if request.ended:
                     del open_requests[request]
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self._engine.submit(request)
+        except ValueError:  # nothing to read, as of a template that renders nothing
+            log.exception("a request cannot be answered")
+            request.ended = "failed"
 
     def _step(self) -> None:
         try:

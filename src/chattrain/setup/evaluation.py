@@ -13,6 +13,7 @@ from chattrain.chat import chat_format
 from chattrain.chat.tools import tool_of
 from chattrain.config.eval import EvalConfig
 from chattrain.data.passes import PassLimits
+from chattrain.errors import UserError
 from chattrain.evals.generative import Generative
 from chattrain.evals.multiple_choice import MultipleChoice
 from chattrain.evals.own import OwnMeasures
@@ -76,6 +77,8 @@ class Evaluation:
             self.written = [Generative(name, problems, write, tokenizer, ranks) for name, problems in data.problem_sets.items()]
         if run_dir and data.prompts:
             self.samples = Samples(data.prompts, self._writer(data.prompts.stop_ids), tokenizer, ranks, run_dir, start_step)
+        if taken := sorted(config.own.keys() & {*data.question_sets, *data.problem_sets}):
+            raise UserError(f"eval.own.{taken[0]}: the metrics of another measure begin with this name; give yours another one")
         self.own = OwnMeasures(config.own, tokenizer, ranks)
 
     def __call__(self, step: int) -> dict[str, float]:
