@@ -131,7 +131,7 @@ def type_name(kind: Any) -> str:
         return (
             "a group of names, each with the keys below"
             if is_dataclass(inner)
-            else f"a group of names, each with a {type_name(inner)}"
+            else f"a group of names, each with {type_name(inner) if inner is Any else 'a ' + type_name(inner)}"
         )
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return "one of these words"
