@@ -30,6 +30,8 @@ def run(overrides: Sequence[str] | Mapping[str, Any] = ()) -> dict:
     if not _running.acquire(blocking=False):
         raise UserError("another thread of this process is inside chattrain.run(); wait for it, or start a process of its own")
     try:
+        if isinstance(overrides, str):
+            raise UserError(f"chattrain.run({overrides!r}) is given one text; give a list of them, or a dict")
         typed = as_overrides(overrides) if isinstance(overrides, Mapping) else list(overrides)
         cfg = compose(typed)
         with as_job(Job(overrides=typed, config_dirs=config_dirs(typed))):

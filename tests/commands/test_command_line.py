@@ -235,3 +235,16 @@ def test_the_way_out_that_messages_name_works(place, capsys):
     assert shown.status == 0
     assert "lr_scale: 1.0" in shown.out and "max_steps: null" in shown.out
     assert list(Path.cwd().glob("outputs")) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["inspect"], "command=inspect"),
+        (["stage=sft", "data=local"], "data=local needs data.train_path="),
+        (["command=lineage", "init.from=sft/nope"], "no run sft/nope"),
+    ],
+)
+def test_what_a_newcomer_mistypes_is_answered_with_what_is_meant(workplace, capsys, typed, said):
+    end = command_line(capsys, *typed)
+    assert end.status == 2 and said in end.message

@@ -313,6 +313,16 @@ def test_the_demo_is_warned_of_nothing(workplace, caplog):
     assert not [message for message in said if "documents" in message or "questions" in message]
 
 
+def test_empty_replies_are_warned_of_with_their_lines(place, caplog):
+    lines(
+        "empty.jsonl",
+        [conversation("Hello", "" if i == 6 else f"Hi {i}", "And you?", "" if i == 9 else "Well.") for i in range(30)],
+    )
+    found = start(place, "data.train_path=empty.jsonl", "data.val_path=talk.jsonl")["data"]["audit"]["findings"]
+    (empty,) = [finding for finding in found if finding["name"] == "empty_replies"]
+    assert (empty["level"], empty["count"]) == ("warning", 2) and "line 7, line 10" in empty["message"]
+
+
 def test_a_second_start_counts_nothing_anew(place, monkeypatch):
     first = start(place)["data"]["audit"]
 

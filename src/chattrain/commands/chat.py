@@ -22,7 +22,7 @@ from chattrain.setup.speaker import open_speaker
 HELP = """\
 /system TEXT      what the model is told before the conversation; without a text: nothing
 /temperature X    0 takes the likeliest tokens, 1 draws them as the model thinks
-/regenerate       another reply to your last message
+/regenerate       another reply to your last message; at temperature 0 the same one
 /save FILE        append the conversation to a file, as a line of JSON that data.schema=messages reads
 /new              begin a new conversation
 /help             this list

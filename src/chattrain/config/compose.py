@@ -16,6 +16,7 @@ from chattrain.config.quoting import as_argument, quoted
 from chattrain.config.root import Config
 from chattrain.config.schema import VARIANTS, from_hydra, register_schemas
 from chattrain.config.train import ALTERNATIVES
+from chattrain.config.words import Command
 from chattrain.errors import UserError
 
 LOCAL_KEYS = {f"data.{name}" for name in LocalDataConfig.__dataclass_fields__.keys() - DataConfig.__dataclass_fields__.keys()}
@@ -148,6 +149,8 @@ def _unread(override: str) -> UserError:
     key, equals, value = override.partition("=")
     known = [*known_keys(), *groups()]
     near = "" if key_of(key).strip() in known else _near_miss(key_of(key).strip(), known)
+    if not equals and override in Command.__members__:
+        return UserError(f"{override!r} is a command: command={override}")
     if not equals:
         return UserError(f"{override!r} has no value: {key}=<value>{near}")
     if re.fullmatch(r"[+~]{0,2}[\w./@:$-]+", key, re.ASCII):

@@ -157,6 +157,8 @@ class LocalDataConfig(DataConfig):
             texts = value if isinstance(value, list) else [value]
             if value is None and (name != "train_path" or self.val_path or self.test_path):
                 continue
+            if value is None:
+                raise UserError("data=local needs data.train_path=<file, folder or hub name>")
             if not texts or not all(isinstance(text, str) and text for text in texts):
                 way_out = f"; if it is the name of a file: {as_argument(f'data.{name}', str(value))}" if "path" in name else ""
                 raise UserError(

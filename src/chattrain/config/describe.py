@@ -159,6 +159,8 @@ def as_yaml(value: Any) -> str:
         return f"{value:_}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, list):
         return f"[{', '.join(as_yaml(item) for item in value)}]"
+    if isinstance(value, dict) and value:
+        return f"{{{', '.join(value)}}}, see the YAML file of the choice"
     return "{}" if value == {} else str(value)
 
 
@@ -249,6 +251,8 @@ def defaults(key: Key) -> dict[str, str]:
     """The values of a key where nothing else is typed, by stage; of a key that only some choices of a group have, by these."""
     if key.name in all_groups():
         return {"": str(default_choices()[key.name])}
+    if "<" in key.name:  # an entry that a file names: it has the default of its kind
+        return {"": as_yaml(key.default)}
     if key.owners:
         chosen = [choice for choice in all_groups()[key.section] if f"{choice.group}={choice.name}" in key.owners]
         return {choice.name: as_yaml(choice.sets.get(key.name, key.default)) for choice in chosen}

@@ -27,7 +27,17 @@ from chattrain.chat import Kind, Segment, chat_format
 from chattrain.chat.fields import without_fields
 from chattrain.config.data import Limits, SourceConfig
 from chattrain.config.words import Schema
-from chattrain.data.counting import OPEN_TURNS, SAMPLED, Fault, Faults, count_open_turns, count_tokens, misplaced_mask
+from chattrain.data.counting import (
+    EMPTY_REPLIES,
+    OPEN_TURNS,
+    SAMPLED,
+    Fault,
+    Faults,
+    count_empty_replies,
+    count_open_turns,
+    count_tokens,
+    misplaced_mask,
+)
 from chattrain.data.malformed import MalformedRows
 from chattrain.data.places import Places
 from chattrain.data.records import Records
@@ -36,7 +46,7 @@ from chattrain.storage.files import make_folder
 from chattrain.tasks import record_to_document, record_to_segments
 from chattrain.tokenizer import AnyTokenizer, Tokenizer
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # Field of TokenizedSource -> name of its .npy file.
 ARRAYS = {
     "tokens": "tokens",
@@ -310,6 +320,7 @@ def _render(
     if source.schema != Schema.text:  # a text has neither turns nor a prompt
         for i, document in zip(record_indices, rendered, strict=True):
             faults.add(OPEN_TURNS, i, count_open_turns(document, form.stop_ids))
+            faults.add(EMPTY_REPLIES, i, count_empty_replies(document, form.stop_ids))
         for i, document in list(zip(record_indices, rendered, strict=True))[:SAMPLED]:
             given = without_fields(record_to_document(records.table[i], source.schema.name), ignore, Counter())
             for kind in misplaced_mask(given, document, form):

@@ -14,6 +14,7 @@ from chattrain.data.loss_weights import last_turn
 NAMED = 5  # records that a message names
 SAMPLED = 8  # records of each chunk whose mask is compared with the prompt that a chat would give
 OPEN_TURNS, UNTRAINED_REPLIES, TRAINED_PROMPTS = "open_turns", "untrained_replies", "trained_prompts"
+EMPTY_REPLIES = "empty_replies"
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Faults(dict[str, Fault]):
     """Faults by kind.
 
     open_turns: turns that are trained without the token that ends them: a model trained so does not learn to stop.
+    empty_replies: turns of which nothing but the end is trained: a model trained so learns to say nothing.
     untrained_replies, trained_prompts: of a sample of conversations, those whose last reply is not marked, or whose prompt is.
     """
 
@@ -80,6 +82,18 @@ def count_open_turns(document: Encoded, stop_ids: Collection[int]) -> int:
         after = ids[last + 1 :][turn[last + 1 :]]
         count += is_trained and (not len(after) or bool(np.isin(after, list(stop_ids)).any()))
     return count
+
+
+def count_empty_replies(document: Encoded, stop_ids: Collection[int]) -> int:
+    """How many turns of a conversation are trained to say nothing: all their trained tokens are of `stop_ids`.
+
+    >>> count_empty_replies(Encoded([1, 9, 1, 2, 9], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1]), {9})
+    1
+    """
+    ids, kinds, turns = (np.array(values, dtype=np.int64) for values in document)
+    trained = kinds == Kind.ASSISTANT
+    said = trained & ~np.isin(ids, list(stop_ids))
+    return len(np.setdiff1d(turns[trained], turns[said]))
 
 
 def misplaced_mask(document: dict[str, Any], encoded: Encoded, form: ChatFormat) -> list[str]:

@@ -9,6 +9,8 @@ from chattrain.errors import UserError
 from chattrain.formats import huggingface, nanochat
 from chattrain.formats.imported import FolderFormat, ModelFolder
 
+STAGES = ("base", "mid", "sft")
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "model_*.pt", "tokenizer.pkl", "token_bytes.pt"]
 
@@ -29,6 +31,8 @@ def _find(name: str) -> Path:
             if folder.is_file()
             else f"no folder {folder}; the path is looked up from {Path.cwd()}, and a hub name is owner/name"
         )
+    if name.partition("/")[0] in STAGES:  # no owner on the hub is meant
+        raise UserError(f"there is no run {name} here (looked up in run.root, and as a folder from {Path.cwd()})")
     from huggingface_hub import snapshot_download
 
     try:

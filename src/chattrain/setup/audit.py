@@ -132,6 +132,7 @@ def _marks(collator: Collator, policy: Policy) -> Iterator[Finding]:
     """Faults that tokenising found in what the chat format marks as the model's own words."""
     said = {
         counting.OPEN_TURNS: "replies are trained without the token that ends them, so the model would not learn to stop",
+        counting.EMPTY_REPLIES: "replies are empty, so the model learns to say nothing",
         counting.UNTRAINED_REPLIES: "of a sample of conversations do not mark the last reply to be trained",
         counting.TRAINED_PROMPTS: "of a sample of conversations mark tokens of the prompt to be trained",
     }
@@ -139,7 +140,8 @@ def _marks(collator: Collator, policy: Policy) -> Iterator[Finding]:
     for cache in collator.mixture.caches:
         for kind, fault in cache.faults.items():
             places = ", ".join(cache.places.short(i) for i in fault.records[:NAMED])
-            yield Finding(level, kind, fault.count, f"data source {cache.name}: {fault.count:,} {said[kind]} (first: {places})")
+            told = WARNING if kind == counting.EMPTY_REPLIES else level  # it may be meant
+            yield Finding(told, kind, fault.count, f"data source {cache.name}: {fault.count:,} {said[kind]} (first: {places})")
 
 
 def _groups(collator: Collator, rows_per_step: int, num_steps: int, limits: PassLimits) -> list[np.ndarray]:
