@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -184,20 +184,16 @@ def test_packing_efficiency_is_the_share_of_real_tokens(place, monkeypatch, coll
 
 
 def test_on_a_terminal_it_is_coloured_and_paged(place):
-    output = b""
-
-    def keep(fd: int) -> bytes:
-        nonlocal output
-        output += (data := os.read(fd, 1 << 16))
-        return data
-
-    environment = {"PAGER": "sed 's/^/page: /'", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        status = pty.spawn([sys.executable, "-m", "chattrain", *SETTINGS, "inspect.rows=1"], keep)
-    said = output.decode().replace("\r\n", "\n")
-    assert os.waitstatus_to_exitcode(status) == 0, said
+    """In a process of its own: pty.spawn selects, which takes no descriptor over 1,023, and a process of tests has many open."""
+    spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    done = subprocess.run(
+        [sys.executable, "-c", spawn, sys.executable, "-m", "chattrain", *SETTINGS, "inspect.rows=1"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env={**os.environ, "PAGER": "sed 's/^/page: /'", "TERM": "xterm", "OMP_NUM_THREADS": "1"},
+    )
+    said = done.stdout.decode().replace("\r\n", "\n")
+    assert done.returncode == 0, said
     assert re.search(r"^page: row 0: talk.jsonl line \d+$", said, re.MULTILINE)
     assert re.search(r"\x1b\[[\d;]*32m[^\x1b]*= [^\x1b]*\d", said) and "[<|assistant_end|>]" not in said
 

@@ -248,12 +248,14 @@ class Typist:
             env={**os.environ, "TERM": "dumb"},
         )
         os.close(theirs)
+        self.poller = select.poll()  # takes descriptors over 1,023, which select does not
+        self.poller.register(self.fd, select.POLLIN)
         self.shown = ""
 
     def until(self, pattern: str, interrupts: bool = False) -> str:
         """What is shown up to and with the pattern, from where the last call ended."""
         while not (found := re.search(pattern, self.shown)):
-            ready, _, _ = select.select([self.fd], [], [], 1 if interrupts else 60)
+            ready = self.poller.poll(1_000 if interrupts else 60_000)
             if interrupts and not ready:
                 os.kill(self.process.pid, signal.SIGINT)
                 continue

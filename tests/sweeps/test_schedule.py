@@ -152,14 +152,14 @@ def test_on_a_cpu_the_cores_are_divided(gpus, monkeypatch):
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-VALUES = st.dictionaries(
-    st.sampled_from(["optimizer.lr", "schedule.lr", "run.seed", "data.train_path", "optimizer"]),
-    st.text(min_size=1, max_size=200),
-)
+KEYS = ["optimizer.lr", "schedule.lr", "run.seed", "data.train_path", "optimizer"]
+VALUE = st.text(min_size=1, max_size=200)
 
 
-@given(VALUES, VALUES)
-def test_different_values_have_different_names_that_need_no_quoting(one, two):
+@given(st.dictionaries(st.sampled_from(KEYS), st.tuples(VALUE, VALUE)))
+def test_different_values_have_different_names_that_need_no_quoting(values):
+    """Of two jobs of a sweep, which have the same keys."""
+    one, two = ({key: pair[job] for key, pair in values.items()} for job in (0, 1))
     names = [run_name("night", values) for values in (one, two)]
     assert (names[0] == names[1]) == (one == two)
     for name in names:
