@@ -16,7 +16,7 @@ from chattrain.errors import UserError
 
 _KEY = re.compile(r"[+~]{0,2}[\w./@:$-]+", re.ASCII)
 _READ_AS_TYPED = re.compile(r"[\w./:+@%*$?|\\-]*", re.ASCII)  # characters that Hydra reads as themselves
-_A_WORD = re.compile(r"(?!(true|false|null|inf|nan|on|off|yes|no|[einf._]+)$)[a-zA-Z_][\w./-]*", re.ASCII | re.IGNORECASE)
+_A_WORD = re.compile(r"(?!(true|false|null|inf|nan)$)[a-zA-Z_][\w./-]*", re.ASCII | re.IGNORECASE)
 _MEANINGS = re.compile(r"[\[\]{}()'\",]")  # characters that it may read as something else
 
 
