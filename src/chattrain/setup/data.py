@@ -73,7 +73,7 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
     shared = {name: value for name, value in vars(evals).items() if name not in ("measured", "answers", "speed")}
     num_steps, overlap = _num_steps(cfg.train, train, rows_per_step), _overlap(train.mixture, evals, cache_dir(cfg.data))
     loss, limits = LossWeights(cfg.loss.supervise, cfg.loss.prompt_weight), pass_limits(cfg.train, "cpu")
-    asked = _questions_trained_on(train.mixture, evals, cache_dir(cfg.data))
+    trained_on = _questions_trained_on(train.mixture, evals, cache_dir(cfg.data))
     return RunData(
         **shared,
         train=train,
@@ -81,7 +81,7 @@ def open_data(cfg: Config, tokenizer_dir: Path, world_size: int) -> RunData:
         num_steps=num_steps,
         fingerprint=_fingerprint(train, cfg.collator, cfg.run.seed, cfg.train.seq_len, rows_per_step),
         overlap=overlap,
-        audit=audit(train, loss, evals.tokenizer, rows_per_step, num_steps, limits, overlap, asked),
+        audit=audit(train, loss, evals.tokenizer, rows_per_step, num_steps, limits, overlap, trained_on),
     )
 
 
