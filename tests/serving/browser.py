@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ for fd, end in zip((3, 4), ends):
     os.dup2(end, fd)
 os.execv(sys.argv[3], sys.argv[3:])
 """
+ANSWER_S = 60  # seconds that a command of the protocol may take
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -34,20 +37,23 @@ class Page:
 
     def __init__(self, process: subprocess.Popen, to_browser: int, from_browser: int):
         self.process, self.errors, self.requested = process, [], []
-        self._to, self._from = to_browser, os.fdopen(from_browser, "rb")
-        self._last, self._session, self._held = 0, None, b""
+        self._to, self._from = to_browser, from_browser
+        self._arrives = select.poll()
+        self._arrives.register(from_browser, select.POLLIN)
+        self._last, self._session, self._held, self._loaded = 0, None, b"", False
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
+        for domain in ("Page", "Runtime", "Log", "Network", "Inspector"):
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a command of the protocol."""
+        """The result of a command of the protocol. Raises RuntimeError where the browser gives none within a minute."""
         self._last += 1
         message = {"id": self._last, "method": method, "params": params} | ({"sessionId": self._session} if self._session else {})
         os.write(self._to, json.dumps(message).encode() + b"\0")
+        deadline = time.monotonic() + ANSWER_S
         while True:
-            answer = json.loads(self._next())
+            answer = json.loads(self._next(method, deadline))
             if answer.get("id") == self._last:
                 if "error" in answer:
                     raise RuntimeError(answer["error"]["message"])
@@ -62,16 +68,20 @@ class Page:
         return done["result"].get("value")
 
     def wait_for(self, condition: str) -> None:
-        """Until JavaScript is true, for at most a minute."""
-        self.run(
-            "new Promise((done, fail) => { const began = Date.now(); const look = () => { "
-            f"if ({condition}) done(); else if (Date.now() - began > 60000) fail(new Error('waited in vain')); "
-            "else setTimeout(look, 20); }; look(); })"
-        )
+        """Until JavaScript is true, for at most a minute. Asked anew each time: a page that is left keeps no promises."""
+        deadline = time.monotonic() + ANSWER_S
+        while not self.run(f"Boolean({condition})"):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited in vain for {condition}")
+            time.sleep(0.02)
 
     def open(self, url: str) -> None:
+        """Until it is loaded. The page is asked nothing before: what a page that is left is asked may have no answer."""
+        self._loaded = False
         self.send("Page.navigate", url=url)
-        self.wait_for(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})")
+        deadline = time.monotonic() + ANSWER_S
+        while not self._loaded:
+            self._event(json.loads(self._next("Page.navigate", deadline)))
 
     def type(self, text: str) -> None:
         """Into what has the focus."""
@@ -96,14 +106,20 @@ class Page:
 
     def _event(self, message: dict[str, Any]) -> None:
         kind, params = message.get("method"), message.get("params", {})
+        if kind == "Page.loadEventFired":
+            self._loaded = True
+        if kind == "Inspector.targetCrashed":
+            raise RuntimeError("the page has crashed")
         if kind == "Runtime.exceptionThrown" or (kind == "Log.entryAdded" and params["entry"]["level"] == "error"):
             self.errors.append(json.dumps(params)[:500])
         if kind == "Network.requestWillBeSent":
             self.requested.append(params["request"]["url"])
 
-    def _next(self) -> bytes:
+    def _next(self, method: str, deadline: float) -> bytes:
         while b"\0" not in self._held:
-            read = self._from.read1(1 << 16)
+            if not self._arrives.poll(max(0, 1000 * (deadline - time.monotonic()))):
+                raise RuntimeError(f"the browser does not answer {method}")
+            read = os.read(self._from, 1 << 16)
             if not read:
                 raise RuntimeError("the browser has ended")
             self._held += read
@@ -129,6 +145,7 @@ def browser(profile: Path) -> Iterator[Page]:
         yield Page(process, ours_out, ours_in)
     finally:
         os.close(ours_out)  # it ends when its pipe does
+        os.close(ours_in)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -20,23 +21,34 @@ from tests.helpers import TINY, command_line, process, train, write_talk
 context = multiprocessing.get_context("spawn")
 
 
-def hold(folder, taken, done):
+def hold(folder, ours):
     with RunLock(folder) as held:
         held.take()
-        taken.set()
-        done.wait()
+        ours.send("taken")
+        with suppress(EOFError):
+            ours.recv()
+
+
+@contextmanager
+def held_by_another(folder):
+    """A process that holds the lock of the folder. By a pipe, whose end is told also where the process was killed."""
+    ours, theirs = context.Pipe()
+    holder = context.Process(target=hold, args=(folder, theirs))
+    holder.start()
+    theirs.close()
+    try:
+        assert ours.poll(60) and ours.recv() == "taken"
+        yield holder
+    finally:
+        ours.close()
+        holder.join()
 
 
 @pytest.fixture
 def other(tmp_path):
     """A process that holds the lock of tmp_path/run."""
-    taken, done = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(tmp_path / "run", taken, done))
-    holder.start()
-    assert taken.wait(60)
-    yield holder
-    done.set()
-    holder.join()
+    with held_by_another(tmp_path / "run") as holder:
+        yield holder
 
 
 def test_a_second_process_is_refused_with_pid_and_host(tmp_path, other):
@@ -101,17 +113,10 @@ def test_a_live_run_is_neither_resumed_nor_moved_aside(workplace, capsys, resume
     write_talk(workplace)
     first = train("sft", "live", "init.from=scratch", "train.max_steps=2")
     before = {file: file.stat().st_mtime_ns for file in (workplace / "runs").rglob("*")}
-    taken, done = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(workplace / "runs" / "sft" / "live", taken, done))
-    holder.start()
-    try:
-        assert taken.wait(60)
+    with held_by_another(workplace / "runs" / "sft" / "live") as holder:
         arguments = ["stage=sft", *TINY, "init.from=scratch", "run.name=live", "train.max_steps=4", f"run.resume={resume}"]
         outcome = command_line(capsys, *arguments)
         assert outcome.status == 2 and f"is being trained by process {holder.pid}" in outcome.message
-    finally:
-        done.set()
-        holder.join()
     after = {file: file.stat().st_mtime_ns for file in (workplace / "runs").rglob("*")}
     assert {file: before.get(file) for file in after if file.is_file()} == {f: t for f, t in after.items() if f.is_file()}
     assert first["status"] == "completed"
