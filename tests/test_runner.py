@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def base(place) -> dict:
 
 def tiny(command: str, *overrides: str) -> dict:
     return chattrain.run([f"command={command}", *TINY, *overrides])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's list of open files")
+@pytest.mark.parametrize("collator", ["packed", "masked", "best_fit"])
+def test_a_run_closes_what_it_has_read_without_waiting_for_the_garbage_collector(workplace, monkeypatch, collator):
+    """A sweep trains many jobs in one process, and a process may have few files open: 256 on a Mac."""
+    write_talk(workplace)
+    cache = workplace / "cache"
+    monkeypatch.setenv("CHATTRAIN_CACHE", str(cache))
+    train("sft", collator, "init.from=scratch", f"collator={collator}", "train.max_steps=2")
+    assert not open_files(cache) and any(cache.rglob("tokens.npy"))
+
+
+def open_files(folder: Path) -> list[str]:
+    """The files of a folder that this process holds open."""
+    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    return [file for file in links if file.startswith(str(folder.resolve()))]
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from weakref import proxy
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Mixture:
         self.kept = [np.flatnonzero(keep[a:b]) + a for a, b in zip(self.starts, self.starts[1:], strict=False)]
         self.counts = self._counts()
         self.epoch_size = sum(self.counts.values())
-        self.order = lru_cache(maxsize=4)(self._order)
+        self.order = lru_cache(maxsize=4)(partial(Mixture._order, proxy(self)))  # `self` would keep the caches' files open
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from weakref import proxy
 
 import numpy as np
 
@@ -141,7 +142,7 @@ class BestFit(Conversations):
     ):
         super().__init__(mixture, seq_len, pad_id, last_epoch)
         self.isolate_documents = isolate_documents
-        self.epoch_rows = lru_cache(maxsize=3)(self._epoch_rows)
+        self.epoch_rows = lru_cache(maxsize=3)(partial(BestFit._epoch_rows, proxy(self)))  # as Mixture.order
         self._starts = [0]  # first row of each epoch, for the epochs computed so far
 
     def rows_in(self, epochs: float) -> int:
