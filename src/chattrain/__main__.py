@@ -14,15 +14,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from chattrain.commands import completion, help
+from chattrain.commands import completion, flags, help
 from chattrain.commands.exit import report_error
 from chattrain.config import compose, schema
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup import names
 from chattrain.sweeps.callback import Refused
 from chattrain.sweeps.launching import Launch
-
-SWEEPS = ("-m", "--multirun")
 
 
 def main() -> None:
@@ -39,10 +37,13 @@ def main() -> None:
             if page.is_requested(sys.argv[1:]):
                 show(page.text(sys.argv[1:]))
                 sys.exit(0)
-        typed, arguments = sys.argv[1:], compose.settle_alternatives(sys.argv[1:])
+        if flags.VERSION in sys.argv[1:]:
+            show(flags.version())
+            sys.exit(0)
+        typed, arguments = sys.argv[1:], flags.first(compose.settle_alternatives(sys.argv[1:]))
     except UserError as error:
         sys.exit(report_error(error))
-    sys.argv[1:] = flags_first(arguments)
+    sys.argv[1:] = arguments
     launch = Launch(typed)
     sweep = launch.sweep
 
@@ -68,11 +69,6 @@ def show(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-
-
-def flags_first(arguments: list[str]) -> list[str]:
-    """The arguments with -m before all others: Python's argparse does not take it between the overrides."""
-    return sorted(arguments, key=lambda argument: argument not in SWEEPS)
 
 
 def _status(error: BaseException, launch: Launch) -> int:

@@ -35,7 +35,7 @@ from chattrain.setup.learning_rates import peak_rates, report_rates
 from chattrain.setup.plan import RunSetup, choose_run_dir, open_on_rank, setup_run
 from chattrain.setup.provenance import write_provenance
 from chattrain.setup.report_data import report_data
-from chattrain.setup.runs import resume_with
+from chattrain.setup.runs import resume_hint
 from chattrain.setup.summary import correct_summary, summarize, write_summary
 from chattrain.setup.tracker import build_tracker
 from chattrain.storage import checkpoint
@@ -175,8 +175,9 @@ def finalize_run(
             write_summary(setup.run_dir, summary)
             status, report = summary["status"], setup.run_dir / "report.html"
             log.info("%s %s step %d of %d: %s", status, "after" if error else "at", state.step, data.num_steps, report)
-            if status == "interrupted" and (state.interrupted or error):  # not where train.stop_after asked for it
-                log.info("to resume from its checkpoint, give the same command again%s", resume_with(setup.run_dir))
+            asked_to_stop = status == "interrupted" and (state.interrupted or error)  # not by train.stop_after
+            if asked_to_stop and (hint := resume_hint(setup.run_dir)):
+                log.info(hint)
     finally:
         tracker.finish(summary)
     return summary

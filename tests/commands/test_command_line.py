@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import chattrain
 from chattrain.tokenizer import Tokenizer
 from tests.helpers import TINY, command_line, contents, damage, process, standing_in, train, write_talk
 
@@ -52,6 +53,9 @@ MISTAKES = {
     "a command that is none": (["command=trian"], ["command", "trian", "train"]),
     "no value": (["train.max_steps"], ["'train.max_steps'", "train.max_steps=<value>"]),
     "a list without -m": (["stage=mid,sft"], ["stage=mid,sft", "--multirun"]),
+    "a misspelt flag": (["--multirum"], ["--multirum", "--multirun", "--help"]),
+    "a flag that is none": (["-x"], ["-x", "--help"]),
+    "two flags of one kind": (["-m", "--cfg", "job"], ["-m and --cfg", "leave"]),
     "two keys for one thing": (["train.num_epochs=1", "train.max_steps=3"], ["train.num_epochs", "train.max_steps=3"]),
     "a batch in rows that does not divide": (["train.rows_per_step=6"], ["train.rows_per_step=6", "try 4"]),
     "a batch in tokens that does not divide": (
@@ -100,6 +104,11 @@ MISTAKES = {
     "a folder for several runs": (["-m", "run.dir=one", "train.max_steps=1,2"], ["run.dir", "run.name"]),
     "parallel stages": (["-m", "stage=mid,sft", "hydra/launcher=joblib"], ["hydra/launcher=joblib", "leave"]),
 }
+
+
+def test_the_version_is_ours(capsys):
+    done = command_line(capsys, "--version")
+    assert done.status == 0 and re.fullmatch(rf"chattrain {chattrain.__version__} \(torch .+, hydra-core .+\)\n", done.out)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -216,6 +216,7 @@ def test_a_signal_in_the_last_step_of_a_job_ends_the_sweep_and_the_job_is_comple
     monkeypatch.setenv("PYTHONPATH", f"{place}:{os.environ.get('PYTHONPATH', '')}")
     done = process("-m", *SFT, f"sweep.name={name}", "run.seed=1,2", "schedule._target_=interrupting.schedule")
     assert done.status == 130 and "the same command goes on" in done.err
+    assert "give the same command again" not in done.err  # one advice
     assert [(job.status, job.steps) for job in jobs(name)] == [("completed", 2), ("waiting", None)]
 
 

@@ -16,7 +16,6 @@ from chattrain.config.model import ModelConfig
 from chattrain.config.words import Pick
 from chattrain.errors import UserError
 from chattrain.setup.job import current_job
-from chattrain.setup.names import launch_name
 from chattrain.storage import checkpoint
 from chattrain.storage.files import read_json
 
@@ -169,15 +168,13 @@ def shape_misfit(folder: Path, model: ModelConfig) -> str | None:
     return model.misfit(checkpoint.load_state(folder).model)
 
 
-def resume_with(run_dir: Path) -> str:
-    """What to add to the command line that began a run, alone or in a sweep (which refuses run.dir), so that it resumes.
-
-    Nothing where the command line names the run or the sweep.
-    """
-    if any(key_of(override) in ("run.name", "run.dir", "sweep.name") for override in current_job().overrides):
-        return ""
-    launch = launch_name()  # the runs of a sweep have this name, and what was swept after it
-    return f", with run.name={launch if run_dir.name.startswith(launch) else run_dir.name}"
+def resume_hint(run_dir: Path) -> str | None:
+    """What the user types so that an interrupted run resumes; None in a sweep, which says at its end how it goes on."""
+    job = current_job()
+    if job.sweep:
+        return None
+    named = any(key_of(override) in ("run.name", "run.dir") for override in job.overrides)
+    return f"to resume from its checkpoint, give the same command again{'' if named else f', with run.name={run_dir.name}'}"
 
 
 def stage_of(folder: Path) -> str | None:
