@@ -147,7 +147,7 @@ def test_the_advice_after_ctrl_c_resumes_the_run(place, sweep, capsys, monkeypat
     assert stopped.status == 130
     monkeypatch.undo()
     monkeypatch.chdir(place)
-    (advice,) = (line for line in stopped.err.splitlines() if "to resume" in line)
+    (advice,) = (line for line in stopped.err.splitlines() if "the same command" in line)
     resumed = command_line(capsys, *typed, *(word for word in advice.split() if "=" in word))
     assert resumed.status == 0 and "resuming from" in resumed.err, resumed.err
     runs = [json.loads(file.read_text()) for file in Path("stopped").rglob("summary.json")]
