@@ -111,6 +111,15 @@ def test_the_version_is_ours(capsys):
     assert done.status == 0 and re.fullmatch(rf"chattrain {chattrain.__version__} \(torch .+, hydra-core .+\)\n", done.out)
 
 
+def test_flags_may_stand_between_overrides(tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  max_steps: 77\n")
+    done = command_line(capsys, "stage=sft", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job", "run.name=a")
+    assert done.status == 0 and "max_steps: 77" in done.out and "name: a\n" in done.out
+    done = command_line(capsys, "stage=sft", "--info", "run.name=a")
+    assert done.status == 0 and "Config search path" in done.out + done.err
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_said_in_one_message_before_anything_is_written(mistake, place, capsys):
     typed, named = MISTAKES[mistake]

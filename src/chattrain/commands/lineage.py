@@ -11,6 +11,7 @@ from chattrain.storage.lineage import Ancestor, read_lineage, to_json, whereabou
 
 WIDTH = 60  # characters of a value
 HASH = 12
+TARGET = "._target_"  # a part is named by its group
 
 
 def main(cfg: Config) -> dict:
@@ -44,7 +45,10 @@ def differences(chain: list[Ancestor]) -> list[str]:
     lines = []
     for before, each in pairwise(chain):
         lines += ["", f"{each.run} was trained from {before.run} with"]
-        lines += [f"  {key}: {_short(there)} -> {_short(here)}" for key, (there, here) in sorted(each.changes.items())]
+        lines += [
+            f"  {key.removesuffix(TARGET)}: {_short(there)} -> {_short(here)}"
+            for key, (there, here) in sorted(each.changes.items())
+        ]
         if not each.changes:
             lines.append("  no differing setting known")
     return lines
