@@ -244,3 +244,12 @@ def test_data_without_a_test_part_says_how_to_give_one(place):
     train("mid", "plain", *TINY, "train.max_steps=1", "init.from=scratch")
     assert score_on_test(place / "runs/mid/plain") is None
     shutil.rmtree("runs/mid/plain")
+
+
+def test_from_another_folder_the_message_says_where_the_run_was_started(place, tmp_path, monkeypatch):
+    run = Path("runs/sft/farm").resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"talk\.jsonl.* looked up from {tmp_path}\. The run was started in {place.resolve()}"):
+        evaluate(f"init.from={run}")
+    typed = [f"data.train_path={place}/talk.jsonl", f"data.val_path={place}/held.jsonl", f"eval.mmlu_path={place}/questions"]
+    assert evaluate(f"init.from={run}", "data=local", *typed)["metrics"]["eval/mmlu_acc"] > 0

@@ -30,6 +30,7 @@ from chattrain.setup.evaluation import ANSWERS, Evaluation, write_answers
 from chattrain.setup.job import current_job
 from chattrain.setup.mlflow_evaluation import send_evaluation
 from chattrain.setup.names import is_main_process, launch_name
+from chattrain.setup.provenance import begun_elsewhere, read_provenance
 from chattrain.setup.report_data import report_notes
 from chattrain.setup.runs import run_folder, stage_of
 from chattrain.setup.start import find_checkpoint, start_at, with_own_settings
@@ -223,7 +224,15 @@ def _show(result: dict) -> dict:
 def _open_on_all_ranks(cfg: Config, folder: Path, ranks: Ranks) -> EvalData:
     """Rank 0 makes the token caches, and where it raises, all ranks raise; the others then open what it made."""
     opened: list[EvalData] = []
-    ranks.run_on_rank0(lambda: opened.append(open_eval_data(cfg, folder)))
+
+    def open_first() -> None:
+        try:
+            opened.append(open_eval_data(cfg, folder))
+        except UserError as error:
+            elsewhere = begun_elsewhere(read_provenance(run_folder(folder)))
+            raise UserError(f"{error}{elsewhere}") from error
+
+    ranks.run_on_rank0(open_first)
     return opened[0] if opened else open_eval_data(cfg, folder)
 
 

@@ -45,6 +45,12 @@ def read_provenance(run_dir: Path) -> list[dict[str, Any]]:
     return [each for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
 
 
+def begun_elsewhere(entries: list[dict[str, Any]]) -> str:
+    """For the end of a message about a path that is not there: the folder that the run was started in, where it is another."""
+    folder = entries[-1].get("folder") if entries else None
+    return f". The run was started in {folder}" if folder not in (None, str(Path.cwd())) else ""
+
+
 def entry(cfg: Config, setup: RunSetup, data: RunData, world_size: int, step: int) -> dict[str, Any]:
     device, job = devices.pick_device(cfg.train.device), current_job()
     bf16 = devices.use_bf16(cfg.train.dtype, device)

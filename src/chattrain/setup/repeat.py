@@ -16,7 +16,7 @@ from chattrain.parallel import launch
 from chattrain.setup.data import RunData, open_data
 from chattrain.setup.identity import Identity, differences, identify, read_identity, weights_hash
 from chattrain.setup.job import Job
-from chattrain.setup.provenance import read_provenance, sources_of
+from chattrain.setup.provenance import begun_elsewhere, read_provenance, sources_of
 from chattrain.setup.start import find_start, start_at
 from chattrain.setup.tokenizer import choose_tokenizer
 from chattrain.storage import checkpoint
@@ -121,9 +121,8 @@ def check_same_inputs(original: Original, new: Config) -> None:
         world_size = launch.processes_here(new.distributed.nproc, new.train.device)
         data = open_data(new, choose_tokenizer(new, start.checkpoint), world_size)
     except UserError as error:
-        folder = original.last.get("folder")
-        moved = f". The run was started in {folder}" if folder not in (None, str(Path.cwd())) else ""
-        raise UserError(f"{original.run_dir} cannot be repeated: {error}{moved}") from error
+        elsewhere = begun_elsewhere(original.entries)
+        raise UserError(f"{original.run_dir} cannot be repeated: {error}{elsewhere}") from error
     found = _changed_sources(original, data)
     settings = {key: value for key, value in original.identity.settings.items() if key not in AS_DECIDED}
     begun = replace(original.identity, settings=settings, weights=None)  # the start was compared before
