@@ -140,6 +140,13 @@ def test_a_mixture_of_settings_is_no_run_to_repeat(place):
         reproduce("init.from=mid/mixed")
 
 
+def test_a_run_that_was_extended_says_why_it_is_not_repeated(place):
+    train("sft", "longer", *SHORT)
+    train("sft", "longer", *SHORT, "train.max_steps=8")
+    with pytest.raises(RunFailed, match="It was planned with 6, then 8 steps, and its learning rates followed"):
+        reproduce("init.from=sft/longer")
+
+
 def test_two_deterministic_runs_are_equal_to_the_bit(place):
     one = train("sft", "fixed", *SHORT, "train.deterministic=true")
     assert json.loads((Path(one["run_dir"]) / "provenance.json").read_text())[0]["deterministic"] is True

@@ -97,8 +97,17 @@ def _report(original: Original, new_dir: Path) -> dict:
         raise RunFailed(
             f"{new_dir} does not repeat {original.run_dir}: the largest relative deviation of a loss is {worst:.3g}, of "
             f"{found['tensors']} tensors of the weights {found['different_tensors']} differ; tolerance: {why}"
+            + _extended(original.entries)
         )
     return found
+
+
+def _extended(entries: list[dict]) -> str:
+    """Why no one run repeats a run that was given more steps, for the end of a message; nothing where it was not."""
+    steps = list(dict.fromkeys(entry["num_steps"] for entry in entries if "num_steps" in entry))
+    if len(steps) < 2:
+        return ""
+    return f". It was planned with {', then '.join(map(str, steps))} steps, and its learning rates followed these plans"
 
 
 def changed_surroundings(entries: list[dict], now: dict) -> list[str]:
