@@ -56,6 +56,15 @@ def test_a_solution_is_right_by_the_number_behind_the_mark_or_flexibly_by_its_la
     assert (metrics["eval/gsm8k_acc"], metrics["eval/gsm8k_flexible_acc"]) == (right, flexible)
 
 
+def test_a_call_is_kept_as_people_read_it(tokenizer):
+    text = "She earns <|python_start|>12/60<|python_end|><|output_start|>0.2<|output_end|>0.2.<|bos|>\n#### 10"
+    ids = tokenizer.encoding.encode(text, allowed_special="all")
+    asked = problems("gsm8k", Records(GSM8K[:1]), tokenizer)
+    measured = Generative("gsm8k", asked, lambda prompts: [Reply(ids, True)], tokenizer, Ranks())
+    assert measured()["eval/gsm8k_acc"] == 1
+    assert measured.answers[0]["reply"] == "She earns <<12/60=0.2>>0.2.\n#### 10"
+
+
 def test_numbers_are_compared_without_commas_and_with_their_sign(tokenizer):
     _, answers = measure("gsm8k", GSM8K, ["#### 10", "#### 1200", "#### 5"], tokenizer)
     assert [answer["right"] for answer in answers] == [True, True, False]

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from chattrain.chat import Malformed, render_prompt
+from chattrain.chat.reply import reply_text
 from chattrain.data.malformed import MalformedRows
 from chattrain.data.records import Records
 from chattrain.evals import sandbox
-from chattrain.evals.replies import Reply, Writer, gather, text_of
+from chattrain.evals.replies import Reply, Writer, gather
 from chattrain.parallel.ranks import Ranks
 from chattrain.tasks import humaneval, record_to_document
 from chattrain.tasks.gsm8k import last_number, marked_answer
@@ -113,7 +114,7 @@ class Generative:
         began = time.perf_counter()
         replies = self.write([problem.ids for problem in self.problems])
         self.speed = {"seconds": time.perf_counter() - began, "tokens": sum(len(reply.ids) for reply in replies)}
-        texts = [text_of(reply.ids, self.tokenizer) for reply in replies]
+        texts = [reply_text(self.tokenizer, reply.ids) for reply in replies]
         self.answers = [
             self._answer(problem, reply, text, right)
             for problem, reply, text, right in zip(self.problems, replies, texts, self._judge(texts), strict=True)

@@ -1,4 +1,4 @@
-"""Replies, written on all ranks together, and what is asked of any: its text, and whether it ends, repeats itself or is empty."""
+"""Replies, written on all ranks together, and what is asked of any: whether it ends or repeats itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from chattrain.model.causal_lm import CausalLM
 from chattrain.model.engine import Request
 from chattrain.model.generate import answer, room_for
 from chattrain.parallel.ranks import Ranks
-from chattrain.tokenizer import AnyTokenizer, HFTokenizer
 
 TIMES, LEAST = 3, 12  # a loop is one piece this many times in a row, of this many tokens together at least
 
@@ -59,14 +58,6 @@ def gather(rows: list[list[int]], total: int, ranks: Ranks) -> list[list[int]]:
     padded = [[float(len(row)), *map(float, row), *[0.0] * (width - 1 - len(row))] for row in rows]
     table = ranks.all_gather_interleaved(padded)[:total]
     return [list(map(int, row[1 : 1 + int(row[0])])) for row in table]
-
-
-def text_of(ids: list[int], tokenizer: AnyTokenizer) -> str:
-    """A reply as text. Special tokens of a Hugging Face tokenizer are left out; those of our own are calls and their results."""
-    if isinstance(tokenizer, HFTokenizer):
-        special = {tokenizer.special(text) for text in tokenizer.special_texts}
-        ids = [i for i in ids if i not in special]
-    return tokenizer.decode(ids)
 
 
 def repeats(ids: Sequence[int]) -> bool:

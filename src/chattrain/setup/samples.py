@@ -10,7 +10,8 @@ import json
 import logging
 from pathlib import Path
 
-from chattrain.evals.replies import Writer, repeats, text_of
+from chattrain.chat.reply import reply_text
+from chattrain.evals.replies import Writer, repeats
 from chattrain.parallel.ranks import Ranks
 from chattrain.setup.suites import Prompts
 from chattrain.storage.files import replace_text
@@ -46,7 +47,7 @@ class Samples:
         samples/repeating (they end in a loop) and samples/empty."""
         rows = []
         for prompt, (ids, ended) in zip(self.prompts.texts, self.write(self.prompts.ids), strict=True):
-            text = text_of(ids, self.tokenizer)
+            text = reply_text(self.tokenizer, ids)
             rows.append({"step": step, "prompt": prompt, "reply": text, "ended": ended, "repeating": repeats(ids)})
         if self.ranks.is_main:
             with self.file.open("a", encoding="utf-8") as file:
