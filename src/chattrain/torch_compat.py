@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.launcher.api import LaunchConfig
 
 # Where the newer names exist, the older ones are deprecated.
@@ -41,3 +42,9 @@ def launch_config(stop_s: int, **settings: Any) -> LaunchConfig:
     if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters:
         settings["shutdown_timeout"] = stop_s
     return LaunchConfig(**settings)
+
+
+def make_fsdp_root(module: FSDPModule) -> None:
+    """Let `module` be the root of the sharded modules inside it, as its first forward pass would. torch has no public name for
+    it."""
+    module._get_fsdp_state()._lazy_init()

@@ -143,12 +143,13 @@ def test_the_first_failing_rank_is_named_alone_and_ends_one_that_computes_on(pla
     assert "in happen" in (run_dir(place) / "train.log").read_text()  # where rank 0 stood
 
 
-def test_a_source_that_gives_each_process_other_records_is_refused(place):
+@pytest.mark.parametrize("key, part", [("train_path", "training"), ("val_path", "validation")])
+def test_a_source_that_gives_each_process_other_records_is_refused(place, key, part):
     talk = '{"messages": [{"role": "user", "content": str(os.getpid())}, {"role": "assistant", "content": "Hello"}]}'
     (place / "unseeded.py").write_text(f"import os\n\n\ndef talk(split):\n    return [{talk}] * 60\n")
-    run = Running(*OWN, *RUN, "distributed.nproc=2", "data.train_path=python:unseeded.talk")
+    run = Running(*OWN, *RUN, "distributed.nproc=2", f"data.{key}=python:unseeded.talk", "eval=bpb")
     assert run.status() == 2 and len(run.signed) == 1
-    assert "not the same in each process" in run.signed[0] and "seed what is random" in run.signed[0]
+    assert f"the {part} data is not the same in each process" in run.signed[0] and "seed what is random" in run.signed[0]
 
 
 def test_a_rank_that_stands_still_is_named_with_its_step(place):

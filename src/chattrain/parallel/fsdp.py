@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from chattrain import torch_compat
 from chattrain.optim.groups import Groups
 from chattrain.optim.named import NamedOptimizer
 from chattrain.optim.trainable import TrainableModel
@@ -91,7 +92,7 @@ class FSDP(ShardedStrategy):
         drops weights whatever it is told, and the other ranks would have to join in.
         """
         parts = [part for part in (self.model, *self.model.blocks) if isinstance(part, FSDPModule)]
-        parts[0]._get_fsdp_state()._lazy_init()  # else the first part to run, a block, would be taken for the whole model
+        torch_compat.make_fsdp_root(parts[0])  # else the first part to run, a block, would be taken for the whole model
         for part in parts:
             part.unshard()
             part.set_reshard_after_forward(False, recurse=False)

@@ -45,6 +45,11 @@ class Identity:
         replace_text(run_dir / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
+def contents(data: RunData) -> dict[str, str | None]:
+    """Hashes of the training and of the validation data; None where there is none."""
+    return {"training": data.fingerprint, "validation": _hash(_validation(data))}
+
+
 def identify(cfg: Config, data: RunData, start: Start | None, compiled: bool) -> Identity:
     """The identity that a run of this configuration has. `start`: of a run that begins anew; None: what it would start from."""
     flat = flatten(yaml.safe_load(to_yaml(cfg)))
@@ -55,8 +60,7 @@ def identify(cfg: Config, data: RunData, start: Start | None, compiled: bool) ->
         settings=_settings(flat),
         data_settings={key: value for key, value in flat.items() if key.startswith("data.")},
         num_steps=data.num_steps,
-        training=data.fingerprint,
-        validation=_hash(_validation(data)),
+        **contents(data),
         questions=_hash([[q.ids, q.letter_ids, q.answer] for questions in data.question_sets.values() for q in questions]),
         start=start.description if start else None,
         weights=weights_hash(start.checkpoint) if start else None,

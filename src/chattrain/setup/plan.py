@@ -25,7 +25,7 @@ from chattrain.redact import redact_tree
 from chattrain.setup.audit import refuse
 from chattrain.setup.compilation import Compilation, decide
 from chattrain.setup.data import RunData, open_data
-from chattrain.setup.identity import differences, identify, read_identity, resumed
+from chattrain.setup.identity import contents, differences, identify, read_identity, resumed
 from chattrain.setup.job import current_job
 from chattrain.setup.lineage import lineage_of_run
 from chattrain.setup.names import run_folder
@@ -51,7 +51,7 @@ class RunSetup:
     tokenizer_dir: Path
     compilation: Compilation  # is it compiled?
     lineage: list[Ancestor]  # of its checkpoints
-    data_fingerprint: str  # of the training data
+    contents: dict[str, str | None]  # of the data: hashes of its parts
     finished: dict | None = None  # summary of a run that has nothing left to do
 
 
@@ -99,12 +99,13 @@ def setup_run(cfg: Config, world_size: int, lock: RunLock | None = None) -> tupl
 def open_on_rank(cfg: Config, setup: RunSetup, world_size: int) -> RunData:
     """The data of a run that was set up in another process. Raises UserError where it is other data here."""
     data = open_data(cfg, setup.tokenizer_dir, world_size)
-    if data.fingerprint != setup.data_fingerprint:
-        raise UserError(
-            f"the training data is not the same in each process: {data.fingerprint} on this rank, {setup.data_fingerprint} where "
-            "the run was set up. Of a source python:<module>.<function>, seed what is random; of a file, start again when "
-            "nothing writes it"
-        )
+    for part, here in contents(data).items():
+        if here != setup.contents[part]:
+            raise UserError(
+                f"the {part} data is not the same in each process: {here} on this rank, {setup.contents[part]} where the run "
+                "was set up. Of a source python:<module>.<function>, seed what is random; of a file, start again when nothing "
+                "writes it"
+            )
     return data
 
 
@@ -118,7 +119,7 @@ def _open(cfg: Config, world_size: int, run_dir: Path, resume: Path | None, devi
     began_with = read_identity(run_dir, resume).compiled if resume else None
     compilation = decide(cfg, data, start, world_size, device, began_with)
     lineage = lineage_of_run(cfg, run_dir, start.checkpoint, resumes=resume is not None)
-    return RunSetup(run_dir, start, resume, tokenizer_dir, compilation, lineage, data.fingerprint), data
+    return RunSetup(run_dir, start, resume, tokenizer_dir, compilation, lineage, contents(data)), data
 
 
 def _belongs_to_named_sweep(cfg: Config) -> bool:
