@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -177,6 +178,30 @@ def test_fifty_requests_at_once_get_each_its_own_reply(client, speaker):
         replies = list(threads.map(answered, range(50)))
     assert replies == [reply_of(speaker, messages, **settings) for messages, settings in map(asked, range(50))]
     assert len(set(replies)) > 40
+
+
+def test_while_a_long_conversation_is_rendered_streams_go_on(tokenizer):
+    begun, gate = threading.Event(), threading.Event()
+
+    class Slow(Speaker):
+        def prompt(self, conversation: dict[str, Any], max_tokens: int = 1) -> list[int]:
+            if "slow" in str(conversation):
+                begun.set()
+                assert gate.wait(60)
+            return super().prompt(conversation, max_tokens)
+
+    speaker = Slow(**vars(speaker_of(tokenizer)))
+    slow = [{"role": "user", "content": "slow"}]
+    with running(speaker) as url, ThreadPoolExecutor(1) as threads:
+        stream = ask(client_of(url), max_tokens=200, stream=True)
+        next(stream)
+        waiting = threads.submit(ask, client_of(url), slow)
+        try:
+            assert begun.wait(60)
+            assert len(list(stream)) > 20 and get(f"{url}/health")["requests"] == 1
+        finally:
+            gate.set()
+        assert waiting.result().choices[0].message.content == reply_of(speaker, slow, 20)
 
 
 def test_requests_beyond_the_limit_are_told_to_come_back(tokenizer):

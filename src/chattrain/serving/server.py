@@ -6,8 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -83,6 +85,7 @@ class Service:
     def __init__(self, speaker: Speaker, config: ServeConfig, worker: Worker):
         self.speaker, self.config, self.worker = speaker, config, worker
         self.open = 0  # requests that are being answered
+        self._renderer = ThreadPoolExecutor(1, "chattrain-prompts")
 
     def app(self) -> Starlette:
         routes = [
@@ -147,12 +150,22 @@ class Service:
         if asked.model != speaker.name:
             raise BadRequest(f"no model {asked.model[:100]!r}: this server has {speaker.name!r}", "model", "model_not_found", 404)
         try:
-            prompt = speaker.prompt(asked.conversation, asked.max_tokens)
+            prompt = await self._render(asked)
         except (Malformed, RecursionError) as malformed:  # RecursionError: of lists within lists
             raise BadRequest(f"the conversation cannot be rendered: {malformed}", "messages") from None
         except TooLong as too_long:
             raise BadRequest(str(too_long), "messages", "context_length_exceeded") from None
         return asked, speaker.request(prompt, asked.max_tokens, asked.sampling, asked.seed)
+
+    async def _render(self, asked: Asked) -> list[int]:
+        """The prompt, made beside the event loop: streams go on while a long conversation takes its second. One at a time, as
+        not every tokenizer may be asked by two threads."""
+        make = partial(self.speaker.prompt, asked.conversation, asked.max_tokens)
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(self._renderer, make)
+        except TimeoutError:
+            raise _failure(TIMED_OUT, self.config.timeout_s) from None
 
     async def _body(self, http: Request) -> bytes:
         most, body = self.config.max_request_bytes, b""
