@@ -20,7 +20,7 @@ from unittest.mock import patch
 from benchmarks.timing import row, show
 from chattrain.config.data import SourceConfig
 from chattrain.config.words import Schema
-from chattrain.data import cache
+from chattrain.data import cache, tokenising
 from chattrain.data.sources import open_records
 from chattrain.tasks import record_to_segments
 from chattrain.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def _steady(name: str, source: SourceConfig, rows, tokenizer: Tokenizer, folder:
     begun = time.perf_counter()
     ends, documents = [], []
     with patch.object(cache, "PARALLEL_RECORDS", 0):
-        for chunk in cache.render_all(name, source, rows, tokenizer, folder, skip_malformed=False, workers=None):
+        for chunk in tokenising.render_all(name, source, rows, tokenizer, folder, skip_malformed=False, workers=None):
             ends.append(time.perf_counter())
             documents.append(len(chunk.record_indices))
     half = len(ends) // 2

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.timing import show
 from chattrain.config.data import SourceConfig
-from chattrain.data import cache
+from chattrain.data import cache, tokenising
 from chattrain.data.collators import BestFit, Packed, Padded
 from chattrain.data.loader import Loader
 from chattrain.data.mixture import Mixture
@@ -75,7 +75,7 @@ def _make(folder: Path, megabytes: int) -> None:
         _open(folder)
 
 
-def _chunks(documents: int) -> Iterator[cache.Chunk]:
+def _chunks(documents: int) -> Iterator[tokenising.Chunk]:
     """Documents of at least 20 tokens with exponential lengths, in which every other 50 tokens are supervised."""
     rng = np.random.default_rng(0)
     for first in range(0, documents, CHUNK):
@@ -83,7 +83,7 @@ def _chunks(documents: int) -> Iterator[cache.Chunk]:
         tokens = rng.integers(0, 256, int(lengths.sum()), dtype=np.uint16)
         mask = (np.arange(len(tokens)) // 50 % 2).astype(np.uint8)
         supervised = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
-        yield cache.Chunk(
+        yield tokenising.Chunk(
             tokens.tobytes(), mask.tobytes(), lengths.tolist(), supervised.tolist(), list(range(first, first + len(lengths))), []
         )
 

@@ -124,7 +124,7 @@ def test_a_changed_file_is_rendered_anew(tmp_path, tokenizer):
 
 
 def test_two_processes_give_the_same_bytes_as_one(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("chattrain.data.cache.PARALLEL_RECORDS", 4096)
+    monkeypatch.setattr("chattrain.data.tokenising.PARALLEL_RECORDS", 4096)
     rows = [talk(i) if i % 700 else BAD for i in range(4300)]
     source = put(tmp_path / "a.jsonl", rows)
     one, two = (

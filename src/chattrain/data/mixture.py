@@ -6,9 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
-from weakref import proxy
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from chattrain.config.data import SourceConfig
 from chattrain.config.words import Supervise, WeightBy
 from chattrain.data.cache import TokenizedSource
 from chattrain.data.loss_weights import LossWeights
+from chattrain.data.recent import Recent
 from chattrain.data.shares import Shares, epoch_counts
 from chattrain.storage.files import make_folder
 
@@ -52,7 +52,7 @@ class Mixture:
         self.kept = [np.flatnonzero(keep[a:b]) + a for a, b in zip(self.starts, self.starts[1:], strict=False)]
         self.counts = self._counts()
         self.epoch_size = sum(self.counts.values())
-        self.order = lru_cache(maxsize=4)(partial(Mixture._order, proxy(self)))  # `self` would keep the caches' files open
+        self._orders: Recent[np.ndarray] = Recent(4)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -164,8 +164,11 @@ class Mixture:
         source = int(np.searchsorted(self.starts, i, side="right")) - 1
         return source, i - int(self.starts[source])
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         """(epoch_size,) int64: document indices in the order of this epoch."""
+        return self._orders.get(epoch, self._order)
+
+    def _order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
         drawn = []
         for source, count in self.counts.items():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache, partial
-from weakref import proxy
+from functools import cached_property
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from chattrain.data.loss_weights import LossWeights
 from chattrain.data.mixture import Mixture
 from chattrain.data.packing import NO_TOKENS, Rows, Tokens, best_fit, shift
 from chattrain.data.passes import PassLimits, micro_batch_sizes, padded_width
+from chattrain.data.recent import Recent
 from chattrain.errors import UserError
 
 PLAN_VERSION = 1  # raised when BestFit assigns documents to rows in another way; part of the cache key
@@ -142,7 +142,7 @@ class BestFit(Conversations):
     ):
         super().__init__(mixture, seq_len, pad_id, last_epoch)
         self.isolate_documents = isolate_documents
-        self.epoch_rows = lru_cache(maxsize=3)(partial(BestFit._epoch_rows, proxy(self)))  # as Mixture.order
+        self._rows: Recent[Rows] = Recent(3)
         self._starts = [0]  # first row of each epoch, for the epochs computed so far
 
     def rows_in(self, epochs: float) -> int:
@@ -178,6 +178,9 @@ class BestFit(Conversations):
         while len(self._starts) <= epoch:
             self._starts.append(self._starts[-1] + len(self.epoch_rows(len(self._starts) - 1)))
         return self._starts[epoch]
+
+    def epoch_rows(self, epoch: int) -> Rows:
+        return self._rows.get(epoch, self._epoch_rows)
 
     def _epoch_rows(self, epoch: int) -> Rows:
         key: list = [PLAN_VERSION, self.seq_len, epoch]
