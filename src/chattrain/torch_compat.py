@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,6 +17,13 @@ if TYPE_CHECKING:
 # Where the newer names exist, the older ones are deprecated.
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@cache
+def has_amx() -> bool:
+    """Does this CPU have AMX, units for products of matrices in bf16 (Intel's, from Sapphire Rapids on)? torch has no public
+    name for it in all releases."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:

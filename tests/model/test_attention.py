@@ -7,9 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chattrain import torch_compat
 from chattrain.data.packing import positions_of
 from chattrain.device import can_compile
-from chattrain.model.attention import attention, block_attention, block_size, document_mask, varlen_attention
+from chattrain.model.attention import (
+    attention,
+    block_attention,
+    block_attention_pays,
+    block_size,
+    choose_attention,
+    document_mask,
+    varlen_attention,
+)
 from chattrain.model.gpt import GPT
 
 pytestmark = pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler for torch.compile")
@@ -57,6 +66,28 @@ def test_in_bf16_blocks_are_as_exact_as_torch():
     exact = with_gradients(attention, *(x.float() for x in qkv), grad.float())
     assert_near(with_gradients(block_attention, *qkv, grad), exact, 1e-2)
     assert_near(with_gradients(attention, *qkv, grad), exact, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "amx, T, isolated, bf16, blocks",
+    [
+        (False, 512, False, True, True),
+        (False, 512, True, False, True),
+        (False, 512, False, False, False),
+        (True, 512, True, True, False),
+        (True, 2048, True, False, True),
+        (True, 2048, False, True, False),
+    ],
+)
+def test_a_compiled_model_attends_by_blocks_where_that_pays(monkeypatch, amx, T, isolated, bf16, blocks):
+    monkeypatch.setattr(torch_compat, "has_amx", lambda: amx)
+    positions = torch.arange(T).remainder(100).expand(1, T) if isolated else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        attend = choose_attention(positions, use_block_attention=block_attention_pays(positions))
+        assert (attend.func is block_attention) == blocks
+        *qkv, _ = tensors(1, T, 2, 2, 16)
+        reference = attention(*qkv, None if positions is None else document_mask(positions))
+        assert_near([attend(*qkv)], [reference], 1e-2)
 
 
 def test_blocks_hold_every_row_and_little_more():

@@ -178,7 +178,7 @@ def test_in_bf16_on_a_cpu_the_attention_of_compiled_models_gives_the_losses_of_t
     model, rows = model_of(kind), batch(isolated)
     with torch.autocast("cpu", torch.bfloat16):
         plain = model.losses(rows)
-        model.use_block_attention = True
+        model.use_block_attention = attention.always
         blocked = model.losses(rows)
         model.loss(rows).backward()
     torch.testing.assert_close(blocked, plain, rtol=2e-2, atol=2e-2)

@@ -24,6 +24,7 @@ from torch import Tensor
 from chattrain import torch_compat
 
 BLOCK = 128  # tokens a block, at most: the products are large enough to be fast, and little of them is masked out
+LONG = 1024  # tokens of a row of documents, from which on computing blocks pays on a CPU whose products take little time
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, T, H, D) to the output of each head (B, T, H, D)
 
 
@@ -34,25 +35,43 @@ def choose_attention(
 
     | device | pass | dtype | isolated documents | kernel |
     |---|---|---|---|---|
-    | CPU | training and multiple choice of a compiled model | bf16 | yes or no | `block_attention` |
-    | CPU | training and multiple choice of a compiled model | fp32 | yes | `block_attention` |
+    | CPU | training and multiple choice of a compiled model | bf16 or fp32 | where `block_attention_pays` | `block_attention` |
     | CUDA with `has_varlen` | training, compiled or not | bf16 | yes | `varlen_attention` |
     | any | all others, such as validation and generation | bf16 or fp32 | yes | `attention` with `document_mask` |
     | any | all others | bf16 or fp32 | no | `attention`, causal |
 
-    Without documents and in fp32, torch's SDPA is as fast as block attention.
-
     The arguments are these facts as the model knows them:
     - positions (B, T) int64, given if and only if documents are isolated: they begin at 0 in each document
     - cu_seqlens (documents + 1,) int32: the same documents for FlashAttention; None where the pass or the device has none
-    - use_block_attention: training or multiple choice of a model that is compiled and on a CPU
+    - use_block_attention: should it be `block_attention`?
     The dtype is autocast's. What models of transformers use: hf_attention.py.
     """
-    if use_block_attention and (positions is not None or torch.is_autocast_enabled("cpu")):
+    if use_block_attention:
         return partial(block_attention, positions=positions)
     if cu_seqlens is not None and torch.is_autocast_enabled("cuda"):
         return partial(varlen_attention, cu_seqlens=cu_seqlens)
     return partial(attention, mask=None if positions is None else document_mask(positions))
+
+
+def never(positions: Tensor | None) -> bool:
+    return False
+
+
+def always(positions: Tensor | None) -> bool:
+    return True
+
+
+def block_attention_pays(positions: Tensor | None) -> bool:
+    """Is `block_attention` faster than torch's SDPA on this CPU? positions (B, T) as above, the dtype is autocast's.
+
+    Measured on 2 cores (forward and backward, heads of 128 channels). With AVX-512 and without AMX: in bf16 always, 1.7 to 1.9
+    times at T = 512; in fp32 with documents, 1.2 to 1.3 times. With AMX SDPA takes 0.65 of the time at T = 512 without documents,
+    0.75 to 0.9 with them, and only rows of 1,024 tokens or more in documents are computed faster by blocks: 1.0 to 1.3 times at
+    1,024, 1.6 to 2.5 times at 2,048.
+    """
+    if torch_compat.has_amx():
+        return positions is not None and positions.size(1) >= LONG
+    return positions is not None or torch.is_autocast_enabled("cpu")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

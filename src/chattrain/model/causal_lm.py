@@ -5,7 +5,7 @@ B rows, T tokens, V vocabulary, L choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class CausalLM(nn.Module):
     lm_head: nn.Linear
     files: dict[str, str]  # text files that a checkpoint holds beside the weights: name -> content
     compiles: bool  # has `compile_blocks` been called?
-    use_block_attention: bool  # see `choose_attention`
+    use_block_attention: Callable[[Tensor | None], bool]  # by positions (B, T), see `block_attention_pays`
     head_settings: HeadSettings | None  # None: those of the device
 
     @property

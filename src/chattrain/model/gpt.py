@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
-from chattrain.model.attention import Attend, attention, choose_attention, has_varlen
+from chattrain.model.attention import Attend, attention, block_attention_pays, choose_attention, has_varlen, never
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import compile_each
 from chattrain.model.elementwise import norm, rotated_norm, squared_relu
@@ -133,7 +133,7 @@ class GPT(CausalLM):
         self.n_embd, self.vocab_size = n_embd, vocab_size
         self.transformer = Transformer(vocab_size, n_layer, n_embd, n_head, self.n_kv_head)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.compiles, self.use_block_attention = False, False  # see compile_blocks
+        self.compiles, self.use_block_attention = False, never  # see compile_blocks
         self.head_settings = None
         self._rotary_tables: tuple[Tensor, Tensor] | None = None  # see _rotary
         self.files = {}
@@ -171,7 +171,7 @@ class GPT(CausalLM):
         cos, sin = self._rotary(inputs.size(1), like=x)
         if positions is not None:
             cos, sin = cos[positions], sin[positions]  # (B, T, 1, D/2)
-        attend = choose_attention(positions, cu_seqlens, self.use_block_attention)
+        attend = choose_attention(positions, cu_seqlens, self.use_block_attention(positions))
         shares_graph = self.compiles and not torch.is_grad_enabled()
         for block in self.blocks:
             if shares_graph:
@@ -228,7 +228,8 @@ class GPT(CausalLM):
         return cast("list[Block]", list(self.transformer.h))
 
     def compile_blocks(self, dynamic: bool) -> None:
-        self.use_block_attention, self.compiles = self.lm_head.weight.device.type == "cpu", True
+        self.use_block_attention = block_attention_pays if self.lm_head.weight.device.type == "cpu" else never
+        self.compiles = True
         compile_each(self.blocks, dynamic)
 
     @torch.no_grad()
@@ -242,7 +243,7 @@ class GPT(CausalLM):
         x = self._embed(inputs)
         cos, sin = self._rotary(inputs.size(1), like=x)
         *blocks, last = self.blocks
-        attend = choose_attention(use_block_attention=self.use_block_attention)
+        attend = choose_attention(use_block_attention=self.use_block_attention(None))
         for block in blocks:
             x = block.uncompiled(x, cos, sin, attend)
         features = norm(last.at(x, cos, sin, positions))  # (B, C)

@@ -18,7 +18,7 @@ from chattrain.data.batch import Batch
 from chattrain.data.packing import IGNORE_INDEX
 from chattrain.errors import UserError
 from chattrain.model import hf_attention, hf_generate
-from chattrain.model.attention import choose_attention, has_varlen
+from chattrain.model.attention import block_attention_pays, choose_attention, has_varlen, never
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.compiling import CompiledBlocks
 from chattrain.model.head import HeadSettings, compute_dtype, head_settings, in_places, supervised, target_weights
@@ -51,7 +51,7 @@ class HFModel(CausalLM):
         self.head = choose_head(inner)
         self.head_settings = None
         self.compiled: CompiledBlocks | None = None  # see compile_blocks
-        self.compiles, self.use_block_attention = False, False
+        self.compiles, self.use_block_attention = False, never
         self.window = hf_attention.window(config)
         self.keeps_attention = hf_attention.use_interface(inner)  # why attention is the model's own; None: it is ours
         self._said: set[str] = set()
@@ -119,12 +119,12 @@ class HFModel(CausalLM):
         if keeps is None and self.window is not None and inputs.size(1) > self.window:
             keeps = f"rows of {inputs.size(1)} tokens are longer than its attention window of {self.window}"
         if keeps is not None:
-            if positions is not None and (varlen or self.use_block_attention):
+            if positions is not None and (varlen or self.use_block_attention(positions)):
                 self._say_once(f"{self.inner.config.model_type} keeps its own attention, with masks, slower: {keeps}")
             return {} if positions is None else {"position_ids": positions}
         if cu_seqlens is not None and self.compiles:
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one compilation for any number of documents
-        attend = choose_attention(positions, cu_seqlens if varlen else None, self.use_block_attention)
+        attend = choose_attention(positions, cu_seqlens if varlen else None, self.use_block_attention(positions))
         return hf_attention.arguments(attend, positions, inputs)
 
     def _say_once(self, message: str) -> None:
@@ -166,7 +166,8 @@ class HFModel(CausalLM):
         return [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def compile_blocks(self, dynamic: bool) -> None:
-        self.use_block_attention, self.compiles = self.lm_head.weight.device.type == "cpu", True
+        self.use_block_attention = block_attention_pays if self.lm_head.weight.device.type == "cpu" else never
+        self.compiles = True
         architecture = self.inner.config.model_type
         if not self.blocks:
             log.warning("transformers marks no layers of %s: they run without torch.compile, slower", architecture)

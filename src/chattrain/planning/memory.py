@@ -26,6 +26,7 @@ from chattrain.config import Config
 from chattrain.config.instantiate import instantiate_config
 from chattrain.data.batch import Batch
 from chattrain.model import head
+from chattrain.model.attention import always, block_attention_pays, never
 from chattrain.model.causal_lm import CausalLM
 from chattrain.model.gpt import GPT
 from chattrain.optim import newton_schulz
@@ -99,9 +100,9 @@ def _build_model(
     model = fake_model(cfg, vocab_size, start)
     model.head_settings = _head_settings(kind, compiled)
     if kind == "cpu":
-        model.use_block_attention = compiled
+        model.use_block_attention = block_attention_pays if compiled else never
     elif isinstance(model, GPT):  # it stands in for FlashAttention within documents, which takes as much memory
-        model.use_block_attention = bf16 and shape.isolated
+        model.use_block_attention = always if bf16 and shape.isolated else never
     eager = replace(cfg, train=replace(cfg.train, compile=False))
     strategy = prepare_for_training(eager, model, CPU, ranks, bf16)
     if compiled:
