@@ -182,3 +182,14 @@ def test_bash_completes_groups_choices_keys_words_and_files(workplace):
     assert completed("python -m chattrain --help verify") == ["verify_resume", "verify", "verify.steps"]
     assert completed("python -m chattrain data.train_path=ta") == ["data.train_path=talk.jsonl"]
     assert completed("python -m pytest o") == []
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_the_runs_that_there_are(workplace):
+    for name in ("runs/sft/farm", "runs/mid/farm", "elsewhere/sft/field"):
+        (workplace / name).mkdir(parents=True)
+        (workplace / name / "config.yaml").write_text("")
+    assert completed("python -m chattrain command=chat init.from=s") == ["init.from=sft/farm"]
+    assert completed("python -m chattrain command=report runs=[mid/farm,s") == ["runs=[mid/farm,sft/farm"]
+    assert completed("python -m chattrain stage=sft run.root=elsewhere run.name=") == ["run.name=field"]
+    assert completed("python -m chattrain init.from=runs/m") == ["init.from=runs/mid/"]  # no run of that name: folders

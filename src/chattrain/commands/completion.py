@@ -7,6 +7,7 @@ stays for fish: `-sc install=fish`, with the console script `chattrain`.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from chattrain.commands import help
 from chattrain.config import describe
@@ -65,9 +66,9 @@ def candidates(before: list[str], word: str) -> list[str]:
         found = [*describe.commands(), *groups, *describe.sections(), *keys]
     elif "=" in word:
         key, _, value = word.partition("=")
-        given, comma, _ = value.rpartition(",")
+        given = value[: 1 + max(value.rfind(","), value.rfind("["))]
         words = [choice.name for choice in groups.get(key, [])] or [word for k in describe.find_keys(key) for word in _words(k)]
-        found = [f"{key}={given}{comma}{name}" for name in words]
+        found = [f"{key}={given}{name}" for name in words or _runs(key, before)]
     elif "." in word:
         found = [f"{key}=" for key in keys]
     else:
@@ -76,6 +77,15 @@ def candidates(before: list[str], word: str) -> list[str]:
         ]
         found += [f"{section}." for section in describe.sections()] + ["--help", "--multirun", "--cfg", "--config-dir"]
     return list(dict.fromkeys(name for name in found if name.startswith(word)))
+
+
+def _runs(key: str, before: list[str]) -> list[str]:
+    """For a key that names runs, those that there are."""
+    roots = [word.partition("=")[2] for word in before if word.startswith("run.root=")]
+    folders = sorted(file.parent for file in Path([*roots, "runs"][0]).glob("*/*/config.yaml"))
+    if key in ("init.from", "runs"):
+        return [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    return [folder.name for folder in folders] if key == "run.name" else []
 
 
 def _words(key: describe.Key) -> tuple[str, ...]:
