@@ -279,6 +279,8 @@ def test_ignored_tools_are_counted_in_the_cache_and_part_of_its_key(tokenizer, t
         ("message 3 is from 'user' where 'assistant' must speak", [USER, calling(call()), result("7"), USER]),
         ("message 1: the arguments of its call of f are no JSON object: '{a'", [USER, calling(call("f", "{a"))]),
         ("message 1: the arguments of its call of f are no JSON object: [1]", [USER, calling(call("f", [1]))]),
+        ("message 1: the arguments of its call of f are no JSON object", [USER, calling(call("f", {"a": float("inf")}))]),
+        ("message 1: the arguments of its call of f are no JSON object", [USER, calling(call("f", '{"a": NaN}'))]),
         ("message 1: a call must be", [USER, calling({"type": "custom", "custom": {"name": "f"}})]),
         ("message 1: its call of f has `type` ('custom')", [USER, calling({**call("f", {}), "type": "custom"})]),
         ("message 1: `tool_calls` must be a list", [USER, {**REPLY, "tool_calls": "f()"}]),

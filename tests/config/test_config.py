@@ -50,7 +50,14 @@ def test_the_configuration_imports_no_torch():
     subprocess.run([sys.executable, "-c", "import chattrain.config, sys; assert 'torch' not in sys.modules"], check=True)
 
 
-@pytest.mark.parametrize("typed, answer", [("traain.x=1", "did you mean train?"), ("train.seq_len=0", "must be above 0")])
+@pytest.mark.parametrize(
+    "typed, answer",
+    [
+        ("traain.x=1", "did you mean train?"),
+        ("train.seq_len=0", "must be above 0"),
+        ("data.ignore=name", "must be a list: data.ignore=[name]"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_answered_without_torch(typed, answer):
     code = (
         "import sys; from chattrain.__main__ import main\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,6 +108,7 @@ BAD = {
     b'{"text": "a\0b"}': "not JSON",
     b"[" * 100_000: "not JSON",
     b'{"n": ' + b"9" * 5_000 + b"}": "not JSON",
+    b'{"text": "b", "text": "c"}': "the key 'text' is there twice, with different values",
     b'{"text": "\xfc"}': "not UTF-8",
     b'\xff\xfe{"text": "b"}': "not UTF-8",
     b'"b"': "a text instead of an object",
@@ -130,6 +133,19 @@ def test_a_bad_line_is_refused_by_file_and_line_or_left_out_and_counted(tmp_path
 def test_a_last_line_that_is_cut_is_said_to_be(tmp_path):
     with pytest.raises(UserError, match=r"line 2: not JSON: .*was it cut"):
         read(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b')
+    with pytest.raises(UserError) as refused:
+        read(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b"},\n')
+    assert "was it cut" not in str(refused.value)
+
+
+def test_a_key_that_is_there_twice_with_one_value_is_there_once(tmp_path):
+    assert read(tmp_path / "a.jsonl", b'{"text": "a", "text": "a"}\n') == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("content", ["[]", "[]\n", "[\n]\n"])
+def test_an_array_without_records_is_empty(tmp_path, content):
+    with pytest.raises(UserError, match="is empty"):
+        read(tmp_path / "a.json", content)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +183,15 @@ def test_what_follows_an_array_is_no_part_of_it(tmp_path):
     assert len(rows) == 2 and malformed.count == 1
 
 
-def test_utf_16_is_refused_with_the_command_that_converts_it(tmp_path):
-    with pytest.raises(UserError, match="UTF-16"):
-        read(tmp_path / "a.jsonl", LINES.encode("utf-16"))
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+def test_wide_characters_are_refused_with_the_command_that_converts_them(tmp_path, encoding):
+    with pytest.raises(UserError) as refused:
+        read(tmp_path / "a b.jsonl", LINES.encode(encoding))
+    command = str(refused.value).split("`")[1]
+    assert f"iconv -f {encoding} -t UTF-8 '{tmp_path / 'a b.jsonl'}'" in command
+    if shutil.which("iconv"):
+        subprocess.run(command, shell=True, check=True)
+        assert read(tmp_path / "c.jsonl", (tmp_path / "a b.utf8.jsonl").read_bytes()) == ROWS
 
 
 def test_the_schema_is_told_by_the_first_record_that_can_be_read(tmp_path):
@@ -188,6 +210,19 @@ def test_rows_inside_an_object_are_refused_with_the_command_that_takes_them_out(
     (tmp_path / "a b.json").write_text(json.dumps({"version": 1, "data": ROWS}, indent=1))
     with pytest.raises(UserError, match=r"jq -c '.data\[\]' '.*a b.json' > '.*a b.rows.jsonl'"):
         with_schema("mine", SourceConfig(str(tmp_path / "a b.json"), schema=Schema.auto), tmp_path / "cache")
+
+
+def test_that_command_fits_a_column_with_blanks_a_folder_and_a_packed_file(tmp_path):
+    def refusal(path: Path) -> str:
+        with pytest.raises(UserError) as refused:
+            with_schema("mine", SourceConfig(str(path), schema=Schema.auto), tmp_path / "cache")
+        return str(refused.value)
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.json").write_text(json.dumps({"my data": ROWS}))
+    assert f"""jq -c '.["my data"][]' {tmp_path}/folder/a.json > {tmp_path}/folder/a.rows.jsonl""" in refusal(tmp_path / "folder")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps({"train": ROWS, "test": ROWS}).encode()))
+    assert f"`gunzip -c {tmp_path}/b.json.gz | jq -c '.train[]' > " in refusal(tmp_path / "b.json.gz")
 
 
 def test_records_are_found_by_their_number_in_several_files(tmp_path):

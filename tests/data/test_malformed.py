@@ -110,7 +110,7 @@ def test_reasons_are_counted_with_the_first_place_of_each(tmp_path, tokenizer):
 def test_skip_is_not_offered_where_no_row_would_be_left(tmp_path, tokenizer):
     sharegpt = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
     for rows, way_out in (
-        ([sharegpt] * 3, "data.schema=sharegpt"),
+        ([sharegpt] * 3, "data.schema=sharegpt; data.schema=auto tells it"),
         ([{"instruction": "a", "output": "b"}] * 3, "data.schema=alpaca"),
         ([{"prompt": "a", "response": "b"}] * 3, "prompt_completion, without completion"),
         ([talk(5)] * 3, "mend the rows"),

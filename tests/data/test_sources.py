@@ -105,11 +105,19 @@ def test_a_folder_that_datasets_has_saved_is_read(tmp_path, cache):
 
     datasets.Dataset.from_list(texts("a", "b")).save_to_disk(str(tmp_path / "saved"))
     assert rows_of(tmp_path / "saved", cache) == texts("a", "b")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:100])
+    assert "saved) cannot be read" in refusal(tmp_path / "saved", cache)
+    file.unlink()
+    assert file.name in refusal(tmp_path / "saved", cache)
 
 
 def test_a_missing_split_or_subset_is_said_with_what_there_is(tmp_path, cache):
     put(tmp_path / "main" / "train.parquet", texts("a"))
     assert "no val split; it holds main" in refusal(tmp_path, cache, split="val")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/a.csv").write_text("a,b\n")
+    assert "it holds a.csv. Known formats are .parquet" in refusal(tmp_path / "tables", cache)
     assert "no folder socratic; it holds main" in refusal(tmp_path, cache, subset="socratic")
 
 

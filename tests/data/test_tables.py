@@ -101,6 +101,8 @@ def test_a_name_that_two_columns_have_matters_only_where_it_is_used(tmp_path, ca
 def test_a_column_of_nulls_alone_tells_no_schema(tmp_path, cache):
     table = pa.table({"messages": pa.nulls(2), "text": ["a", "b"]})
     assert rows_of(write(tmp_path / "a.parquet", table), cache) == [{"text": "a"}, {"text": "b"}]
+    nothing = refusal(write(tmp_path / "c.parquet", pa.table({"messages": pa.nulls(2)})), cache)
+    assert "its columns (messages) fit no schema" in nothing and "hold no values" in nothing
     late = pa.table({"messages": [None, TALK], "id": [1, 2]})
     assert rows_of(write(tmp_path / "b.parquet", late), cache) == [{"messages": None}, {"messages": TALK}]
 

@@ -17,6 +17,13 @@ ALPACA = {"instruction": "Hi", "output": "Yo"}
 PROMPT = {"prompt": "Hi", "completion": "Yo"}
 
 
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def messages_of(record: dict, schema: str) -> list[dict]:
     return record_to_document(record, schema)["messages"]
 
@@ -62,6 +69,25 @@ def test_calls_and_flags_of_sharegpt_reach_the_message():
     assert message == {"role": "assistant", "content": "x", "weight": 0}
 
 
+@pytest.mark.parametrize("lost", [{"parameters": {"a": 1}}, {"arguments": {}, "why": "to add"}])
+def test_what_a_call_of_sharegpt_has_beside_name_and_arguments_is_refused(lost):
+    turns = [*SHAREGPT["conversations"][:1], {"from": "function_call", "value": json.dumps({"name": "add", **lost})}]
+    assert f"`function.{list(lost)[-1]}`" in reason({"conversations": turns}, "sharegpt")
+
+
+def test_the_first_column_of_turns_with_a_value_is_taken():
+    assert messages_of({"conversations": None, "conversation": TALK}, "sharegpt") == TALK
+    same = [{**turn, "content": turn["value"], "role": None} for turn in SHAREGPT["conversations"]]
+    assert messages_of({"conversations": same}, "sharegpt") == TALK
+
+
+def test_a_system_text_beside_the_messages_stands_before_them():
+    assert messages_of({"messages": TALK, "system": "Be brief."}, "messages") == [SYSTEM, *TALK]
+    for record in ({"messages": TALK, "system": None}, {"messages": TALK, "system": ""}):
+        assert messages_of(record, "messages") == TALK
+    assert messages_of({"messages": [SYSTEM, *TALK], "system": "Be brief."}, "messages") == [SYSTEM, *TALK]
+
+
 def test_an_input_of_alpaca_follows_the_instruction_and_a_history_goes_before():
     (user, _) = messages_of({**ALPACA, "input": "there"}, "alpaca")
     assert user["content"] == "Hi\n\nthere"
@@ -93,7 +119,9 @@ def test_a_struct_of_lists_is_the_list_of_messages_that_it_was(schema, column):
         ("sharegpt", {"conversations": "Hi"}, "`conversations` is a text"),
         ("sharegpt", {"conversations": ["Hi"]}, "turn 0 is a text"),
         ("sharegpt", {"conversations": [{"from": "narrator", "value": "x"}]}, "turn 0 is from 'narrator'"),
-        ("sharegpt", {"conversations": [{"value": "x"}]}, "turn 0 is from None"),
+        ("sharegpt", {"conversations": [{"value": "x"}]}, "turn 0 is an object of value, without `from`"),
+        ("sharegpt", {"conversations": [{"from": "gpt", "value": "x", "content": "y"}]}, "turn 0 has two texts"),
+        ("sharegpt", {"conversations": [{"from": "gpt", "value": "", "content": "y"}]}, "turn 0 has two texts"),
         ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "turn 0 (from human) has no `value`"),
         ("sharegpt", {"conversations": [{"from": "function_call", "value": "add(1)"}]}, "is not JSON"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "x"}]}, "message 0"),
@@ -106,7 +134,14 @@ def test_a_struct_of_lists_is_the_list_of_messages_that_it_was(schema, column):
         ("prompt_completion", {"prompt": "Hi"}, "no column 'completion' (it has prompt)"),
         ("prompt_completion", {"prompt": [], "completion": "Yo"}, "`prompt` is empty"),
         ("prompt_completion", {"prompt": "Hi", "completion": ["Yo"]}, "`completion` is a list"),
-        ("messages", {"messages": TALK, "tools": "x"}, None),
+        ("messages", {"messages": None}, "`messages` is null, not a non-empty list of messages"),
+        ("messages", {"messages": json.dumps(TALK)}, "`messages` is a text"),
+        ("messages", {"messages": {"role": ["user"], "content": []}}, "`messages` is an object of role, content"),
+        ("messages", {"messages": TALK, "system": 5}, "`system` is a number"),
+        ("messages", {"messages": [SYSTEM, *TALK], "system": "b"}, "two system messages"),
+        ("messages", {}, "no column 'messages' (it has none)"),
+        ("messages", {"messages": [{**TALK[0], "x": nested(700)}, TALK[1]]}, "nested too deep"),
+        ("messages", {"messages": [*TALK, {"role": "user", "content": [nested(700)]}]}, "nested too deep"),
         ("messages", {"messages": [{"role": "user", "content": "half \ud83d"}]}, "message 0 holds \\ud83d"),
         ("messages", {"messages": [*TALK, {"role": "user", "content": "a\0b"}]}, "message 2 holds a NUL character"),
         ("text", {"text": "half \udc00"}, "the text holds \\udc00"),
@@ -115,8 +150,7 @@ def test_a_struct_of_lists_is_the_list_of_messages_that_it_was(schema, column):
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_is_wrong(schema, record, said):
-    if said is not None:
-        assert said in reason(record, schema)
+    assert said in reason(record, schema)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +169,8 @@ def test_labelled_choices_are_answered_by_their_label_in_either_column():
     padded = {"question": "?", "choices": {**choices, "label": list("ABC")}, "answerKey": None, "answer": "c"}
     assert multiple_choice.question(padded)[3] == 2
     assert multiple_choice.question({"question": "?", "choices": ["a", "b"], "answerKey": "B", "answer": None})[3] == 1
+    assert multiple_choice.question({"question": "?", "options": ["a", "b"], "answer": "B"}) == ("?", ["a", "b"], ["A", "B"], 1)
+    assert "object of A, B" in reason({"question": "?", "options": {"A": "a", "B": "b"}, "answer": "A"}, "multiple_choice")
 
 
 @pytest.mark.parametrize("answer", ["E", "", "4", -1, 1.5, True, float("inf"), None, ["B"], "seven"])
@@ -156,6 +192,7 @@ def test_an_answer_that_may_mean_two_choices_is_refused():
         ({"messages": TALK, "text": "x", "prompt": "Hi"}, "messages"),
         ({"messages": TALK, "system": "x"}, "messages"),
         ({"messages": SHAREGPT["conversations"]}, "sharegpt"),
+        ({"messages": [SYSTEM, {"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Yo"}]}, "sharegpt"),
         (SHAREGPT, "sharegpt"),
         ({"conversation": TALK}, "sharegpt"),
         ({**SHAREGPT, "text": "x", "id": 1}, "sharegpt"),
@@ -165,7 +202,11 @@ def test_an_answer_that_may_mean_two_choices_is_refused():
         ({**PROMPT, "text": "x"}, "prompt_completion"),
         ({"question": "?", "choices": ["a", "b"], "answer": 1, "subject": "m"}, "multiple_choice"),
         ({"question": "?", "choices": {"text": [], "label": []}, "answerKey": "A"}, "multiple_choice"),
+        ({"question": "?", "options": ["a", "b"], "answer": "A"}, "multiple_choice"),
+        ({"question": "?", "A": "a", "B": "b", "answer": "A"}, None),
         ({"question": "?", "answer": "4"}, "gsm8k"),
+        ({"train": {"question": "?", "choices": ["a", "b"], "answer": 1}}, "multiple_choice"),
+        ({"train": [{"messages": TALK}], "test": []}, None),
         ({"text": "x", "url": "y"}, "text"),
         ({"messages": None, "text": "x"}, "text"),
         ({"prompt": "Hi", "response": "Yo"}, None),
@@ -178,4 +219,5 @@ def test_the_columns_tell_the_schema_that_uses_most_of_them(row, schema):
 
 def test_columns_of_no_schema_are_compared_with_the_nearest():
     assert "most like prompt_completion, without completion" in no_schema(["prompt", "response"])
+    assert "most like messages, but hold no values" in no_schema(["messages"])
     assert "better" in no_schema(["prompt", "chosen", "rejected"])

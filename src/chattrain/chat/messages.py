@@ -179,7 +179,9 @@ def _call(i: int, given: Any) -> Call:
     if isinstance(arguments, str) and not arguments.strip():
         arguments = {}
     try:
-        known_object = isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, dict)
+        given_arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        json.dumps(given_arguments, allow_nan=False)  # NaN and numbers beyond a float's are no JSON
+        known_object = isinstance(given_arguments, dict)
     except ValueError:
         known_object = False
     if not known_object:

@@ -131,6 +131,9 @@ def explain(error: BaseException) -> UserError:
         return UserError(f"{group}={choice} is not known{_near_miss(choice, options)}; choose from {', '.join(options)}")
     if missing := _find(r"Missing mandatory value: (\S+)", text):
         return UserError(f"{missing} must be given: {missing}=<value>")
+    if key and _find(r"(is not a ListConfig)", text):
+        value = _find(rf"Error merging override \+*{re.escape(key)}=(.*)", text) or "<value>"
+        return UserError(f"{key}={value} must be a list: {key}=[{value}]")
     if _find(r"(dict is not a subclass of SourceConfig)", text):
         return UserError(
             f"a data source ({key}) cannot be added on the command line: write the mixture as a YAML file, "

@@ -30,7 +30,7 @@ from chattrain.data.tokenising import Chunk, render_all, token_dtype
 from chattrain.storage.files import make_folder
 from chattrain.tokenizer import AnyTokenizer
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 # Field of TokenizedSource -> name of its .npy file.
 ARRAYS = {
     "tokens": "tokens",

@@ -126,7 +126,8 @@ def find_split(folder: Path, subset: str | None, split: str) -> list[Path]:
     named_after_split = [f for f in files if f.name.startswith(("train", "test", "val", "dev"))]
     if split == "train" and files and not named_after_split:
         return files
-    raise UserError(f"{folder} has no {split} split; it holds {_listing(folder)}. Name the file itself")
+    name_it = "Name the file itself" if files else f"Known formats are {KNOWN}"
+    raise UserError(f"{folder} has no {split} split; it holds {_listing(folder)}. {name_it}")
 
 
 def _files_of_split(root: Path, split: str) -> list[Path]:

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load_saved(folder: Path) -> Dataset:
-    """A folder that `Dataset.save_to_disk` has written."""
+def load_saved(name: str, folder: Path) -> Dataset:
+    """A folder that `Dataset.save_to_disk` has written. Raises UserError if a file of it is broken or missing."""
     import datasets
 
-    return cast("Dataset", datasets.load_from_disk(str(folder)))
+    try:
+        return cast("Dataset", datasets.load_from_disk(str(folder)))
+    except Exception as error:  # as below
+        raise UserError(f"data source {name} ({folder}) cannot be read: {_reason(error)}; fetch or save it again") from error
 
 
 def load(name: str, source: SourceConfig, cache_dir: Path) -> Dataset:
@@ -31,8 +34,11 @@ def load(name: str, source: SourceConfig, cache_dir: Path) -> Dataset:
     try:
         return datasets.load_dataset(source.path, source.subset, cache_dir=str(cache_dir / "datasets"), split=source.split)
     except Exception as error:  # the library raises many types of error; all of them mean that the data cannot be loaded
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"data source {name}: cannot load {source.path}: {reason}; check the name and the network, or give a local file "
-            "or folder"
+            f"data source {name}: cannot load {source.path}: {_reason(error)}; check the name and the network, or give a "
+            "local file or folder"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -6,10 +6,12 @@ may be a string in one record and a list of parts in the next. A bare list of me
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import mmap
 import re
+import shlex
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -93,20 +95,22 @@ def first_records(file: Path, count: int, max_row_mb: float) -> list[dict]:
 
 
 def parse(raw: bytes, cut: bool = False) -> dict:
-    """One record. `cut`: the file ends with it, without a line break. Raises Malformed for what is no record.
+    """One record. `cut`: the file ends with it. Raises Malformed for what is no record.
 
     >>> parse(b'{"text": "x"}'), parse(b'[{"role": "user", "content": "Hi"}]')
     ({'text': 'x'}, {'messages': [{'role': 'user', 'content': 'Hi'}]})
     """
     try:
-        record = json.loads(raw.removeprefix(BOM).decode())
+        record = json.loads(raw.removeprefix(BOM).decode(), object_pairs_hook=_object)
+    except Malformed:
+        raise
     except UnicodeDecodeError as error:
         raise Malformed(f"not UTF-8: 0x{raw[error.start]:02x} (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
-        ended = "; the file ends here: was it cut?" if cut else ""
+        ended = "; the file ends here: was it cut?" if cut and not raw.endswith(b"\n") else ""
         raise Malformed(f"not JSON: {error.msg} (character {error.pos + 1}){ended}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested too deep
-        raise Malformed(f"not JSON: {error}") from None
+        raise Malformed(f"not JSON: {str(error).partition(';')[0]}") from None  # without advice for programmers
     if isinstance(record, list):
         return {"messages": record}
     if not isinstance(record, dict):
@@ -114,17 +118,31 @@ def parse(raw: bytes, cut: bool = False) -> dict:
     return record
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Of a key that is there twice, a dict would keep the last value alone."""
+    found = dict(pairs)
+    if len(found) < len(pairs) and (twice := next((key for key, value in pairs if found[key] != value), None)) is not None:
+        raise Malformed(f"the key {twice!r:.80} is there twice, with different values")
+    return found
+
+
 def spans(file: Path) -> Iterator[Span]:
-    """The records of a file, in order. Raises UserError for a file in UTF-16."""
+    """The records of a file, in order. Raises UserError for a file in UTF-16 or UTF-32."""
     if not file.stat().st_size:
         return
     with file.open("rb") as stream:
-        if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{file} is in UTF-16; write it as UTF-8, as with iconv -f UTF-16 -t UTF-8")
+        _check_encoding(file, stream.read(4))
         stream.seek(0)
         by_line = _is_of_lines(file, stream)
         stream.seek(0)
         yield from _lines(stream) if by_line else _values(stream)
+
+
+def _check_encoding(file: Path, head: bytes) -> None:
+    wide = "UTF-32" if head in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE) else "UTF-16"
+    if wide == "UTF-32" or head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        copy = shlex.quote(str(file.with_suffix(f".utf8{file.suffix}")))
+        raise UserError(f"{file} is in {wide}; `iconv -f {wide} -t UTF-8 {shlex.quote(str(file))} > {copy}` writes it as UTF-8")
 
 
 def _is_of_lines(file: Path, stream: BinaryIO) -> bool:
@@ -144,7 +162,7 @@ def _is_of_lines(file: Path, stream: BinaryIO) -> bool:
 
 def _is_conversation(values: list) -> bool:
     """Whether a list holds messages, not records."""
-    return not values or (isinstance(values[0], dict) and ("role" in values[0] or "from" in values[0]))
+    return bool(values) and isinstance(values[0], dict) and ("role" in values[0] or "from" in values[0])
 
 
 def _loads(line: bytes) -> Any:

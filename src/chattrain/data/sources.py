@@ -5,6 +5,8 @@ A record is what a source holds, as a dict: a conversation, a question, a text. 
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -83,16 +85,19 @@ def with_schema(name: str, source: SourceConfig, cache_dir: Path, limits: Limits
     rows = _first_rows(name, source, cache_dir, limits)
     told = next((told for row in rows if (told := told_by(row))), None)
     if told is None:
-        raise UserError(f"data source {name} ({source.path}): {_rows_within(rows, source) or no_schema(rows[0])}")
+        raise UserError(f"data source {name} ({source.path}): {_rows_within(name, rows, source) or no_schema(rows[0])}")
     return replace(source, schema=Schema[told])
 
 
-def _rows_within(rows: list[dict], source: SourceConfig) -> str | None:
+def _rows_within(name: str, rows: list[dict], source: SourceConfig) -> str | None:
     """The way out for a file whose only record holds the rows in a column; None: it is another file."""
     for column, value in rows[0].items() if len(rows) == 1 else []:
         if isinstance(value, list) and value and isinstance(value[0], dict) and told_by(value[0]):
-            file = Path(source.path)
-            command = f"jq -c '.{column}[]' {shlex.quote(str(file))} > {shlex.quote(str(file.with_suffix('.rows.jsonl')))}"
+            file = files_of(name, source)[0]
+            path, out = (shlex.quote(str(p)) for p in (file, file.with_suffix(".rows.jsonl")))
+            key = f".{column}" if re.fullmatch(r"[A-Za-z_]\w*", column, re.ASCII) else f".[{json.dumps(column)}]"
+            unpack = {".gz": f"gunzip -c {path} | ", ".zst": f"zstd -dc {path} | "}.get(file.suffix.lower(), "")
+            command = f"{unpack}jq -c {shlex.quote(f'{key}[]')}{'' if unpack else f' {path}'} > {out}"
             return f"its rows are inside the column {column}; `{command}` makes a file of them"
     return None
 
@@ -104,7 +109,7 @@ def _first_rows(name: str, source: SourceConfig, cache_dir: Path, limits: Limits
     if not is_local(name, source):
         return [_first_of(hub.load(name, source, cache_dir))]
     if is_saved_dataset(local_path(source.path)):
-        return [_first_of(hub.load_saved(local_path(source.path)))]
+        return [_first_of(hub.load_saved(name, local_path(source.path)))]
     file = files_of(name, source)[0]
     check_whole(name, file)
     if kind_of(file) != "json":
@@ -133,7 +138,7 @@ def _open_table(name: str, source: SourceConfig, cache_dir: Path, limits: Limits
     if not is_local(name, source):
         return _of_datasets(name, source, hub.load(name, source, cache_dir)), Places()
     if is_saved_dataset(local_path(source.path)):
-        return _of_datasets(name, source, hub.load_saved(local_path(source.path))), Places()
+        return _of_datasets(name, source, hub.load_saved(name, local_path(source.path))), Places()
     files = files_of(name, source)
     for file in files:
         check_whole(name, file)

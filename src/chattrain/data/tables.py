@@ -53,7 +53,7 @@ class ArrowTable:
 def first_record(name: str, path: Path, limits: Limits) -> dict[str, Any]:
     """The columns of a file, those that a schema uses with the values of the first record, the others with an empty text.
 
-    A column without a type, whose values are all null, is left out.
+    A column without a type, whose values are all null, is None.
     """
     if kind_of(path) == "parquet":
         file = _parquet(name, path, limits)
@@ -62,13 +62,13 @@ def first_record(name: str, path: Path, limits: Limits) -> dict[str, Any]:
     else:
         whole = _open(name, path, path, limits)
         schema, batches = whole.schema, iter(whole.slice(0, 1).to_batches())
-    record = {field.name: "" for field in schema if not pa.types.is_null(field.type)}
+    record: dict[str, Any] = {field.name: None if pa.types.is_null(field.type) else "" for field in schema}
     try:
         first = next((batch for batch in batches if len(batch)), None)
     except (pa.ArrowException, OSError) as error:
         raise _broken(name, path, error) from error
     values = {} if first is None else dict(zip(first.schema.names, first.columns, strict=True))
-    used = sorted(record.keys() & values.keys() & USED)
+    used = sorted(name for name in values.keys() & USED if record[name] is not None)
     if first is None or sum(values[name].nbytes for name in used) > limits.row_mb * 2**20:
         return record
     try:

@@ -19,13 +19,17 @@ def record_to_document(record: dict, schema: str) -> dict:
     """
     try:
         document = SCHEMAS[schema].document(with_lists(record))
+        check_characters(document)
     except Malformed:
         raise
     except KeyError as error:
-        raise Malformed(f"no column {error} (it has {', '.join(record)}); schema {schema} needs {SCHEMAS[schema]}") from None
+        raise Malformed(
+            f"no column {error} (it has {', '.join(record) or 'none'}); schema {schema} needs {SCHEMAS[schema]}"
+        ) from None
     except (TypeError, ValueError, AttributeError) as error:
         raise Malformed(f"does not fit schema {schema} ({SCHEMAS[schema]}): {error}") from None
-    check_characters(document)
+    except RecursionError:
+        raise Malformed("its values are nested too deep") from None
     return document
 
 
@@ -48,3 +52,5 @@ def record_to_segments(
         return to_segments(document) if chat_format is None else chat_format.to_segments(document, counts)
     except (TypeError, ValueError, AttributeError) as error:
         raise error if isinstance(error, Malformed) else Malformed(f"does not fit schema {schema}: {error}") from None
+    except RecursionError:
+        raise Malformed("its values are nested too deep") from None

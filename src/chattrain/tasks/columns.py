@@ -34,20 +34,27 @@ def conversation(messages: list[dict], record: dict) -> dict:
     >>> conversation([{"role": "user", "content": "Hi"}], {"system": "Be brief."})
     {'messages': [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hi'}]}
     """
-    system, tools = record.get("system"), record.get("tools")
-    if system:
-        if not isinstance(system, str):
-            raise Malformed(f"`system` is {kind_of(system)}, not a text")
-        if messages[0].get("role") == "system" and messages[0].get("content") != system:
-            raise Malformed("the column `system` and the first turn are two system messages")
-        if messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": system}, *messages]
+    tools = record.get("tools")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError:
             raise Malformed("`tools` is a text that is not JSON") from None
-    return {"messages": messages, **({"tools": tools} if tools else {})}
+    return {"messages": with_system(messages, record), **({"tools": tools} if tools else {})}
+
+
+def with_system(messages: list[dict], record: dict) -> list[dict]:
+    """The messages behind the record's column `system`, if it has one."""
+    system, first = record.get("system"), messages[0]
+    if not system:
+        return messages
+    if not isinstance(system, str):
+        raise Malformed(f"`system` is {kind_of(system)}, not a text")
+    if not isinstance(first, dict) or first.get("role") not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *messages]
+    if first.get("content") != system:
+        raise Malformed("the column `system` and the first turn are two system messages")
+    return messages
 
 
 def text_of(record: dict, column: str) -> str:

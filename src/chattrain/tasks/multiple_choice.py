@@ -1,4 +1,4 @@
-"""Questions with lettered choices: the columns of MMLU (cais/mmlu) and of ARC (allenai/ai2_arc)."""
+"""Questions with lettered choices: the columns of MMLU (cais/mmlu), of ARC (allenai/ai2_arc), and `options` of MMLU-Pro."""
 
 from typing import Any
 
@@ -20,13 +20,16 @@ def question(record: dict) -> tuple[str, list[str], list[str], int]:
     if isinstance(record.get(WRAPPER), dict):
         record = record[WRAPPER]
     given = record["answer"] if record.get("answerKey") is None else record["answerKey"]
-    if isinstance(record["choices"], dict):
-        choices, letters = list(record["choices"]["text"]), list(record["choices"]["label"])
+    offered = record["options" if record.get("choices") is None and "options" in record else "choices"]
+    if isinstance(offered, dict):
+        if not {"text", "label"} & offered.keys():
+            raise ValueError(f"the choices are an object of {', '.join(offered)}, not a list, nor one of text and label")
+        choices, letters = list(offered["text"]), list(offered["label"])
         if not isinstance(given, str) or given.strip().upper() not in letters:
             raise ValueError(f"answer {given!r} is none of {', '.join(map(str, letters))}")
         answer = letters.index(given.strip().upper())
     else:
-        choices = list(record["choices"])
+        choices = list(offered)
         letters = list(LETTERS[: len(choices)])
         answer = _index(given, choices, letters)
     if not 2 <= len(choices) <= len(LETTERS) or not 0 <= answer < len(choices) or len(letters) != len(choices):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from chattrain.chat.messages import EXPECTED, ROLES
 from chattrain.tasks import alpaca, gsm8k, humaneval, messages, multiple_choice, prompt_completion, sharegpt, text
 
 
@@ -28,19 +29,21 @@ class RowSchema(NamedTuple):
     def __str__(self) -> str:
         """
         >>> print(SCHEMAS["multiple_choice"])
-        question, choices, answer (or answerKey)
+        question, choices (or options), answer (or answerKey)
         """
         needed = [" ".join([names[0], *([f"(or {', '.join(names[1:])})"] if names[1:] else [])]) for names in self.needs]
         return ", ".join(needed)
 
 
 SCHEMAS = {
-    "messages": RowSchema(messages.conversation, (("messages",),), ("tools",)),
+    "messages": RowSchema(messages.conversation, (("messages",),), ("system", "tools")),
     "sharegpt": RowSchema(sharegpt.conversation, (("conversations", "conversation", "messages"),), ("system", "tools")),
     "alpaca": RowSchema(alpaca.conversation, (("instruction",), ("output",)), ("input", "system", "history", "tools")),
     "prompt_completion": RowSchema(prompt_completion.conversation, (("prompt",), ("completion",)), ("system", "tools")),
     "multiple_choice": RowSchema(
-        multiple_choice.conversation, (("question",), ("choices",), ("answer", "answerKey")), (multiple_choice.WRAPPER, "subject")
+        multiple_choice.conversation,
+        (("question",), ("choices", "options"), ("answer", "answerKey")),
+        (multiple_choice.WRAPPER, "subject"),
     ),
     "gsm8k": RowSchema(gsm8k.conversation, (("question",), ("answer",))),
     "humaneval": RowSchema(humaneval.conversation, (("prompt",), ("canonical_solution",), ("test",), ("entry_point",))),
@@ -59,13 +62,17 @@ def told_by(row: Mapping[str, Any]) -> str | None:
     ('sharegpt', None)
     """
     columns = {name for name, value in row.items() if value is not None}
+    if not isinstance(row.get(multiple_choice.WRAPPER), dict):
+        columns.discard(multiple_choice.WRAPPER)
     fitting = {
         name: len(schema.needs) + len(columns & set(schema.takes))
         for name, schema in SCHEMAS.items()
         if not schema.lacks(columns)
     }
     if "messages" in fitting and not columns & {"conversations", "conversation"}:  # sharegpt may have them in `messages` too
-        del fitting["messages" if _names_speakers_by_from(row["messages"]) else "sharegpt"]
+        del fitting["messages" if _names_speakers_as_sharegpt(row["messages"]) else "sharegpt"]
+    if {"A", "B"} <= columns:  # a question whose choices are in columns of their own is none without them
+        fitting.pop("gsm8k", None)
     return max(fitting, key=lambda name: fitting[name]) if fitting else None
 
 
@@ -76,12 +83,22 @@ def way_out(row: Mapping[str, Any], schema: str) -> str:
         return no_schema(row)
     if told == schema:
         return f"none of the rows that were tried fits: mend the rows, whose columns are those of schema {schema}"
-    return f"its columns are those of data.schema={told}"
+    return f"its columns are those of data.schema={told}; data.schema=auto tells it for each path (one path, one schema)"
 
 
-def _names_speakers_by_from(turns: Any) -> bool:
-    first = turns[0] if isinstance(turns, list) and turns else turns
-    return isinstance(first, dict) and "from" in first and "role" not in first
+def _names_speakers_as_sharegpt(turns: Any) -> bool:
+    """By `from`, or by a role such as `human` that only sharegpt knows.
+
+    >>> _names_speakers_as_sharegpt([{"role": "system", "content": "x"}, {"role": "human", "content": "Hi"}])
+    True
+    """
+    for turn in turns if isinstance(turns, list) else [turns]:
+        role = turn.get("role") if isinstance(turn, dict) else None
+        if role is None and isinstance(turn, dict) and "from" in turn:
+            return True
+        if isinstance(role, str) and role not in (*EXPECTED, *ROLES) and role.lower() in sharegpt.ROLES:
+            return True
+    return False
 
 
 def no_schema(columns: Iterable[str]) -> str:
@@ -91,7 +108,7 @@ def no_schema(columns: Iterable[str]) -> str:
     its columns (id, prompt, response) fit no schema. They look most like prompt_completion, without completion. Rename or \
 convert them to the columns of one: messages (messages), sharegpt (conversations (or conversation, messages)), \
 alpaca (instruction, output), prompt_completion (prompt, completion), \
-multiple_choice (question, choices, answer (or answerKey)), gsm8k (question, answer), \
+multiple_choice (question, choices (or options), answer (or answerKey)), gsm8k (question, answer), \
 humaneval (prompt, canonical_solution, test, entry_point), text (text)
     """
     columns = list(columns)
@@ -101,6 +118,7 @@ humaneval (prompt, canonical_solution, test, entry_point), text (text)
     else:
         near = max(SCHEMAS, key=lambda name: len(SCHEMAS[name].reads & set(columns)))
         if SCHEMAS[near].reads & set(columns):
-            said += f" They look most like {near}, without {', '.join(SCHEMAS[near].lacks(columns))}."
+            lacking = ", ".join(SCHEMAS[near].lacks(columns))
+            said += f" They look most like {near}, {f'without {lacking}' if lacking else 'but hold no values'}."
     known = ", ".join(f"{name} ({schema})" for name, schema in SCHEMAS.items())
     return f"{said} Rename or convert them to the columns of one: {known}"

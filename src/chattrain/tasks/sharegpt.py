@@ -8,6 +8,7 @@ from typing import Any
 from chattrain.chat import Malformed
 from chattrain.tasks import columns
 
+COLUMNS = ("conversations", "conversation", "messages")  # that may hold the turns; the first with a value does
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard", "model", "function_call"), "assistant"),
@@ -27,7 +28,8 @@ def conversation(record: dict) -> dict:
     >>> _message({"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}, 0)["tool_calls"]
     [{'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 1}}}]
     """
-    column = next((name for name in ("conversations", "conversation", "messages") if name in record), "conversations")
+    present = [name for name in COLUMNS if name in record] or list(COLUMNS)
+    column = next((name for name in present if record.get(name) is not None), present[0])
     turns = record[column]
     if not isinstance(turns, list) or not turns:
         raise Malformed(f"`{column}` is {columns.kind_of(turns)}, not a list of turns")
@@ -38,9 +40,13 @@ def _message(turn: Any, i: int) -> dict:
     if not isinstance(turn, dict):
         raise Malformed(f"turn {i} is {columns.kind_of(turn)}, not an object of from and value")
     fields = dict(turn)
-    name = fields.pop("from", None) or fields.pop("role", None)
-    content = fields.pop("value", None)
-    content = fields.pop("content", None) if content is None else content
+    names, contents = ([fields.pop(key, None) for key in keys] for keys in (("from", "role"), ("value", "content")))
+    name = names[0] or names[1]
+    content = contents[1] if contents[0] is None else contents[0]
+    if contents[1] not in (None, content):
+        raise Malformed(f"turn {i} has two texts, in `value` and in `content`; keep one")
+    if name is None:
+        raise Malformed(f"turn {i} is {columns.kind_of(turn)}, without `from`")
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise Malformed(f"turn {i} is from {name!r}; known are {', '.join(ROLES)}")
@@ -60,4 +66,4 @@ def _calls(value: Any, i: int) -> list[dict]:
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise Malformed(f"turn {i} (from function_call) needs `name` and `arguments`")
-    return [{"type": "function", "function": {"name": c["name"], "arguments": c.get("arguments", {})}} for c in calls]
+    return [{"type": "function", "function": call} for call in calls]
