@@ -1,6 +1,8 @@
 """Errors whose message names the problem, the value, and the way out."""
 
 import errno
+import os
+from pathlib import Path
 
 from chattrain.redact import redact
 
@@ -32,7 +34,7 @@ class OtherRankFailed(RunFailed):
 
 
 def explain_file_error(error: OSError, where: str = "a file") -> Exception | None:
-    """A full disk, a folder that is read-only or another user's: states of the machine, and no bugs. None: another error.
+    """A full disk, a name that is too long, a folder that is read-only or another user's: no bugs. None: another error.
 
     where: named where the error names no file.
     """
@@ -41,7 +43,17 @@ def explain_file_error(error: OSError, where: str = "a file") -> Exception | Non
         return RunFailed(f"{what}. Make room; a run that had begun goes on from its last checkpoint when it is started again")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UserError(f"{what}. Name another folder (run.root, or CHATTRAIN_CACHE for caches), or change its permissions")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{what}. Shorten it: a file system takes 255 bytes at most for the name of a file or folder")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and (blocking := _file_in_the_way(error.filename)):
+        return UserError(f"{blocking} is a file, but a folder of this name is needed; name another one, or move it away")
     return None
+
+
+def _file_in_the_way(path: str | bytes | int | None) -> Path | None:
+    """The part of a path that is a file, where a folder was to be made; None: there is none."""
+    path = Path(os.fsdecode(path)) if isinstance(path, str | bytes) else Path()
+    return next((part for part in (path, *path.parents) if part.is_file()), None)
 
 
 def describe_error(error: BaseException) -> str:

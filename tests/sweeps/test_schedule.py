@@ -163,6 +163,7 @@ def test_different_values_have_different_names_that_need_no_quoting(values):
     names = [run_name("night", values) for values in (one, two)]
     assert (names[0] == names[1]) == (one == two)
     for name in names:
+        assert len(f".{name}-reproduced.lock".encode()) <= 255
         assert len(name) <= NAME_LENGTH and not set(name) & set(" =/'\"\\$&;*?()[]{}|<>~#!`\n")
 
 

@@ -69,6 +69,23 @@ def test_values_to_sweep_in_a_single_run_are_refused(place, name, capsys):
     assert command_line(capsys, *where, "experiment=no_mode", *SFT, "hydra.mode=RUN", f"run.name={name}").status == 0
 
 
+@pytest.mark.parametrize(
+    "hydra, named",
+    [
+        ("hydra: { mode: MULTIRUN, sweeper: { params: { optimizer.lr_scale: [0.5, 1] } } }", ["`optimizer.lr_scale: 0.5,1`"]),
+        ("hydra: { sweep: { dir: elsewhere } }", ["hydra.sweep.dir", "run.root"]),
+        ("hydra: { run: { dir: elsewhere } }", ["hydra.run.dir", "run.root"]),
+        ("hydra: { job: { chdir: true } }", ["hydra.job.chdir", "run.root"]),
+    ],
+)
+def test_keys_of_hydra_in_yaml_that_have_no_effect_are_refused(hydra, named, place, capsys):
+    where = own_yaml(place, "experiment", "no_effect", f"# @package _global_\n{hydra}\n")
+    before = contents(place)
+    refused = command_line(capsys, *where, "experiment=no_effect", *SFT)
+    assert refused.status == 2 and all(part in refused.message for part in named), refused.err
+    assert contents(place) == before
+
+
 def test_a_group_and_a_list_are_swept(place, name, capsys):
     done = command_line(
         capsys, "-m", *SFT, f"run.name={name}", "schedule=linear,cosine", "data.train_path=[talk.jsonl],[other.jsonl]"
@@ -96,6 +113,10 @@ def test_a_group_and_a_list_are_swept(place, name, capsys):
         (["-m", "run.seed=1,2", "sweep.jobs=2", "hydra/launcher=submitit_local"], ["sweep.jobs", "submitit_local"]),
         (["sweep.jobs=0", "-m"], ["sweep.jobs=0", "1 or more"]),
         (["sweep.name=a/b", "-m"], ["sweep.name=a/b"]),
+        (["sweep.name=" + 120 * "ä", "-m"], ["sweep.name", "240 bytes", "200"]),
+        (["-m", "run.seed=1,2", "run.name=" + 250 * "a"], ["run.name", "250 bytes", "200"]),
+        (["run.name='two\nlines'"], ["run.name", "no name of a folder"]),
+        (["-m", "optimizer.lr_scale=tag(log, interval(0.1, 1))"], ["interval", "hydra/sweeper=optuna"]),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_written(typed, named, place, capsys):

@@ -17,7 +17,7 @@ import pytest
 import chattrain
 from chattrain.errors import RunFailed, UserError
 from chattrain.storage import checkpoint
-from chattrain.tracking.mlflow_store import connect
+from chattrain.tracking.mlflow_store import connect, open_store
 from tests.helpers import TINY, command_line, metrics, standing_in, train, write_talk
 from tests.tracking.stores import everything_below, finish, history, make_empty_store, serving, tracked
 
@@ -388,3 +388,33 @@ def test_a_refusal_hides_what_was_typed(server, capsys):
         capsys, *TINY, "stage=mid", "tracking.uri=http://me:secret-1@host", "data.train_path=http://me:secret-2@host/x"
     )
     assert done.status == 2 and "secret" not in done.err
+
+
+def test_a_process_that_is_killed_while_it_makes_a_store_leaves_no_broken_one(tmp_path):
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    making = f"from chattrain.tracking.mlflow_store import open_store; open_store({store!r}, 'one')"
+    with subprocess.Popen([sys.executable, "-c", making]) as process:
+        while process.poll() is None and sum(len(held) for held in _files(tmp_path)) < 100_000:  # half of its tables
+            time.sleep(0.005)
+        process.kill()
+    client, _ = open_store(store, "one")
+    assert client.get_experiment_by_name("one")
+
+
+def _files(folder: Path) -> list[bytes]:
+    """What the files of a folder hold, while others are renamed."""
+    try:
+        return [file.read_bytes() for file in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
+def test_a_store_named_by_a_relative_path_is_the_same_from_another_folder(tmp_path, cache, empty):
+    with standing_in(tmp_path, cache):
+        write_talk(tmp_path)
+        shutil.copy(empty, tmp_path / "mine.db")
+        summary = train("mid", "relative", *TRACKED, "tracking.uri=sqlite:///mine.db")
+        (tmp_path / "elsewhere").mkdir()
+        os.chdir("elsewhere")
+        assert sync(f"run.dir={summary['run_dir']}")["complete"] == [summary["run_dir"]]
+        assert not list(Path().iterdir())

@@ -8,7 +8,7 @@ from pathlib import Path
 from chattrain.config import Config
 from chattrain.errors import RunFailed, UserError
 from chattrain.redact import redact
-from chattrain.setup.mlflow_target import mlflow_target
+from chattrain.setup.mlflow_target import absolute_uri, mlflow_target
 from chattrain.setup.runs import check_stage, is_run, reference_of, run_folder, stage_of, typed
 from chattrain.tracking import mlflow_store as store
 from chattrain.tracking.mlflow_state import FILE, Busy, read_state
@@ -53,13 +53,18 @@ def main(cfg: Config) -> dict:
     return result
 
 
+def _store(cfg: Config) -> str | None:
+    """The store that the command line names."""
+    return absolute_uri(cfg.tracking.uri) if cfg.tracking.uri else None
+
+
 def _sync(cfg: Config, folder: Path, named: bool) -> str:
     """Sync one folder, and say what was sent. Returns sent, complete or going_on.
 
     Raises UserError where a named one goes on.
     """
     try:
-        missing = sync(folder, *mlflow_target(cfg), to=(cfg.tracking.uri, cfg.tracking.experiment), restore=named)
+        missing = sync(folder, *mlflow_target(cfg), to=(_store(cfg), cfg.tracking.experiment), restore=named)
     except Busy as busy:
         if named:
             raise UserError(f"{busy}: it sends its numbers itself; sync it once it has ended") from None
@@ -67,7 +72,7 @@ def _sync(cfg: Config, folder: Path, named: bool) -> str:
         return "going_on"
     state = read_state(folder)
     if missing and state:
-        copy = state.copy_in(cfg.tracking.uri or state.copies[0].uri, cfg.tracking.experiment) or state.copies[0]
+        copy = state.copy_in(_store(cfg) or state.copies[0].uri, cfg.tracking.experiment) or state.copies[0]
         log.info("%s: sent %s to %s, run %s", _label(folder), missing, redact(copy.uri), copy.run_id)
     return "sent" if missing else "complete"
 

@@ -8,6 +8,16 @@ from pathlib import Path
 from chattrain.config.words import Direction, Pick, Resume
 from chattrain.errors import UserError
 
+NAME_BYTES = 200  # of a name at most: those made of it (`<name>-reproduced`, `.<name>.lock`) stay below the 255 of a file system
+
+
+def check_folder_name(name: str, given: str, way_out: str = "") -> None:
+    """Raises UserError for what no folder of a run or a sweep is to be called. `given`: the key with its value."""
+    if not name or "/" in name or name.startswith(".") or not name.isprintable():
+        raise UserError(f"{given} is no name of a folder{way_out}")
+    if (length := len(name.encode())) > NAME_BYTES:
+        raise UserError(f"{given} is too long for the name of a folder: {length} bytes; give it {NAME_BYTES} at most")
+
 
 @dataclass
 class RunConfig:
@@ -25,9 +35,11 @@ class RunConfig:
     def check(self) -> None:
         if self.seed < 0:
             raise UserError(f"run.seed={self.seed} must be 0 or more")
-        parts = self.name.split("/") if self.name is not None else ["one"]
-        if len(parts) > 2 or not all(parts) or any(part.startswith(".") for part in parts):
+        parts = self.name.split("/") if self.name is not None else []
+        if len(parts) > 2:
             raise UserError(f"run.name={self.name} is no name of a folder; use run.dir for a path")
+        for part in parts:
+            check_folder_name(part, f"run.name={self.name}", "; use run.dir for a path")
         if self.dir is not None and Path(self.dir).expanduser().is_file():
             raise UserError(f"run.dir={self.dir} is a file; name a folder")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chattrain.config.run import check_folder_name
 from chattrain.config.words import Direction
 from chattrain.errors import UserError
 
@@ -22,5 +23,5 @@ class SweepConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"sweep.{name}={value} must be {least} or more")
-        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
-            raise UserError(f"sweep.name={self.name} is no name of a folder")
+        if self.name is not None:
+            check_folder_name(self.name, f"sweep.name={self.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -28,8 +29,24 @@ def read_json(file: Path) -> dict[str, Any]:
 def replace_text(file: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old content or the new one, never part of it."""
     scratch = file.with_name(f".{file.name}.writing")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)
+    try:
+        with naming(file):
+            scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Errors of writing name this place: those of a full disk name none, and NumPy's of a write cut short has no number."""
+    try:
+        yield
+    except OSError as error:
+        number = errno.ENOSPC if "requested and" in str(error) else error.errno
+        if error.filename is not None or number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(place)) from error
 
 
 def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -67,7 +84,8 @@ def _filled(folder: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
-        fill(scratch)
+        with naming(folder):
+            fill(scratch)
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o777 & ~umask)

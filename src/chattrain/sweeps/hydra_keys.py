@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from hydra.conf import HydraConf
-from omegaconf import DictConfig
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from chattrain.config.compose import conf_dir
 from chattrain.errors import UserError
@@ -47,3 +50,28 @@ def refuse_unused_sweep(hydra: DictConfig, typed: list[str]) -> None:
             f"hydra.sweeper.params has values for {', '.join(params)}, but this is one run; add -m, or "
             "`hydra: { mode: MULTIRUN }` to the YAML file (hydra.mode=RUN runs once all the same)"
         )
+
+
+def refuse_unread_lists(config: DictConfig) -> None:
+    """Raises UserError for a YAML list in hydra.sweeper.params, which is one value to Hydra, where the key takes no list."""
+    for key, value in (config.hydra.sweeper.get("params") or {}).items():
+        if not OmegaConf.is_list(value):
+            continue
+        try:
+            OmegaConf.update(copy.deepcopy(config), key, value)
+        except OmegaConfBaseException:
+            values = ",".join(map(str, value))
+            raise UserError(
+                f"{key}: {value} in hydra.sweeper.params is one value, a list, which {key} does not take; for a job each write "
+                f"`{key}: {values}`, without brackets"
+            ) from None
+
+
+def refuse_intervals(overrides: dict[str, Override]) -> None:
+    """Raises UserError for an interval, which Hydra's basic sweeper cannot run."""
+    for key, override in overrides.items():
+        if override.is_interval_sweep():
+            raise UserError(
+                f"{override.input_line} holds no values, but bounds for a search; add hydra/sweeper=optuna, or give "
+                f"the values, such as {key}=1,3,10"
+            )

@@ -10,8 +10,10 @@ from contextlib import suppress
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from chattrain.config.run import NAME_BYTES
+
 VALUE_LENGTH = 24  # characters of a value in a name at most
-NAME_LENGTH = 100  # of a run's name at most, so that `<name>.old1` and files made from it stay below 255 bytes
+NAME_LENGTH = 100  # characters of a run's name at most, and NAME_BYTES bytes
 UNNAMED = ("stage", "run.name")  # swept keys that already decide the folder
 
 
@@ -45,7 +47,10 @@ def run_name(base: str, values: dict[str, str]) -> str:
         for short, (key, value) in zip(last, named.items(), strict=True)
     ]
     name = "-".join([base, *parts])
-    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 9]}-{_hash(name, 8)}"
+    if len(name) <= NAME_LENGTH and len(name.encode()) <= NAME_BYTES:
+        return name
+    begin = name[: NAME_LENGTH - 9].encode()[: NAME_BYTES - 9].decode(errors="ignore")
+    return f"{begin}-{_hash(name, 8)}"
 
 
 def _shorten(value: str) -> str:

@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from chattrain.commands.exit import report_error
 from chattrain.config import Config, schema
 from chattrain.config.compose import drop_other_alternatives, key_of
+from chattrain.config.run import check_folder_name
 from chattrain.config.sweep import SweepConfig
 from chattrain.config.words import Command
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup.job import Job, SweepMember, set_job
 from chattrain.setup.names import finished_run, is_main_process, launch_name, run_folder, set_launch
-from chattrain.sweeps.hydra_keys import own_dirs, refuse_keys_without_effect, refuse_unused_sweep
+from chattrain.sweeps.hydra_keys import own_dirs, refuse_intervals, refuse_keys_without_effect, refuse_unread_lists, refuse_unused_sweep
 from chattrain.sweeps.naming import UNNAMED, parse, run_name, swept_values
 from chattrain.sweeps.objective import direction_of, metrics_at, objective_of
 from chattrain.sweeps.record import JobOutcome, read_record
@@ -71,13 +72,16 @@ class Sweep:
         if not target.endswith(("chattrain_local.LocalLauncher", "basic_launcher.BasicLauncher")):
             self.launcher = config.hydra.runtime.choices["hydra/launcher"]
         self.searches = not config.hydra.sweeper._target_.endswith("BasicSweeper")
+        refuse_unread_lists(config)
+        if not self.searches:
+            refuse_intervals(overrides)
         name = (config.sweep.name or config.run.name) if self.trains else None  # what only reads runs is no part of their sweep
         folder = self.folder = (Path(config.run.root).expanduser() / "sweeps" / (name or self.launch)).resolve()
         if config.sweep.name and (before := read_record(folder)):  # one value of what was swept is still swept
             self.swept += [key for key in before.swept if key in self.fixed and key not in UNNAMED]
             self.fixed -= set(self.swept)
-        if self.trains and "/" in (config.run.name or ""):
-            raise UserError(f"run.name={config.run.name} is no name of a folder; runs go to run.root/<stage>/<run.name>")
+        if self.trains and config.run.name is not None:
+            check_folder_name(config.run.name, f"run.name={config.run.name}", "; runs go to run.root/<stage>/<run.name>")
         self.set_objective(config)
         self._refuse(config)
         if self.trains and not self.searches:

@@ -75,11 +75,32 @@ def open_store(uri: str, experiment: str, restore: bool = False) -> tuple[Mlflow
         return client, _experiment_id(client, experiment, None, restore)
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as lock, closing(sqlite3.connect(path)) as database:
+    with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        database.execute("PRAGMA schema_version").fetchone()  # raises at once; MLflow would try for 100 seconds
-        client = connect(uri)  # makes the tables
+        if not path.exists() or path.stat().st_size == 0:
+            _make_store(path)
+        _look_at(path)
+        client = connect(uri)  # brings the tables of an earlier version up to date
         return client, _experiment_id(client, experiment, (path.parent / "mlartifacts").as_uri(), restore)
+
+
+def _make_store(path: Path) -> None:
+    """A new store. It has another name until its tables are complete: of a process that is killed while it makes them, or of a
+    full disk, a store remains that MLflow can neither use nor mend."""
+    scratch = path.with_name(f".{path.name}.making")
+    try:
+        scratch.unlink(missing_ok=True)
+        _look_at(scratch)
+        connect(f"sqlite:///{scratch}")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _look_at(path: Path) -> None:
+    """Raises at once where the file is no database or cannot be written; MLflow would try for 100 seconds."""
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA schema_version").fetchone()
 
 
 def find_run(client: MlflowClient, run_id: str, restore: bool = False) -> RunInfo | None:
