@@ -54,6 +54,7 @@ MISTAKES = {
     "no value": (["train.max_steps"], ["'train.max_steps'", "train.max_steps=<value>"]),
     "a list without -m": (["stage=mid,sft"], ["stage=mid,sft", "--multirun"]),
     "a misspelt flag": (["--multirum"], ["--multirum", "--multirun", "--help"]),
+    "a setting with dashes": (["--stage", "sft"], ["--stage", "without dashes", "stage=<value>"]),
     "a flag that is none": (["-x"], ["-x", "--help"]),
     "two flags of one kind": (["-m", "--cfg", "job"], ["-m and --cfg", "leave"]),
     "two keys for one thing": (["train.num_epochs=1", "train.max_steps=3"], ["train.num_epochs", "train.max_steps=3"]),
@@ -266,3 +267,10 @@ def test_the_way_out_that_messages_name_works(place, capsys):
 def test_what_a_newcomer_mistypes_is_answered_with_what_is_meant(workplace, capsys, typed, said):
     end = command_line(capsys, *typed)
     assert end.status == 2 and said in end.message
+
+
+def test_a_choice_that_a_yaml_file_gives_as_a_key_is_answered_with_its_defaults_list(tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndata: local\n")
+    done = command_line(capsys, "stage=sft", "--config-dir", str(tmp_path), "experiment=mine")
+    assert done.status == 2 and "experiment/mine.yaml" in done.message and "defaults: [override /data: local]" in done.message

@@ -21,7 +21,7 @@ from chattrain.setup.speaker import open_speaker
 
 HELP = """\
 /system TEXT      what the model is told before the conversation; without a text: nothing
-/temperature X    0 takes the likeliest tokens, 1 draws them as the model thinks
+/temperature X    0 takes the likeliest tokens, 1 samples from the model's distribution
 /regenerate       another reply to your last message; at temperature 0 the same one
 /save FILE        append the conversation to a file, as a line of JSON that data.schema=messages reads
 /new              begin a new conversation
@@ -60,6 +60,10 @@ def _answers(config: ChatConfig, seed: int, speaker: Speaker, prompts: list[str]
     requests = [speaker.request(ids, config.max_tokens, sampling, seed) for ids in rendered]
     with speaker.autocast():
         answer(speaker.model, requests, ROWS)
+    for text, request in zip(prompts, requests, strict=True):
+        if request.ended == "length":
+            cut = f"the reply to {text[:40]!r} is cut after {len(request.reply)} tokens (chat.max_tokens, or the model's context)"
+            print(cut, file=sys.stderr)
     return [reply_text(speaker.tokenizer, request.reply) for request in requests]
 
 

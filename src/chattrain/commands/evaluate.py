@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from chattrain import device
+from chattrain.commands.exit import print_for_programs
 from chattrain.config import Config
 from chattrain.config.compose import compose, key_of
 from chattrain.config.eval import SUITES
@@ -93,7 +94,7 @@ def compare(cfg: Config) -> dict:
                 print("  nothing could be compared; the warning says why")
     shown = {"runs": [_public(result) for result in results], "pairs": pairs}
     if is_main_process():
-        print(json.dumps(shown, default=float))
+        print_for_programs(shown)
     return shown
 
 
@@ -217,7 +218,7 @@ def _show(result: dict) -> dict:
     if is_main_process():
         print(result["checkpoint"])
         print("\n".join(describe(result)))
-        print(json.dumps(_public(result)))
+        print_for_programs(_public(result))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import traceback
@@ -15,6 +16,12 @@ from chattrain.redact import redact
 from chattrain.setup.names import is_main_process
 
 SPEAK_FIRST_S = 2.0  # seconds that a silent rank waits before it ends: torchrun ends all ranks with it, and one must print first
+
+
+def print_for_programs(found: dict) -> None:
+    """The result of a command as a line of JSON. On a terminal its reader has seen it already."""
+    if not sys.stdout.isatty():
+        print(json.dumps(found, default=float))
 
 
 def report_error(error: BaseException) -> int:

@@ -6,6 +6,7 @@ import difflib
 from importlib import metadata
 
 import chattrain
+from chattrain.config.compose import groups, known_keys
 from chattrain.errors import UserError
 
 SWEEPS = ("-m", "--multirun")
@@ -48,6 +49,8 @@ def first(arguments: list[str]) -> list[str]:
         before = word
     for flag in flags:
         if not _is_known(flag):
+            if (key := flag.lstrip("-")) in (*groups(), *known_keys()):
+                raise UserError(f"{flag}: settings are typed without dashes: {key}=<value>")
             near = difflib.get_close_matches(flag, [*VALUED, *PLAIN], n=1)
             raise UserError(f"no flag {flag}{f', did you mean {near[0]}?' if near else ''}; --help lists what can be typed")
     given = [found[0] for mode in MODES if (found := [flag for flag in flags if flag in mode])]

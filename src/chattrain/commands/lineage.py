@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+from chattrain.commands.exit import print_for_programs
 from chattrain.config import Config
 from chattrain.setup.start import find_checkpoint
 from chattrain.storage.lineage import Ancestor, read_lineage, to_json, whereabouts
@@ -23,7 +24,7 @@ def main(cfg: Config) -> dict:
     found = {"lineage": [{**entry, "whereabouts": whereabouts(each)} for entry, each in zip(to_json(chain), chain, strict=True)]}
     for line in [*table(chain), *differences(chain)]:
         print(line)
-    print(json.dumps(found))
+    print_for_programs(found)
     return found
 
 

@@ -36,6 +36,7 @@ def main(cfg: Config) -> dict:
     Raises UserError for what cannot be planned: a Hugging Face model without its folder, fp8, a batch that does not divide.
     """
     hardware = hardware_of(cfg.plan)
+    _check_batch(cfg)
     start = _start(cfg)
     cfg.eval = EvalConfig(prompts=[])  # only training rows are planned
     data = open_data(cfg, choose_tokenizer(cfg, start.checkpoint), cfg.plan.world_size)
@@ -82,6 +83,13 @@ def main(cfg: Config) -> dict:
     }
     show.plan(facts, step, cfg)
     return facts
+
+
+def _check_batch(cfg: Config) -> None:
+    try:
+        cfg.train.rows_a_step(cfg.plan.world_size, padded=cfg.collator.has_varying_shapes)
+    except UserError as error:
+        raise UserError(f"{error}. The ranks are those of plan.world_size={cfg.plan.world_size}") from error
 
 
 def _source_of_mfu(cfg: Config, hardware: Hardware) -> str:

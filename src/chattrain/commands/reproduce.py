@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from chattrain import runner
+from chattrain.commands.exit import print_for_programs
 from chattrain.config import Config
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup.compare_runs import compare_numbers, compare_tensors
@@ -92,7 +93,7 @@ def _report(original: Original, new_dir: Path) -> dict:
     replace_text(new_dir / RESULT, json.dumps(found, indent=1) + "\n")
     for line in _describe(found, why):
         print(line)
-    print(json.dumps(found))
+    print_for_programs(found)
     if not found["passed"]:
         raise RunFailed(
             f"{new_dir} does not repeat {original.run_dir}: the largest relative deviation of a loss is {worst:.3g}, of "

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from chattrain.commands.exit import print_for_programs
 from chattrain.config import Config
 from chattrain.config.compose import key_of
 from chattrain.errors import RunFailed
@@ -47,7 +48,7 @@ def main(cfg: Config) -> dict:
         log.info("resumed")
         _finish(_start(cfg, torn), torn)
         found = {"steps": steps, "killed_after": killed_at, "resumed_from": _resumed_from(torn), **_compare(whole, torn)}
-        print(json.dumps(found))
+        print_for_programs(found)
         if not found["equal"]:
             raise RunFailed(
                 f"the resumed run differs: largest deviation of a tensor {found['largest_deviation']:.3g}, of {found['tensors']} "

@@ -134,6 +134,14 @@ def explain(error: BaseException) -> UserError:
     if key and _find(r"(is not a ListConfig)", text):
         value = _find(rf"Error merging override \+*{re.escape(key)}=(.*)", text) or "<value>"
         return UserError(f"{key}={value} must be a list: {key}=[{value}]")
+    if chosen := re.search(
+        r"In '(?P<file>.+?)'.*?str is not a subclass of (?P<group>\w+?)Config\. value: (?P<value>\S+)", text, re.DOTALL
+    ):
+        group, value = chosen["group"].lower(), chosen["value"]
+        return UserError(
+            f"{chosen['file']}.yaml: `{group}: {value}` chooses of a group, which a YAML file does in its list of defaults: "
+            f"`defaults: [override /{group}: {value}]`"
+        )
     if _find(r"(dict is not a subclass of SourceConfig)", text):
         return UserError(
             f"a data source ({key}) cannot be added on the command line: write the mixture as a YAML file, "

@@ -64,7 +64,11 @@ class TrainConfig:
             values = {key: getattr(self, key.removeprefix("train.")) for key in keys}
             given = [f"{key}={value}" for key, value in values.items() if value is not None]
             if len(given) > 1:
-                raise UserError(f"{' and '.join(given)} set the same thing; keep one, and write =null for the other")
+                other = given[-1].partition("=")[0]
+                raise UserError(
+                    f"{' and '.join(given)} set the same thing; keep one, and write {other}=null for the other (in a YAML file "
+                    f"{other.partition('.')[2]}: null)"
+                )
             if not given:
                 raise UserError(f"none of {', '.join(keys)} is set; give one of them")
         if self.fp8 and self.dtype == DType.fp32:

@@ -40,7 +40,7 @@ def _find(name: str) -> Path:
     except Exception as error:  # errors of the network, the hub and the disk have many types
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"there is no folder {name} (looked up from {Path.cwd()}), and the hub gives no repository of that name: {reason[0]}"
+            f"there is no folder {name} (looked up from {Path.cwd()}), and the hub gave nothing of that name: {reason[0]}"
         ) from error
 
 

@@ -48,7 +48,7 @@ def _sentences(ranking: Ranking, test: dict | None) -> list[str]:
         said.append(f"The best on data that did not choose it: {values}.")
     elif len(ranking.ranked) > 1:
         said.append(
-            f"{ranking.objective} of the best is also what chose it, so it is a little too good. Where its data has a test part, "
+            f"{ranking.objective} of the best is also what chose it, so it is biased: too good. Where its data has a test part, "
             f"this measures it there: {_measure(ranking.winners[0])}"
         )
     return said
