@@ -95,6 +95,21 @@ def test_results_stand_behind_their_calls_whatever_their_order():
     assert rendered(USER, calls, result("of f"), result("of g"), REPLY).endswith(expected)
 
 
+@pytest.mark.parametrize(
+    "results",
+    [
+        [result("of f", "1"), result("of g")],
+        [result("of f"), result("of g", name="g")],
+        [result("of f", name="f"), result("of g")],
+        [result("of f", "1", name="f"), result("of g", name="g")],
+    ],
+)
+def test_a_result_with_an_id_or_name_answers_its_call_where_others_have_none(results):
+    calls = calling(call("f", {}, "1"), call("g", {}))
+    in_order = rendered(USER, calls, result("of f"), result("of g"), REPLY)
+    assert rendered(USER, calls, *results, REPLY) == rendered(USER, calls, *reversed(results), REPLY) == in_order
+
+
 def test_several_steps_are_one_turn_until_the_user_speaks():
     talk = [USER, calling(call("f", {})), result("1"), calling(call("g", {})), result("2"), REPLY, USER, REPLY]
     segments = record_to_segments({"messages": talk}, "messages")
@@ -276,6 +291,14 @@ def test_ignored_tools_are_counted_in_the_cache_and_part_of_its_key(tokenizer, t
             [USER, calling(call(id="1")), result("7", "1", name="x")],
         ),
         ("message 2: name='x' is not that of one call of message 1", [USER, calling(call()), result("7", name="x")]),
+        (
+            "message 1: its call of f has no result, but a later call has",
+            [USER, calling(call("f", {}), call("g", {}, "2")), result("7", "2")],
+        ),
+        (
+            "message 3: tool_call_id='9' is not that of one call",
+            [USER, calling(call("f", {}, "1"), call("f", {}, "2")), result("7"), result("8", "9")],
+        ),
         ("message 3 is from 'user' where 'assistant' must speak", [USER, calling(call()), result("7"), USER]),
         ("message 1: the arguments of its call of f are no JSON object: '{a'", [USER, calling(call("f", "{a"))]),
         ("message 1: the arguments of its call of f are no JSON object: [1]", [USER, calling(call("f", [1]))]),

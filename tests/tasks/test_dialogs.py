@@ -219,5 +219,6 @@ def test_the_columns_tell_the_schema_that_uses_most_of_them(row, schema):
 
 def test_columns_of_no_schema_are_compared_with_the_nearest():
     assert "most like prompt_completion, without completion" in no_schema(["prompt", "response"])
+    assert "most like gsm8k, without answer" in no_schema(["system_prompt", "question", "response"])
     assert "most like messages, but hold no values" in no_schema(["messages"])
     assert "better" in no_schema(["prompt", "chosen", "rejected"])

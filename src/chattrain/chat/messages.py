@@ -219,7 +219,8 @@ def _in_order_of_calls(messages: list[Message]) -> list[Message]:
 
 
 def _paired(caller: Message, results: list[Message]) -> list[Message]:
-    """The results of a message's calls in the order of the calls: by id, else by name, else as they stand.
+    """The results of a message's calls in the order of the calls: by id, else by name, else as they stand. Where only some have
+    an id or a name, these are placed first.
 
     Raises Malformed for a result without a call, and for a result where that of a call before it is missing.
     """
@@ -233,6 +234,8 @@ def _paired(caller: Message, results: list[Message]) -> list[Message]:
         results = _sorted(caller, results, ids, given_ids, "tool_call_id")
     elif len(set(names)) == len(names) and None not in given_names:
         results = _sorted(caller, results, names, given_names, "name")
+    elif any(key is not None for key in (*given_ids, *given_names)):
+        results = _sorted_where_named(caller, results)
     return [_linked(call, result) for call, result in zip(calls, results, strict=False)]
 
 
@@ -247,6 +250,28 @@ def _sorted(caller: Message, results: list[Message], keys: list, given: list, wh
         if repr(key) not in result_of:
             raise Malformed(f"message {caller.index}: its call of {call.name} has no result, but a later call has")
     return [result_of[repr(key)] for key in keys[: len(given)]]
+
+
+def _sorted_where_named(caller: Message, results: list[Message]) -> list[Message]:
+    """The results with an id or a name of one call in its place, the others in the places that are left."""
+    slots: list[Message | None] = [None] * len(caller.calls)
+    others = []
+    for result in results:
+        key, name = result.links.get("tool_call_id"), result.rest.get("name")
+        places = [k for k, call in enumerate(caller.calls) if key is not None and call.id == key]
+        if key is not None and not places and all(call.id is not None for call in caller.calls):
+            raise Malformed(f"message {result.index}: tool_call_id={key!r:.80} is not that of one call of message {caller.index}")
+        places = places or [k for k, call in enumerate(caller.calls) if name is not None and call.name == name]
+        if len(places) == 1 and slots[places[0]] is None:
+            slots[places[0]] = result
+        else:
+            others.append(result)
+    waiting = iter(others)
+    slots = [next(waiting, None) if slot is None else slot for slot in slots]
+    if None in slots[: len(results)]:
+        name = caller.calls[slots.index(None)].name
+        raise Malformed(f"message {caller.index}: its call of {name} has no result, but a later call has")
+    return [slot for slot in slots if slot is not None]
 
 
 def _linked(call: Call, result: Message) -> Message:

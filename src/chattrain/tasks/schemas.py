@@ -116,7 +116,7 @@ humaneval (prompt, canonical_solution, test, entry_point), text (text)
     if {"chosen", "rejected"} <= set(columns):
         said += " They are pairs of a better and a worse reply: train on the better ones, as `messages`."
     else:
-        near = max(SCHEMAS, key=lambda name: len(SCHEMAS[name].reads & set(columns)))
+        near = max(SCHEMAS, key=lambda name: (len(SCHEMAS[name].reads & set(columns)), -len(SCHEMAS[name].lacks(columns))))
         if SCHEMAS[near].reads & set(columns):
             lacking = ", ".join(SCHEMAS[near].lacks(columns))
             said += f" They look most like {near}, {f'without {lacking}' if lacking else 'but hold no values'}."
