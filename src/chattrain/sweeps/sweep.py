@@ -24,7 +24,13 @@ from chattrain.config.words import Command
 from chattrain.errors import RunFailed, UserError
 from chattrain.setup.job import Job, SweepMember, set_job
 from chattrain.setup.names import finished_run, is_main_process, launch_name, run_folder, set_launch
-from chattrain.sweeps.hydra_keys import own_dirs, refuse_intervals, refuse_keys_without_effect, refuse_unread_lists, refuse_unused_sweep
+from chattrain.sweeps.hydra_keys import (
+    own_dirs,
+    refuse_intervals,
+    refuse_keys_without_effect,
+    refuse_unread_lists,
+    refuse_unused_sweep,
+)
 from chattrain.sweeps.naming import UNNAMED, parse, run_name, swept_values
 from chattrain.sweeps.objective import direction_of, metrics_at, objective_of
 from chattrain.sweeps.record import JobOutcome, read_record
