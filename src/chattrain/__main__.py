@@ -30,9 +30,9 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` turns it off
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks a run to save: before its first step there is nothing to save
-    schema.register_schemas()
-    names.set_launch()
     try:
+        schema.register_schemas()
+        names.set_launch()
         for page in (completion, help):
             if page.is_requested(sys.argv[1:]):
                 show(page.text(sys.argv[1:]))
@@ -43,6 +43,9 @@ def main() -> None:
         typed, arguments = sys.argv[1:], flags.first(compose.settle_alternatives(sys.argv[1:]))
     except UserError as error:
         sys.exit(report_error(error))
+    except KeyboardInterrupt:
+        print("chattrain: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.argv[1:] = arguments
     launch = Launch(typed)
     sweep = launch.sweep

@@ -52,8 +52,8 @@ def explain_file_error(error: OSError, where: str = "a file") -> Exception | Non
 
 def _file_in_the_way(path: str | bytes | int | None) -> Path | None:
     """The part of a path that is a file, where a folder was to be made; None: there is none."""
-    path = Path(os.fsdecode(path)) if isinstance(path, str | bytes) else Path()
-    return next((part for part in (path, *path.parents) if part.is_file()), None)
+    whole = Path(os.fsdecode(path)) if isinstance(path, str | bytes) else Path()
+    return next((part for part in (whole, *whole.parents) if part.is_file()), None)
 
 
 def describe_error(error: BaseException) -> str:

@@ -12,7 +12,14 @@ from chattrain.commands.exit import report_error
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(errno.EROFS, 2), (errno.EACCES, 2), (errno.EPERM, 2), (errno.ENAMETOOLONG, 2), (errno.ENOSPC, 1), (errno.EDQUOT, 1)],
+    [
+        (errno.EROFS, 2),
+        (errno.EACCES, 2),
+        (errno.EPERM, 2),
+        (errno.ENAMETOOLONG, 2),
+        (errno.ENOSPC, 1),
+        (errno.EDQUOT, 1),
+    ],
 )
 def test_a_folder_that_takes_no_file_is_one_message_with_the_way_out(capsys, number, status):
     assert report_error(OSError(number, os.strerror(number), "/mnt/runs/sft")) == status

@@ -93,7 +93,7 @@ def interrupt(name: str, signum: int, after_step: int = 3) -> tuple[int, str]:
     return running.returncode, err
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_the_run_after_its_step_with_a_checkpoint_and_it_goes_on_to_the_same_bits(whole, place, signum):
     name = signum.name.lower()
     status, err = interrupt(name, signum)

@@ -44,6 +44,12 @@ class Signals:
         self._save.set()
 
 
+def _handled() -> tuple[signal.Signals, ...]:
+    """The signals that a run answers. A closed terminal (SIGHUP) stops it too, unless nohup has it go on."""
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return (*STOP, *hangup, SAVE)
+
+
 @contextmanager
 def listen_to_signals(failed: Callable[[], bool]) -> Iterator[Signals]:
     """Yields what signals ask of the loop from now on. The second signal to stop raises KeyboardInterrupt.
@@ -72,7 +78,7 @@ def listen_to_signals(failed: Callable[[], bool]) -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.signal(number, on_signal) for number in (*STOP, SAVE)}
+    before = {number: signal.signal(number, on_signal) for number in _handled()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)  # see signals_to_ranks
     try:
         yield signals
@@ -127,7 +133,7 @@ def signals_to_ranks() -> Iterator[Callable[[], bool]]:
 
     resource_tracker.ensure_running()  # before SIGINT is blocked: starting it would unblock SIGINT
     threading.Thread(target=done.wait, daemon=True, name="signals").start()
-    before = {number: signal.signal(number, forward) for number in (*STOP, SAVE)}
+    before = {number: signal.signal(number, forward) for number in _handled()}
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield lambda: first is not None

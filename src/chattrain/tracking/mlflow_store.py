@@ -80,7 +80,7 @@ def open_store(uri: str, experiment: str, restore: bool = False) -> tuple[Mlflow
         if not path.exists() or path.stat().st_size == 0:
             _make_store(path)
         _look_at(path)
-        client = connect(uri)  # brings the tables of an earlier version up to date
+        client = connect(uri)
         return client, _experiment_id(client, experiment, (path.parent / "mlartifacts").as_uri(), restore)
 
 
