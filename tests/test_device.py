@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -94,6 +95,16 @@ def test_on_cuda_peak_memory_is_what_tensors_took_since_the_start(monkeypatch):
     peak = device.peak_memory(CUDA)
     assert asked == [("reset", CUDA)]
     assert peak() == 1.5 and asked[1:] == [("read", CUDA)]
+
+
+@pytest.mark.parametrize("load, threads, says", [(8.0, 2, True), (1.0, 2, False), (8.0, 1, False)])
+def test_a_run_says_what_busy_cores_do_to_it(workplace, monkeypatch, caplog, load, threads, says):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    write_talk(workplace)
+    train("sft", "beside", "init.from=scratch", "train.max_steps=1")
+    assert ("OMP_NUM_THREADS=1" in caplog.text) == says
 
 
 def test_a_run_tracks_its_peak_memory(workplace):

@@ -119,8 +119,9 @@ def train_on_rank(cfg: Config, setup: RunSetup, ranks: Ranks, data: RunData) -> 
             device.keep_freed_memory(device.pick_device(cfg.train.device, ranks.local_rank))
             gc.collect()  # frees the model of the job before, in a sweep
             log.info("run folder %s, starting from %s", setup.run_dir, setup.start.description)
-            if setup.start.warning:
-                log.warning(setup.start.warning)
+            for warning in (setup.start.warning, device.busy_cores(device.pick_device(cfg.train.device, ranks.local_rank))):
+                if warning:
+                    log.warning(warning)
             report_data(data)
             if setup.compilation.reason:
                 log.log(setup.compilation.level, setup.compilation.reason)
