@@ -154,8 +154,8 @@ def keep_freed_memory(device: torch.device) -> None:
 def busy_cores(device: torch.device) -> str | None:
     """What slows a run down on a CPU whose cores other programs use; None where they are free, or it has one thread.
 
-    The threads of an operation wait for each other at its end, so it lasts as long as its last thread waits for a core. The load of
-    the last minute is that of all programs, this one among them: 1.5 a core is more than a run makes alone.
+    The threads of an operation wait for each other at its end, so it lasts as long as the last of them waits for a core. Load is
+    of the last minute and of all programs, this one among them: 1.5 a core is more than a run makes alone.
     """
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg") or (load := os.getloadavg()[0]) < 1.5 * cores:
