@@ -200,6 +200,12 @@ def test_a_comparison_of_losses_over_different_targets_says_so(tmp_path):
     assert "do not rank" not in comparison(tmp_path / "same", runs[0], runs[0]).text
 
 
+def test_a_comparison_of_losses_over_other_data_says_so(tmp_path):
+    runs = [(CONFIG, {"validation": {"targets": "assistant", "tokens": tokens}}) for tokens in (1500, 1800)]
+    assert "1,800 assistant tokens" in comparison(tmp_path, *runs).text.split("Curves, by step")[0]
+    assert "do not rank" not in comparison(tmp_path / "same", runs[0], runs[0]).text
+
+
 def test_a_comparison_takes_runs_with_missing_files(tmp_path):
     (tmp_path / "empty").mkdir()
     whole = run_folder(tmp_path / "whole", ROWS, CONFIG, SUMMARY)

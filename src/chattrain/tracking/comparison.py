@@ -55,6 +55,8 @@ def _page(names: list[str], runs: list[RunFolder]) -> str:
     if _different_targets("val/loss", runs):
         kinds = ", ".join(f"{name}: {_over('val/loss', run) or 'not recorded'}" for name, run in zip(names, runs, strict=True))
         parts.append(page.warnings([f"Validation losses are over different targets, so they do not rank the runs ({kinds})."]))
+    elif other_rows := _measured_on(names, runs):
+        parts.append(page.warnings([f"Validation losses are over other data, so they do not rank the runs ({other_rows})."]))
     parts.append(page.grid(*_results(names, runs)))
     curves = page.charts(_charts(names, runs))
     parts += ["<h2>Curves, by step</h2>", page.HINT, curves] if curves else ["<p>No numbers were logged.</p>"]
@@ -119,6 +121,14 @@ def _charts(names: list[str], runs: list[RunFolder]) -> Iterator[Chart]:
 def _different_targets(metric: str, runs: list[RunFolder]) -> bool:
     """Does the validation metric of the runs measure different things?"""
     return len({_over(metric, run) for run in runs if metric in run.last}) > 1
+
+
+def _measured_on(names: list[str], runs: list[RunFolder]) -> str | None:
+    """The assistant tokens that each run's validation loss is a mean over; None where they are as many."""
+    measured = {name: run.validation["tokens"] for name, run in zip(names, runs, strict=True) if "tokens" in run.validation}
+    if len(set(measured.values())) < 2:
+        return None
+    return ", ".join(f"{name}: {tokens:,} assistant tokens" for name, tokens in measured.items())
 
 
 def _over(metric: str, run: RunFolder) -> str | None:
