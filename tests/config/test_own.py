@@ -205,3 +205,8 @@ def test_a_measure_of_ones_own_is_called_at_every_evaluation(mine, workplace):
     ):
         with pytest.raises(UserError, match=said):
             chattrain.run([*typed, wrong, "eval.spelling=true", "eval.max_problems=2", "run.resume=never"])
+
+
+def test_a_module_that_is_not_there_is_named():
+    with pytest.raises(UserError, match=r"schedule\._target_=nowhere\.schedule cannot be imported: No module named 'nowhere'"):
+        compose(["schedule._target_=nowhere.schedule"])

@@ -138,9 +138,9 @@ def import_target(label: str, target: str) -> Callable:
         try:
             found = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:  # a class inside a class, or a static method
-            if not module.startswith(f"{error.name}.") and error.name != module:
-                raise
             outer, _, owner = module.rpartition(".")
+            if not outer or (not module.startswith(f"{error.name}.") and error.name != module):
+                raise
             found = getattr(getattr(importlib.import_module(outer), owner), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{label} cannot be imported: {error}. Install its package, or put its folder on PYTHONPATH") from error
