@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -93,10 +94,28 @@ def interrupt(name: str, signum: int, after_step: int = 3) -> tuple[int, str]:
     return running.returncode, err
 
 
+@contextmanager
+def hangups(handler):
+    """What a process that is started within does with SIGHUP: these tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(place):
+    with hangups(signal.SIG_IGN):
+        status, err = interrupt("nohup", signal.SIGHUP)
+    assert status == 0, err
+    assert json.loads((place / "runs/sft/nohup/summary.json").read_text())["status"] == "completed"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_the_run_after_its_step_with_a_checkpoint_and_it_goes_on_to_the_same_bits(whole, place, signum):
     name = signum.name.lower()
-    status, err = interrupt(name, signum)
+    with hangups(signal.SIG_DFL):
+        status, err = interrupt(name, signum)
     assert status == 130, err
     assert "Traceback" not in err and "stopping after this step" in err
     stopped = json.loads((place / "runs/sft" / name / "summary.json").read_text())
