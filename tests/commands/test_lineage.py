@@ -58,6 +58,13 @@ def test_the_chain_is_printed_with_hashes_and_differences(chain, capsys):
     assert "  run.seed: 7 -> 1337" in lines
 
 
+def test_other_data_is_named(chain, capsys):
+    train("sft", "elsewhere", *STEPS, "init.from=mid/second", "data.train_path=other.jsonl")
+    done = command_line(capsys, "command=lineage", "init.from=sft/elsewhere")
+    assert json.loads(done.out.splitlines()[-1])["lineage"][-1]["changes"]["data"] == [["talk.jsonl"], ["other.jsonl"]]
+    assert '  data: ["talk.jsonl"] -> ["other.jsonl"]' in done.out.splitlines()
+
+
 def test_the_chain_travels_with_the_checkpoint(chain, tmp_path):
     """Copied elsewhere, with its ancestors gone or others in their place, it still says what they were."""
     alone = shutil.copytree(chain[2]["checkpoint"], tmp_path / "alone")
