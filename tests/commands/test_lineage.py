@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import chattrain
+from chattrain.setup.lineage import setting_changes
 from tests.foreign import random_gpt, write_nanochat
 from tests.helpers import command_line, train
 
@@ -63,6 +64,14 @@ def test_other_data_is_named(chain, capsys):
     done = command_line(capsys, "command=lineage", "init.from=sft/elsewhere")
     assert json.loads(done.out.splitlines()[-1])["lineage"][-1]["changes"]["data"] == [["talk.jsonl"], ["other.jsonl"]]
     assert '  data: ["talk.jsonl"] -> ["other.jsonl"]' in done.out.splitlines()
+
+
+def test_from_a_model_without_settings_no_setting_differs(chain, tmp_path):
+    folder = shutil.copytree(chain[1]["checkpoint"], tmp_path / "bare")
+    here = (folder / "config.yaml").read_text()
+    assert setting_changes(folder, here) == {}
+    (folder / "config.yaml").unlink()
+    assert setting_changes(folder, here) == {}
 
 
 def test_the_chain_travels_with_the_checkpoint(chain, tmp_path):

@@ -37,8 +37,9 @@ def setting_changes(start: Path, config_yaml: str) -> dict[str, list[Any]]:
     Keys that only one of the two has, such as those of another optimizer, count where the part they belong to is another.
     """
     file = start / "config.yaml"
-    all_there = flatten(yaml.safe_load(file.read_text())) if file.is_file() else {}
-    all_here = flatten(yaml.safe_load(config_yaml))
+    if not file.is_file():
+        return {}
+    all_there, all_here = flatten(yaml.safe_load(file.read_text())), flatten(yaml.safe_load(config_yaml))
     there, here = of_training(all_there), of_training(all_here)
     there["data"], here["data"] = _sources(all_there), _sources(all_here)
     changes = {key: [there[key], here[key]] for key in here if key in there and there[key] != here[key]}

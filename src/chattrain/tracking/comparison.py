@@ -56,7 +56,7 @@ def _page(names: list[str], runs: list[RunFolder]) -> str:
         kinds = ", ".join(f"{name}: {_over('val/loss', run) or 'not recorded'}" for name, run in zip(names, runs, strict=True))
         parts.append(page.warnings([f"Validation losses are over different targets, so they do not rank the runs ({kinds})."]))
     elif other_rows := _measured_on(names, runs):
-        parts.append(page.warnings([f"Validation losses are over other data, so they do not rank the runs ({other_rows})."]))
+        parts.append(page.warnings([f"Validation losses are over other tokens, so they do not rank the runs ({other_rows})."]))
     parts.append(page.grid(*_results(names, runs)))
     curves = page.charts(_charts(names, runs))
     parts += ["<h2>Curves, by step</h2>", page.HINT, curves] if curves else ["<p>No numbers were logged.</p>"]
