@@ -39,10 +39,11 @@ run: setup ## from nothing to a chat model: base -> mid -> sft on the demo data,
 	@echo "Go on with:  $(BIN)/python -m chattrain command=chat stage=sft    (talk to it)"
 	@echo "             make ui                                             (all runs in MLflow)"
 
-# A test that hangs fails after 10 minutes, with the stacks of its threads. One that even that cannot end takes its worker with it.
+# A test that hangs fails after 10 minutes, with the stacks of its threads. One that even that cannot end
+# takes its worker with it, which xdist must not replace: it would begin the same test again.
 test: setup ## the tests, without network and GPU
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" --timeout 600 \
-		--max-worker-restart 1 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+		--max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 test-fast: setup ## the tests of the parts, no processes and no runs, under 90 seconds
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not integration"
